@@ -1,0 +1,30 @@
+# The commands of the README; each installs what is missing first and does nothing twice.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test test-fast check install lock clean
+
+demo: install
+	@$(BIN)/python jobs/iterate.py jobs/recipes/tiny.toml
+
+test: install check
+	@$(BIN)/python -m pytest tests
+
+test-fast: install
+	@$(BIN)/python -m pytest tests/plain tests/wiring
+
+check: install
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+install:
+	@$(PYTHON) .ci/install.py
+
+# The CPU lock, from pyproject.toml; carries no index address.
+lock: install
+	@$(BIN)/python -m uv pip compile pyproject.toml --extra cpu --extra eval --extra dev --python-version 3.11 \
+	  --constraint .ci/cpu-constraints.txt --no-emit-find-links --no-emit-index-url --no-annotate --no-header \
+	  --output-file cluster/requirements-cpu.txt
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,91 @@
+"""Chat messages to token ids and back: one place, used by generation, scoring and training alike.
+
+A context is the rendered conversation up to where the assistant starts to speak; a response is the tokens of its text
+alone, plus the end-of-turn token if it was finished. So a context is a prefix of context + response by construction, and
+training sees the very split at which the engine generated.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from evolve_ray.errors import UserError
+from evolve_ray.refine import Messages
+
+
+class Chat:
+    """A tokenizer and its chat template, checked once."""
+
+    def __init__(self, folder: str | Path, field: str = "model.path"):
+        from transformers import AutoTokenizer
+
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{field}: {folder}: its tokenizer cannot be loaded: {first_line(error)}") from None
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"{field}: {folder}: its tokenizer has no chat template; add chat_template.jinja to the folder "
+                "or use an instruct model's tokenizer"
+            )
+        added = set(self.tokenizer.get_added_vocab()) | set(self.tokenizer.all_special_tokens)
+        self._special = re.compile("|".join(map(re.escape, sorted(filter(None, added), key=len, reverse=True))) or r"(?!)")
+        self.end_id = self._end_of_turn(folder, field)
+        self.stop_ids = sorted({self.end_id, self.tokenizer.eos_token_id or self.end_id})
+        self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end_id
+
+    def _end_of_turn(self, folder: str | Path, field: str) -> int:
+        """The token that the template writes after an assistant's text; the tokenizer's EOS if it writes none."""
+        user = {"role": "user", "content": "question"}
+        try:
+            context = self._render((user,), generate=True)
+            whole = self._render((user, {"role": "assistant", "content": "answer"}), generate=False)
+            self._render((user, {"role": "assistant", "content": "answer"}, user), generate=True)
+        except Exception as error:  # jinja raises what the template raises
+            raise UserError(f"{field}: {folder}: its chat template fails on user/assistant turns: {first_line(error)}") from None
+        if not whole.startswith(context + "answer"):
+            raise UserError(
+                f"{field}: {folder}: its chat template does not render prompt + answer as the prompt followed by the answer, "
+                "so training and generation would differ; use a template without hidden text before the answer"
+            )
+        tail = self.tokenizer(whole[len(context + "answer") :], add_special_tokens=False)["input_ids"]
+        if tail and tail[0] in self.tokenizer.all_special_ids + list(self.tokenizer.added_tokens_decoder):
+            return tail[0]
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(f"{field}: {folder}: neither its chat template nor its tokenizer has an end token; set eos_token")
+        return self.tokenizer.eos_token_id
+
+    def _render(self, messages: Messages, *, generate: bool) -> str:
+        return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
+
+    def context_ids(self, messages: Messages, *, generate: bool = True) -> list[int]:
+        """Token ids of a conversation, ready for the assistant to speak. Markup inside a message stays plain text."""
+        if not any(self._special.search(message["content"]) for message in messages):
+            return self.tokenizer(self._render(messages, generate=generate), add_special_tokens=False)["input_ids"]
+        marks = [f"Q7x{number}MARKx7Q" for number in range(len(messages))]
+        marked = tuple({**m, "content": mark} for m, mark in zip(messages, marks, strict=True))
+        pieces = re.split(r"Q7x(\d+)MARKx7Q", self._render(marked, generate=generate))
+        ids: list[int] = []
+        for position, piece in enumerate(pieces):
+            if position % 2:
+                ids += self.text_ids(messages[int(piece)]["content"])
+            elif piece:
+                ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of plain text: no special token is read out of it, none is added."""
+        if not text:
+            return []
+        if not self._special.search(text):
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def response_ids(self, text: str, *, finished: bool) -> list[int]:
+        """Token ids of a response; the end token only where the answer was finished, never invented for a cut one."""
+        return self.text_ids(text) + ([self.end_id] if finished else [])
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

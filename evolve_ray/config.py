@@ -1,0 +1,423 @@
+"""Every option of a run: strict, frozen, in one place.
+
+A recipe is a TOML file with the sections below. An unknown key, a wrong type or a value out of range is refused with the
+file, the line and the nearest name, before anything heavy is imported. Fields marked `runtime` change where and how fast
+a run computes, never what: they are no part of a stage's key and may differ when a run is resumed.
+"""
+
+import dataclasses
+import difflib
+import re
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evolve_ray.errors import UserError
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+    plug: bool = False,
+    runtime: bool = False,
+) -> Any:
+    """A field with its bounds (`low`..`high` inclusive, `above` exclusive); `plug` also allows `module:Name`."""
+    metadata = {"low": low, "high": high, "above": above, "choices": choices, "plug": plug, "runtime": runtime}
+    if isinstance(default, dict | list):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Toy:
+    """The tiny world: models and data made on the spot; recipes name its parts as `toy:base`, `toy:train`, ..."""
+
+    seed: int = option(0, low=0)
+    hidden: int = option(96, low=8)
+    layers: int = option(3, low=1)
+    heads: int = option(4, low=1)
+    base_steps: int = option(460, low=1)
+    reward_model_steps: int = option(120, low=1)
+    num_train: int = option(12000, low=1)
+    num_heldout: int = option(500, low=1)
+    num_out_of_domain: int = option(250, low=1)
+    num_triples: int = option(12000, low=1)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The policy to start from: a Hugging Face folder or name, or `toy:base`."""
+
+    path: str = option()
+    dtype: str = option("float32", choices=("float32", "bfloat16"))
+    context_tokens: int = option(4096, low=16)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A table of prompts: a JSONL or Parquet file, or a `datasets` name or folder; columns named as in the file."""
+
+    path: str = option()
+    split: str = option("train")
+    prompt_column: str = option("prompt")
+    answer_column: str = option("")
+    id_column: str = option("")
+
+
+@dataclass(frozen=True)
+class Prompts(Source):
+    """Training prompts; each iteration takes `per_iteration` fresh ones."""
+
+    per_iteration: int = option(5000, low=1)
+    max_rejected_fraction: float = option(0.0, low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class Template:
+    """How prompts, drafts and the refinement instruction become chat messages."""
+
+    name: str = option("default")
+    layout: str = option("conversation", choices=("conversation", "one_message"))
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What a generation strategy asks of the model for one prompt."""
+
+    name: str = option("chain", choices=("chain", "parallel"), plug=True)
+    rounds: int = option(4, low=1)
+    samples: int = option(4, low=1)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling of every response."""
+
+    temperature: float = option(1.0, low=0.0)
+    top_p: float = option(1.0, above=0.0, high=1.0)
+    max_tokens: int = option(1024, low=1)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The pool of inference engines. `args` go to vLLM as they are; `env` is set before its processes start."""
+
+    name: str = option("vllm", choices=("vllm",), plug=True)
+    actors: int = option(1, low=1, runtime=True)
+    cpus_per_actor: float = option(1.0, low=0.0, runtime=True)
+    gpus_per_actor: float = option(0.0, low=0.0, runtime=True)
+    shard_prompts: int = option(256, low=1)
+    max_num_seqs: int = option(256, low=1)
+    max_restarts: int = option(3, low=0, runtime=True)
+    args: dict = option({})
+    env: dict = option({}, runtime=True)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What a response is worth: a reward model, the verifier, or `module:Name`."""
+
+    name: str = option("reward_model", choices=("reward_model", "verifier"), plug=True)
+    model: str = option("")
+    dtype: str = option("float32", choices=("float32", "bfloat16"))
+    max_tokens: int = option(4096, low=16)
+    batch_size: int = option(32, low=1)
+    actors: int = option(1, low=1, runtime=True)
+    cpus_per_actor: float = option(1.0, low=0.0, runtime=True)
+    gpus_per_actor: float = option(0.0, low=0.0, runtime=True)
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """The checkable answer, if there is one: 1.0 means exactly right."""
+
+    name: str = option("exact", choices=("exact",), plug=True)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How one prompt's scored drafts become preference pairs."""
+
+    name: str = option("reward_model", choices=("reward_model",), plug=True)
+    margin: float = option(0.0, low=0.0)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One phase of training: objective and optimiser. `batch_pairs` is global; `micro_pairs` is per worker."""
+
+    objective: str = option("evolve", choices=("sft", "dpo", "evolve"), plug=True)
+    alpha: float = option(0.5, low=0.0, high=1.0)
+    beta: float = option(0.1, above=0.0)
+    nll: float = option(0.0, low=0.0)
+    epochs: int = option(1, low=1)
+    batch_pairs: int = option(32, low=1)
+    micro_pairs: int = option(4, low=1)
+    learning_rate: float = option(5e-7, above=0.0)
+    warmup_fraction: float = option(0.1, low=0.0, high=1.0)
+    schedule: str = option("cosine", choices=("cosine", "linear", "constant"))
+    weight_decay: float = option(0.0, low=0.0)
+    gradient_clip: float = option(1.0, above=0.0)
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Given preference triples (prompt, chosen, rejected) and the training on them."""
+
+    path: str = option()
+    split: str = option("train")
+    prompt_column: str = option("prompt")
+    chosen_column: str = option("chosen")
+    rejected_column: str = option("rejected")
+    limit: int = option(0, low=0)
+    training: Training = field(default_factory=Training)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The Ray Train worker group. `deepspeed` is merged into the DeepSpeed configuration."""
+
+    workers: int = option(1, low=1)
+    use_gpu: bool = option(False)
+    cpus_per_worker: float = option(1.0, low=0.0, runtime=True)
+    checkpoint_steps: int = option(50, low=1, runtime=True)
+    max_failures: int = option(3, low=0, runtime=True)
+    gradient_checkpointing: bool = option(False)
+    deepspeed: dict = option({})
+    env: dict = option({}, runtime=True)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out prompts by split name (`[evaluation.splits]`), refined in a chain and reported by round."""
+
+    splits: dict = option({})
+    prompt_column: str = option("prompt")
+    answer_column: str = option("")
+    split: str = option("train")
+    rounds: int = option(4, low=1)
+    temperature: float = option(1.0, low=0.0)
+    limit: int = option(0, low=0)
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """The local Ray that is started where no cluster is named by RAY_ADDRESS."""
+
+    num_cpus: int = option(0, low=0, runtime=True)
+    object_store_mib: int = option(512, low=80, runtime=True)
+    dashboard: bool = option(True, runtime=True)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole recipe."""
+
+    prompts: Prompts
+    model: Model
+    name: str = option("run")
+    seed: int = option(0, low=0)
+    iterations: int = option(3, low=0, runtime=True)
+    toy: Toy | None = None
+    activation: Preferences | None = None
+    offline: Preferences | None = None
+    template: Template = field(default_factory=Template)
+    strategy: Strategy = field(default_factory=Strategy)
+    sampling: Sampling = field(default_factory=Sampling)
+    engine: Engine = field(default_factory=Engine)
+    scorer: Scorer = field(default_factory=Scorer)
+    verifier: Verifier | None = None
+    selection: Selection = field(default_factory=Selection)
+    training: Training = field(default_factory=Training)
+    trainer: Trainer = field(default_factory=Trainer)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    ray: RayOptions = field(default_factory=RayOptions)
+
+
+class Reader:
+    """Turns a parsed TOML tree into dataclasses and says where in the file a fault lies."""
+
+    def __init__(self, where: str, text: str, overridden: set[str]):
+        self.where = where
+        self.text = text
+        self.overridden = overridden
+
+    def fail(self, dotted: str, message: str) -> typing.NoReturn:
+        if any(dotted == key or dotted.startswith(key + ".") for key in self.overridden):
+            place = "command line"
+        else:
+            line = find_line(self.text, dotted)
+            place = f"{self.where}:{line}" if line else self.where
+        raise UserError(f"{place}: {dotted}: {message}")
+
+    def build(self, cls: type, tree: Any, dotted: str = "") -> Any:
+        if not isinstance(tree, dict):
+            self.fail(dotted, f"is {describe(tree)}, but must be a table of options")
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        for key in tree:
+            if key not in fields:
+                near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(fields)}"
+                self.fail(join(dotted, key), f"unknown option; {hint}")
+        hints = typing.get_type_hints(cls)
+        values = {}
+        for name, f in fields.items():
+            if name in tree:
+                values[name] = self.value(hints[name], f, tree[name], join(dotted, name))
+            elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+                self.fail(join(dotted, name), "is missing and has no default; add it to the recipe or as key=value")
+        return cls(**values)
+
+    def value(self, hint: Any, f: dataclasses.Field, value: Any, dotted: str) -> Any:
+        if isinstance(hint, types.UnionType):
+            hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
+        if dataclasses.is_dataclass(hint):
+            return self.build(typing.cast(type, hint), value, dotted)
+        if hint is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not hint:
+            self.fail(dotted, f"is {describe(value)}, but must be {NAMES[hint]}")
+        bounds = f.metadata
+        if isinstance(value, float) and value != value:
+            self.fail(dotted, "is not a number")
+        if bounds["low"] is not None and value < bounds["low"]:
+            self.fail(dotted, f"is {value}, but must be at least {bounds['low']}")
+        if bounds["above"] is not None and value <= bounds["above"]:
+            self.fail(dotted, f"is {value}, but must be above {bounds['above']}")
+        if bounds["high"] is not None and value > bounds["high"]:
+            self.fail(dotted, f"is {value}, but must be at most {bounds['high']}")
+        plugged = bounds["plug"] and re.fullmatch(r"[\w.]+:\w+", str(value))
+        if bounds["choices"] and value not in bounds["choices"] and not plugged:
+            near = difflib.get_close_matches(value, bounds["choices"], n=1)
+            known = f"one of {', '.join(bounds['choices'])}" + (" or module:Name" if bounds["plug"] else "")
+            self.fail(dotted, f"is {value!r}, but must be {known}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return value
+
+
+NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "a table", list: "a list"}
+
+
+def describe(value: Any) -> str:
+    return f"{value!r} ({NAMES.get(type(value), type(value).__name__)})"
+
+
+def join(dotted: str, key: str) -> str:
+    return f"{dotted}.{key}" if dotted else key
+
+
+def find_line(text: str, dotted: str) -> int:
+    """The line on which `dotted` (or its nearest enclosing table) is set; 0 if nowhere."""
+    section, table_line = "", 0
+    for number, line in enumerate(text.splitlines(), start=1):
+        header = re.match(r"\s*\[\s*([^\[\]]+?)\s*\]", line)
+        if header:
+            section = header.group(1).replace(" ", "").replace('"', "")
+            if dotted == section or dotted.startswith(section + "."):
+                table_line = number
+            continue
+        key = re.match(r"\s*([\w\-.\"]+)\s*=", line)
+        if key:
+            full = join(section, key.group(1).replace('"', ""))
+            if dotted == full or dotted.startswith(full + "."):
+                return number
+    return table_line
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads a recipe and applies `key=value` overrides (dotted keys; values in TOML syntax, bare words as strings)."""
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe; the shipped ones are in jobs/recipes/") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, but must be a recipe (a TOML file)") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 at byte {error.start}") from None
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: is not valid TOML: {error}") from None
+    overridden = set()
+    for item in overrides:
+        key, equals, raw = item.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"command line: {item!r}: must have the form key=value, for example training.beta=0.2")
+        overridden.add(key.strip())
+        place(tree, key.strip().split("."), parse_value(raw.strip()))
+    config = Reader(str(path), text, overridden).build(Config, tree)
+    check_together(config, Reader(str(path), text, overridden))
+    return config
+
+
+def parse_value(raw: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return raw
+
+
+def place(tree: dict, keys: list[str], value: Any) -> None:
+    for depth, key in enumerate(keys[:-1]):
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"command line: {'.'.join(keys)}: {'.'.join(keys[: depth + 1])} is a value, not a table")
+    tree[keys[-1]] = value
+
+
+def check_together(config: Config, reader: Reader) -> None:
+    """What no single field can say."""
+    if config.scorer.name == "reward_model" and not config.scorer.model:
+        reader.fail("scorer.model", "must name a reward model when scorer.name is 'reward_model'")
+    if config.scorer.name == "verifier" and config.verifier is None:
+        reader.fail("verifier", "must be set when scorer.name is 'verifier'; add a [verifier] table")
+    if config.verifier is not None and not config.prompts.answer_column:
+        reader.fail("prompts.answer_column", "must name the column with the answers that [verifier] checks")
+    if config.verifier is not None and config.evaluation.splits and not config.evaluation.answer_column:
+        reader.fail("evaluation.answer_column", "must name the column with the answers that [verifier] checks")
+    for name, path in config.evaluation.splits.items():
+        if not isinstance(path, str):
+            reader.fail(f"evaluation.splits.{name}", f"is {describe(path)}, but must be a string: a file or dataset")
+        if not re.fullmatch(r"[A-Za-z0-9_\-]+", name):
+            reader.fail(f"evaluation.splits.{name}", "a split's name may hold letters, digits, - and _ only")
+    if 2 * config.sampling.max_tokens >= config.model.context_tokens:
+        reader.fail(
+            "sampling.max_tokens",
+            f"is {config.sampling.max_tokens}; a draft and its refinement need twice that, "
+            f"which must be below model.context_tokens ({config.model.context_tokens})",
+        )
+    if config.toy is None:
+        named = [config.model.path, config.prompts.path, config.scorer.model, *config.evaluation.splits.values()]
+        named += [part.path for part in (config.activation, config.offline) if part]
+        for path in named:
+            if path.startswith("toy:"):
+                reader.fail("toy", f"{path!r} is part of the tiny world; add a [toy] table to the recipe")
+
+
+def resolved(part: Any, *, runtime: bool = True) -> Any:
+    """A section as plain JSON values; without its `runtime` fields when it goes into a stage's key."""
+    if not dataclasses.is_dataclass(part):
+        return part
+    return {
+        f.name: resolved(getattr(part, f.name), runtime=runtime)
+        for f in dataclasses.fields(part)
+        if runtime or not f.metadata.get("runtime")
+    }
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`; used to name the fields in which two configurations differ."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, join(prefix, key))
+        else:
+            flat[join(prefix, key)] = value
+    return flat

@@ -1,0 +1,103 @@
+"""`--plan`: what would run, what is committed already, and the tokens, pairs and disk it would take, without starting Ray."""
+
+import json
+from pathlib import Path
+
+from evolve_ray.config import Config
+from evolve_ray.prompts import count_rows
+from evolve_ray.refine import drafts_per_prompt, load_template
+from evolve_ray.store import Run, read_manifest
+
+STAGES = ("prompts", "generations", "scores", "pairs", "reference", "checkpoint", "evaluation")
+FIRST_STAGES = (
+    "held_out",
+    "base_evaluation",
+    "activation_pairs",
+    "offline_pairs",
+    "activation",
+    "reference",
+    "checkpoint",
+    "evaluation",
+)
+CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English text; only for the estimate of disk
+
+
+def plan(config: Config, run: Run) -> str:
+    """The plan as text. Token counts are upper bounds: every answer as long as `sampling.max_tokens`."""
+    load_template(config.template.name, config.template.layout)
+    drafts = drafts_per_prompt(config.strategy)
+    prompts, longest = config.prompts.per_iteration, config.sampling.max_tokens
+    held_out = sum(rows or 0 for rows in splits(config).values())
+    generated = prompts * drafts * longest
+    evaluated = held_out * config.evaluation.rounds * longest
+    weights = model_bytes(config)
+    lines = [f"run {config.name} in {run.root}", ""]
+    lines += [f"model      {config.model.path} ({config.model.dtype}, context {config.model.context_tokens} tokens)"]
+    lines += [f"prompts    {config.prompts.path}: {describe(training_rows(config))}; {prompts} fresh ones an iteration"]
+    lines += [f"held out   {name}: {describe(rows)}" for name, rows in splits(config).items()]
+    lines += [f"strategy   {config.strategy.name}, {drafts} drafts a prompt; scorer {config.scorer.name}"]
+    lines += [f"engines    {config.engine.actors} x {config.engine.gpus_per_actor:g} GPU"]
+    lines += [f"trainer    {config.trainer.workers} workers, ZeRO-3; objective {config.training.objective}", ""]
+    lines += ["an iteration, at most:"]
+    lines += [
+        f"  prompts {prompts:,}   drafts {prompts * drafts:,}   generated tokens {generated:,}   pairs {pair_bound(config):,}"
+    ]
+    lines += [
+        f"  evaluation: {held_out:,} prompts, {held_out * config.evaluation.rounds:,} drafts, {evaluated:,} generated tokens"
+    ]
+    disk = (generated + evaluated) * CHARACTERS_PER_TOKEN
+    size = f"checkpoint {weights / 2**20:,.1f} MiB, " if weights else "a checkpoint the size of the model, "
+    lines += [f"  disk: {size}tables {disk / 2**20:,.1f} MiB", ""]
+    for iteration in range(config.iterations + 1):
+        lines += [f"iteration {iteration}: " + ", ".join(status(config, run, iteration))]
+    return "\n".join(lines)
+
+
+def status(config: Config, run: Run, iteration: int) -> list[str]:
+    """Each stage of an iteration with what stands in the run directory."""
+    names = list(STAGES)
+    if iteration == 0:
+        given = {"activation_pairs": config.activation, "offline_pairs": config.offline, "reference": config.offline}
+        given |= {"activation": config.activation and config.offline, "checkpoint": config.activation or config.offline}
+        names = [name for name in FIRST_STAGES if given.get(name, True)]
+    if not config.evaluation.splits:
+        names = [name for name in names if "evaluation" not in name and name != "held_out"]
+    return [f"{name} ({'committed' if read_manifest(run.iteration(iteration) / name) else 'to do'})" for name in names]
+
+
+def describe(rows: int | None) -> str:
+    return "not counted before it is loaded" if rows is None else f"{rows:,} rows"
+
+
+def training_rows(config: Config) -> int | None:
+    if config.prompts.path.startswith("toy:") and config.toy:
+        return config.toy.num_train
+    return count_rows(config.prompts.path)
+
+
+def splits(config: Config) -> dict[str, int | None]:
+    """Rows of each evaluation split that would be used, None where only loading tells."""
+    counts: dict[str, int | None] = {}
+    for name, path in config.evaluation.splits.items():
+        if path.startswith("toy:") and config.toy:
+            rows: int | None = config.toy.num_heldout if path == "toy:heldout" else config.toy.num_out_of_domain
+        else:
+            rows = count_rows(path)
+        counts[name] = min(rows, config.evaluation.limit) if rows and config.evaluation.limit else rows
+    return counts
+
+
+def pair_bound(config: Config) -> int:
+    """Selection gives at most one pair for each prompt."""
+    return config.prompts.per_iteration
+
+
+def model_bytes(config: Config) -> int | None:
+    """Bytes of the weights, from the headers of local safetensors files; None where the model is not here yet."""
+    files = list(Path(config.model.path).glob("*.safetensors"))
+    total = 0
+    for file in files:
+        with open(file, "rb") as raw:
+            header = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
+        total += max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
+    return total or None

@@ -1,0 +1,36 @@
+"""Makes one part of the tiny world in a process of its own: `python -m evolve_ray.toy PART FOLDER JSON`."""
+
+import json
+import sys
+from pathlib import Path
+
+from evolve_ray.rows import write_jsonl
+from evolve_ray.toy import task
+
+
+def make_world(out: Path, toy: dict) -> None:
+    """Base model, prompts of every split, and preference triples."""
+    from evolve_ray.toy.world import build_base
+
+    splits = {"train": "num_train", "heldout": "num_heldout", "long": "num_out_of_domain", "desc": "num_out_of_domain"}
+    for split, count in splits.items():
+        write_jsonl(out / f"{split}.jsonl", task.make_prompts(split, toy[count], toy["seed"]))
+    write_jsonl(out / "triples.jsonl", task.make_triples(toy["num_triples"], toy["seed"]))
+    shape = {name: toy[name] for name in ("seed", "hidden", "layers", "heads")}
+    build_base(out / "base", **shape, steps=toy["base_steps"], progress=say)
+
+
+def make_reward_model(out: Path, toy: dict) -> None:
+    """A sequence classifier trained from the base model."""
+    from evolve_ray.toy.world import build_reward_model
+
+    build_reward_model(out / "reward_model", Path(toy["base"]), seed=toy["seed"], steps=toy["reward_model_steps"], progress=say)
+
+
+def say(*parts: object) -> None:
+    print("  tiny world:", *parts, flush=True)
+
+
+if __name__ == "__main__":
+    part, folder, options = sys.argv[1:]
+    {"world": make_world, "reward_model": make_reward_model}[part](Path(folder), json.loads(options))

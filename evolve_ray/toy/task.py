@@ -1,0 +1,124 @@
+"""The tiny task: sort letters; prompts, noisy answers, preference triples and the verifier that knows the truth."""
+
+import hashlib
+import random
+
+LETTERS = "abcdefghij"
+
+# split -> (verb of the prompt, shortest and longest letter string, the side of the hash that its strings come from)
+SPLITS = {
+    "train": ("sort", 8, 12, "train"),
+    "heldout": ("sort", 8, 12, "heldout"),
+    "long": ("sort", 13, 15, "heldout"),
+    "desc": ("desc", 8, 12, "heldout"),
+}
+HELDOUT_SHARE = 8  # one letter string in this many is held out
+
+
+def side_of(letters: str) -> str:
+    """`heldout` or `train`, from the letters alone: no count, seed or order can move a string to the other side."""
+    digest = hashlib.blake2b(letters.encode(), digest_size=8).digest()
+    return "heldout" if int.from_bytes(digest, "big") % HELDOUT_SHARE == 0 else "train"
+
+
+def draw_letters(rng: random.Random, shortest: int, longest: int, side: str) -> str:
+    """A uniform letter string of `shortest` to `longest` letters that lies on `side`."""
+    while True:
+        letters = "".join(rng.choices(LETTERS, k=rng.randint(shortest, longest)))
+        if side_of(letters) == side:
+            return letters
+
+
+def solve(verb: str, letters: str) -> str:
+    """The right answer of the prompt `verb:letters`: the letters in ascending (`sort`) or descending (`desc`) order."""
+    return "".join(sorted(letters, reverse=verb == "desc"))
+
+
+def make_prompts(split: str, count: int, seed: int) -> list[dict]:
+    """`count` distinct rows `{prompt, answer}` of `split`; a longer list with the same seed begins with the shorter one.
+
+    Strings of `heldout`, `long` and `desc` never occur on the train side, whatever the counts and seeds.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
+    return _draw_prompts(split, count, f"{split}:{seed}")
+
+
+def _draw_prompts(split: str, count: int, stream: str) -> list[dict]:
+    verb, shortest, longest, side = SPLITS[split]
+    rng = random.Random(stream)
+    rows: dict[str, dict] = {}
+    while len(rows) < count:
+        letters = draw_letters(rng, shortest, longest, side)
+        prompt = f"{verb}:{letters}"
+        rows.setdefault(prompt, {"prompt": prompt, "answer": solve(verb, letters)})
+    return list(rows.values())
+
+
+def corrupt(answer: str, rng: random.Random) -> str:
+    """`answer` after 1 to 3 single-letter edits (substitute, insert, delete); never `answer` itself."""
+    while True:
+        letters = list(answer)
+        for _ in range(rng.randint(1, 3)):
+            edit = rng.choice(("substitute", "insert", "delete"))
+            if edit == "insert" or not letters:
+                letters.insert(rng.randint(0, len(letters)), rng.choice(LETTERS))
+            elif edit == "substitute":
+                letters[rng.randrange(len(letters))] = rng.choice(LETTERS)
+            else:
+                del letters[rng.randrange(len(letters))]
+        if "".join(letters) != answer:
+            return "".join(letters)
+
+
+def make_triples(count: int, seed: int, tie_fraction: float = 0.25, clean_fraction: float = 0.65) -> list[dict]:
+    """`count` rows `{prompt, answer, chosen, rejected}` on distinct train-side prompts, for activation SFT.
+
+    `chosen` is right with probability `clean_fraction`, else 1 to 3 edits away. `rejected` is `chosen` after 1 to 3 more
+    edits that lower its reward, or with probability `tie_fraction` `chosen` itself: a model that never sees a draft worth
+    keeping learns to change right ones.
+    """
+    rng = random.Random(f"triples:{seed}")
+    rows = _draw_prompts("train", count, f"triples-prompts:{seed}")
+    for row in rows:
+        row["chosen"] = row["answer"] if rng.random() < clean_fraction else corrupt(row["answer"], rng)
+        row["rejected"] = row["chosen"]
+        if rng.random() >= tie_fraction:
+            while gold_reward(row["rejected"], row["answer"]) >= gold_reward(row["chosen"], row["answer"]):
+                row["rejected"] = corrupt(row["chosen"], rng)
+    return rows
+
+
+def levenshtein(left: str, right: str) -> int:
+    """The fewest single-character insertions, deletions and substitutions that turn `left` into `right`."""
+    previous = list(range(len(right) + 1))
+    for row, left_character in enumerate(left, start=1):
+        current = [row]
+        for column, right_character in enumerate(right, start=1):
+            substitution = previous[column - 1] + (left_character != right_character)
+            current.append(min(previous[column] + 1, current[-1] + 1, substitution))
+        previous = current
+    return previous[-1]
+
+
+def gold_reward(response: str, answer: str) -> float:
+    """1 - edit distance / length of the longer one, in [0, 1]; exactly 1.0 if and only if `response.strip() == answer`."""
+    response = response.strip()
+    if response == answer:
+        return 1.0
+    return 1.0 - levenshtein(response, answer) / max(len(response), len(answer))
+
+
+class SortVerifier:
+    """The scorer with the truth: a reward in [0, 1] per response; 1.0 means exactly right."""
+
+    def __call__(self, prompts: list[str], answers: list[str | None], responses: list[str]) -> list[float]:
+        """One reward per response; the three lists run in parallel. `ValueError` where an answer is missing."""
+        if not len(prompts) == len(answers) == len(responses):
+            raise ValueError(f"lengths differ: {len(prompts)} prompts, {len(answers)} answers, {len(responses)} responses")
+        rewards = []
+        for prompt, answer, response in zip(prompts, answers, responses):
+            if answer is None:
+                raise ValueError(f"prompt {prompt!r} has no answer to verify against: give one, or score with a reward model")
+            rewards.append(gold_reward(response, answer))
+        return rewards

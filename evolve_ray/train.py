@@ -1,0 +1,407 @@
+"""Training: Ray Train workers with DeepSpeed ZeRO-3, from committed pairs to a committed Hugging Face checkpoint.
+
+The same worker group first computes the reference log-probabilities (the model it starts from is the reference, so no
+second model is ever in memory) and commits them, then trains. Every few steps all ranks save into a folder that is
+committed with a manifest; after a crash the worker group continues from the last committed step with the same pairs in
+the same order. A non-finite loss or gradient stops all ranks before the optimiser touches a weight.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evolve_ray import config as options
+from evolve_ray import rows
+from evolve_ray.errors import NumericsError, UserError
+from evolve_ray.refine import Template
+from evolve_ray.store import Manifest, Stage, commit, read_manifest
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """Everything a training worker needs, picklable."""
+
+    pairs: str
+    model: str
+    dtype: str
+    template: Template
+    training: options.Training
+    trainer: options.Trainer
+    seed: int
+    iteration: int
+    reference: Stage | None
+    checkpoint: Stage
+
+
+def fit(spec: TrainSpec, storage: Path) -> Manifest:
+    """Runs the worker group until the checkpoint is committed; its own files go to `storage` and are removed at the end."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    env = {"DS_ACCELERATOR": "cuda" if spec.trainer.use_gpu else "cpu"}
+    env |= {name: str(value) for name, value in spec.trainer.env.items()}
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config={"spec": spec},
+        torch_config=TorchConfig(backend="nccl" if spec.trainer.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=spec.trainer.workers,
+            use_gpu=spec.trainer.use_gpu,
+            resources_per_worker={"CPU": spec.trainer.cpus_per_worker, **({"GPU": 1} if spec.trainer.use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            # A name that no earlier driver used: our own committed steps are what a new worker group resumes from.
+            name=f"{spec.checkpoint.key[:12]}-{os.getpid()}-{time.time_ns()}",
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=spec.trainer.max_failures),
+            worker_runtime_env={"env_vars": env},
+        ),
+    )
+    trainer.fit()
+    shutil.rmtree(storage, ignore_errors=True)
+    manifest = spec.checkpoint.committed()
+    assert manifest is not None, "the worker group ended without an error and without a checkpoint"
+    return manifest
+
+
+def batches(num_pairs: int, training: options.Training, *, seed: int, iteration: int) -> list[list[int]]:
+    """The global batches of all epochs as row numbers: a pure function, so that a resumed run takes the same order."""
+    import numpy as np
+
+    order = []
+    for epoch in range(training.epochs):
+        generator = np.random.default_rng(rows.derive_seed("batches", seed, iteration, epoch))
+        shuffled = generator.permutation(num_pairs).tolist()
+        order += [shuffled[first : first + training.batch_pairs] for first in range(0, num_pairs, training.batch_pairs)]
+    return order
+
+
+def learning_rate(step: int, num_steps: int, training: options.Training) -> float:
+    """The rate of update `step` (from 0): linear warm-up, then the schedule; cosine and linear end at a tenth."""
+    warmup = max(1, round(training.warmup_fraction * num_steps)) if training.warmup_fraction else 0
+    if step < warmup:
+        return training.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    if training.schedule == "cosine":
+        return training.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+    if training.schedule == "linear":
+        return training.learning_rate * (1 - 0.9 * progress)
+    return training.learning_rate
+
+
+def deepspeed_config(spec: TrainSpec) -> dict:
+    """ZeRO-3, AdamW, one global batch per update. `trainer.deepspeed` from the recipe is merged over it."""
+    training, trainer = spec.training, spec.trainer
+    accumulation = micro_steps(training, trainer.workers)
+    base = {
+        "train_micro_batch_size_per_gpu": training.micro_pairs,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": training.micro_pairs * accumulation * trainer.workers,
+        "gradient_clipping": training.gradient_clip,
+        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+        "bf16": {"enabled": spec.dtype == "bfloat16"},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": training.learning_rate,
+                "betas": [0.9, 0.999],
+                "eps": 1e-8,
+                "weight_decay": training.weight_decay,
+                "torch_adam": True,
+            },
+        },
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    return merge(base, trainer.deepspeed)
+
+
+def merge(base: dict, over: dict) -> dict:
+    """`over` wins, table by table."""
+    both = {key: merge(base[key], over[key]) for key in base.keys() & over.keys() if isinstance(base[key], dict)}
+    return base | over | both
+
+
+def micro_steps(training: options.Training, workers: int) -> int:
+    """Micro-batches of one update on each worker."""
+    return max(1, math.ceil(training.batch_pairs / (workers * training.micro_pairs)))
+
+
+def micro_batches(batch: list[int], rank: int, training: options.Training, workers: int) -> list[list[tuple[int, float]]]:
+    """This rank's share of a global batch as micro-batches of (row, weight).
+
+    Every rank makes the same number of forwards of the same number of rows, as ZeRO-3 needs; rows that only fill up a ragged
+    batch weigh 0. The weights make the gradient the mean over the global batch after DeepSpeed's own averaging over ranks
+    and micro-batches.
+    """
+    accumulation = micro_steps(training, workers)
+    share = batch[rank::workers]
+    weight = workers * accumulation / len(batch)
+    padded = [(row, weight) for row in share]
+    padded += [(batch[0], 0.0)] * (accumulation * training.micro_pairs - len(share))
+    return [padded[first : first + training.micro_pairs] for first in range(0, len(padded), training.micro_pairs)]
+
+
+def worker(config: dict) -> None:
+    """One rank of the group (`train_loop_per_worker` of Ray Train)."""
+    Worker(config["spec"]).run()
+
+
+class Worker:
+    """A rank: model shards, this rank's share of the pairs, and the loop over steps."""
+
+    def __init__(self, spec: TrainSpec):
+        import deepspeed
+        import torch
+        from ray.train.torch import get_device
+        from transformers import AutoModelForCausalLM
+        from transformers.integrations import HfDeepSpeedConfig
+
+        from evolve_ray import objective
+        from evolve_ray.chat import Chat
+
+        self.torch, self.deepspeed = torch, deepspeed
+        self.spec, self.training = spec, spec.training
+        self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.device = get_device()
+        self.objective = objective.find(spec.training)
+        self.total = objective.total
+        self.chat = Chat(spec.model)
+        self.pairs = rows.read_table(Path(spec.pairs))
+        self.batches = batches(len(self.pairs), spec.training, seed=spec.seed, iteration=spec.iteration)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if spec.trainer.use_gpu else "gloo", auto_mpi_discovery=False, verbose=False
+        )
+        ds_config = deepspeed_config(spec)
+        self._keep = HfDeepSpeedConfig(ds_config)  # while it lives, from_pretrained loads straight into ZeRO-3 shards
+        model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=getattr(torch, spec.dtype))
+        if spec.trainer.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train()
+        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config)
+
+    def run(self) -> None:
+        import ray.train
+
+        start, log = self.restore()
+        reference = self.reference() if self.objective.reference else {}
+        for step in range(start, len(self.batches)):
+            log.append(self.update(step, reference))
+            ray.train.report({"step": step + 1, "num_steps": len(self.batches), **log[-1]})
+            if (step + 1) % self.spec.trainer.checkpoint_steps == 0 and step + 1 < len(self.batches):
+                self.save(step + 1, log)
+        self.export(log)
+
+    def logps(self, indices: list[int], needs: tuple[str, ...]) -> tuple[dict[str, Any], Any]:
+        """`{name: logps_B}` of the given pairs, and the response lengths of their chosen answers."""
+        from evolve_ray.logprobs import pair_sequences, sequence_logps
+
+        built = [pair_sequences(self.chat, self.spec.template, self.pairs[index], needs) for index in indices]
+        flat = [sequences[name] for sequences in built for name in needs]
+        logps_BN = sequence_logps(self.engine, flat, self.chat.pad_id, self.device).view(len(indices), len(needs))
+        first = needs[0]
+        lengths = self.torch.tensor([float(len(sequences[first].response)) for sequences in built], device=self.device)
+        return {name: logps_BN[:, position] for position, name in enumerate(needs)}, lengths.clamp(min=1)
+
+    def update(self, step: int, reference: dict[str, Any]) -> dict[str, float]:
+        """One optimiser update; returns its metrics, the same on every rank."""
+        torch = self.torch
+        batch = self.batches[step]
+        rate = learning_rate(step, len(self.batches), self.training)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        sums: dict[str, float] = {}
+        for micro in micro_batches(batch, self.rank, self.training, self.world):
+            indices = [row for row, _ in micro]
+            weights = torch.tensor([weight for _, weight in micro], device=self.device)
+            policy, lengths = self.logps(indices, self.objective.needs)
+            given = {name: values[indices].to(self.device) for name, values in reference.items()}
+            loss_B, metrics = self.total(self.objective, policy, given, lengths, self.training)
+            self.stop_if_not_finite(loss_B, step, indices)
+            # DeepSpeed divides by the number of micro-batches and averages over ranks; `weights` undo both.
+            self.engine.backward((loss_B * weights).sum())
+            self.engine.step()
+            real = weights > 0
+            for name, values in {"loss": loss_B, **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + values.detach()[real].double().sum().item()
+        if getattr(self.engine.optimizer, "overflow", False):
+            ids = [self.pairs[row]["pair_id"] for row in batch]
+            raise NumericsError(
+                f"training step {step}: the gradient is not finite, so no weight was changed; pairs {ids[:8]}; "
+                "lower learning_rate or look at these pairs, then submit again"
+            )
+        totals = torch.tensor([sums[name] for name in sorted(sums)], dtype=torch.float64)
+        self.all_reduce(totals)
+        means = {name: value / len(batch) for name, value in zip(sorted(sums), totals.tolist(), strict=True)}
+        norm = self.engine.get_global_grad_norm()
+        return {"step": step, "num_pairs": len(batch), "learning_rate": rate, "gradient_norm": float(norm or 0.0), **means}
+
+    def all_reduce(self, values: Any) -> None:
+        moved = values.to(self.device)
+        self.torch.distributed.all_reduce(moved)
+        values.copy_(moved)
+
+    def stop_if_not_finite(self, loss_B: Any, step: int, indices: list[int]) -> None:
+        """All ranks stop together, before the backward pass, if any rank's loss is not finite."""
+        bad = self.torch.tensor([float((~loss_B.isfinite()).any())], dtype=self.torch.float64)
+        own = bool(bad.item())
+        self.all_reduce(bad)
+        if bad.item():
+            who = f"rank {self.rank}" if own else f"another rank than {self.rank}"
+            ids = [
+                self.pairs[row]["pair_id"] for row, finite in zip(indices, loss_B.isfinite().tolist(), strict=True) if not finite
+            ]
+            raise NumericsError(
+                f"training step {step}: the loss is not finite on {who}, pairs {ids}; no weight was changed; "
+                "look at these pairs and their reference log-probabilities, then submit again"
+            )
+
+    def reference(self) -> dict[str, Any]:
+        """`{name: logps_P}` of all pairs under the model that this phase starts from: read if committed, else computed.
+
+        Computed with the very micro-batches of the training loop, through the same engine: before the first update the
+        policy's log-probabilities are these, bit by bit up to the order of a batched sum.
+        """
+        stage = self.spec.reference
+        assert stage is not None
+        names = self.objective.needs
+        manifest = stage.committed()
+        if manifest is None:
+            table = self.compute_reference(names)
+            if self.rank == 0:
+                work = stage.start()
+                filled = [{name: row.get(name) for name in rows.REFERENCE.names} for row in table]
+                rows.write_table(work / "reference.parquet", filled, rows.REFERENCE)
+                stage.commit(num_in=len(self.pairs), num_rows=len(table))
+            self.torch.distributed.barrier()
+            manifest = stage.committed()
+            assert manifest is not None
+        stored = rows.read_table(manifest.path("reference.parquet"))
+        if [row["pair_id"] for row in stored] != [pair["pair_id"] for pair in self.pairs]:
+            raise UserError(f"{stage.final}: belongs to other pairs; submit with --rerun-changed to compute it again")
+        return {name: self.torch.tensor([row[name] for row in stored], dtype=self.torch.float32) for name in names}
+
+    def compute_reference(self, names: tuple[str, ...]) -> list[dict]:
+        torch = self.torch
+        values = torch.zeros(len(self.pairs), len(names), dtype=torch.float64)
+        epoch = self.batches[: math.ceil(len(self.pairs) / self.training.batch_pairs)]
+        with torch.no_grad():
+            for batch in epoch:
+                for micro in micro_batches(batch, self.rank, self.training, self.world):
+                    indices = [row for row, _ in micro]
+                    logps, _ = self.logps(indices, names)
+                    for position, (row, weight) in enumerate(micro):
+                        if weight:
+                            values[row] = torch.stack([logps[name][position] for name in names]).double().cpu()
+        self.all_reduce(values)
+        for pair, row in zip(self.pairs, values.isfinite().all(dim=1).tolist(), strict=True):
+            if not row:
+                raise NumericsError(
+                    f"reference: the log-probability of pair {pair['pair_id']} is not finite; "
+                    f"look at prompt {pair['prompt_id']} and at the model {self.spec.model}"
+                )
+        return [
+            {"pair_id": pair["pair_id"], **dict(zip(names, row, strict=True))}
+            for pair, row in zip(self.pairs, values.tolist(), strict=True)
+        ]
+
+    def step_folder(self, step: int) -> Path:
+        return self.spec.checkpoint.work / "steps" / f"step-{step:06d}"
+
+    def save(self, step: int, log: list[dict]) -> None:
+        """All ranks write their shards aside; rank 0 commits the folder and removes the one before."""
+        aside = self.step_folder(step).with_name(f".step-{step:06d}")
+        if self.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        self.torch.distributed.barrier()
+        self.engine.save_checkpoint(str(aside), tag="state", save_latest=False)
+        self.torch.distributed.barrier()
+        if self.rank == 0:
+            (aside / "log.json").write_text(json.dumps(log), encoding="utf-8")
+            commit(aside, self.step_folder(step), stage="step", key=self.spec.checkpoint.key, step=step, world=self.world)
+            before = self.step_folder(step - self.spec.trainer.checkpoint_steps)
+            shutil.rmtree(before, ignore_errors=True)
+        self.torch.distributed.barrier()
+
+    def restore(self) -> tuple[int, list[dict]]:
+        """The last committed step whose bytes are what its manifest says, and the log up to it."""
+        interval = self.spec.trainer.checkpoint_steps
+        for step in range((len(self.batches) - 1) // interval * interval, 0, -interval):
+            manifest = read_manifest(self.step_folder(step), verify=True)
+            if manifest is None:
+                continue
+            if manifest.stats["world"] != self.world:
+                raise UserError(
+                    f"trainer.workers: is {self.world}, but {manifest.folder} was written by {manifest.stats['world']}; "
+                    f"resume with that many workers, or delete {manifest.folder} to start this training anew"
+                )
+            # DeepSpeed's shards are pickles: they are loaded only because their hashes are in our own manifest.
+            self.engine.load_checkpoint(str(manifest.folder), tag="state")
+            return step, json.loads(manifest.path("log.json").read_text(encoding="utf-8"))
+        return 0, []
+
+    def export(self, log: list[dict]) -> None:
+        """Gathers the parameters one by one and commits a Hugging Face folder."""
+        torch = self.torch
+        model = self.engine.module
+        state = {}
+        for name, parameter in model.named_parameters():
+            with self.deepspeed.zero.GatheredParameters([parameter]):
+                if self.rank == 0:
+                    state[name] = parameter.detach().to("cpu", copy=True)
+        if self.rank == 0:
+            for name, value in state.items():
+                if not value.isfinite().all():
+                    raise NumericsError(f"export: the parameter {name} is not finite; nothing was committed; lower learning_rate")
+            for name, buffer in model.named_buffers():
+                if name in model.state_dict():
+                    state[name] = buffer.detach().cpu()
+            stage = self.spec.checkpoint
+            work = stage.work
+            out = work.with_name(f"{work.name}-export")
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir(parents=True)
+            model.save_pretrained(out, state_dict=state, safe_serialization=True)
+            self.chat.tokenizer.save_pretrained(out)
+            rows.write_jsonl(out / "training_log.jsonl", log)
+            (out / "README.md").write_text(model_card(self.spec, len(self.pairs), log), encoding="utf-8")
+            rows.write_jsonl(out / "rejected.jsonl", [])
+            commit(
+                out,
+                stage.final,
+                stage=stage.name,
+                key=stage.key,
+                inputs=stage.inputs,
+                num_in=len(self.pairs),
+                num_rows=len(self.pairs),
+                num_rejected=0,
+                num_steps=len(log),
+            )
+            shutil.rmtree(work, ignore_errors=True)
+        torch.distributed.barrier()
+
+
+def model_card(spec: TrainSpec, num_pairs: int, log: list[dict]) -> str:
+    """README.md of the checkpoint: what it came from and how."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [evolve-ray, self-refinement]",
+        "---",
+        "# Model trained by evolve-ray",
+        "",
+        f"* objective: `{spec.training.objective}`, iteration {spec.iteration}",
+        f"* pairs: {num_pairs}, updates: {len(log)}, last loss: {log[-1]['loss']:.6f}" if log else f"* pairs: {num_pairs}",
+        f"* options: `{json.dumps(options.resolved(spec.training))}`",
+        "",
+        "Method: EVOLVE, arXiv 2502.05605. The manifest beside this file lists the inputs by content hash.",
+    ]
+    return "\n".join(lines) + "\n"
