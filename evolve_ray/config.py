@@ -43,12 +43,12 @@ class Toy:
     hidden: int = option(96, low=8)
     layers: int = option(3, low=1)
     heads: int = option(4, low=1)
-    base_steps: int = option(460, low=1)
+    base_steps: int = option(400, low=1)
     reward_model_steps: int = option(120, low=1)
     num_train: int = option(12000, low=1)
     num_heldout: int = option(500, low=1)
     num_out_of_domain: int = option(250, low=1)
-    num_triples: int = option(12000, low=1)
+    num_triples: int = option(16000, low=1)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Engine:
-    """The pool of inference engines. `args` go to vLLM as they are; `env` is set before its processes start."""
+    """The pool of inference engines. `args` go to vLLM as they are; `env` is set before its processes start.
+
+    With `release_for_training` the engines (and scorers) end before a training starts, so that both can take turns on the
+    same GPUs; without it they stay and get new weights in place.
+    """
 
     name: str = option("vllm", choices=("vllm",), plug=True)
     actors: int = option(1, low=1, runtime=True)
@@ -116,6 +120,7 @@ class Engine:
     shard_prompts: int = option(256, low=1)
     max_num_seqs: int = option(256, low=1)
     max_restarts: int = option(3, low=0, runtime=True)
+    release_for_training: bool = option(True, runtime=True)
     args: dict = option({})
     env: dict = option({}, runtime=True)
 
@@ -132,6 +137,7 @@ class Scorer:
     actors: int = option(1, low=1, runtime=True)
     cpus_per_actor: float = option(1.0, low=0.0, runtime=True)
     gpus_per_actor: float = option(0.0, low=0.0, runtime=True)
+    max_restarts: int = option(3, low=0, runtime=True)
 
 
 @dataclass(frozen=True)
@@ -351,10 +357,16 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
         if not equals or not key.strip():
             raise UserError(f"command line: {item!r}: must have the form key=value, for example training.beta=0.2")
         overridden.add(key.strip())
-        place(tree, key.strip().split("."), parse_value(raw.strip()))
+        if key.strip() in OPTIONAL and raw.strip() == "none":
+            tree.pop(key.strip(), None)
+        else:
+            place(tree, key.strip().split("."), parse_value(raw.strip()))
     config = Reader(str(path), text, overridden).build(Config, tree)
     check_together(config, Reader(str(path), text, overridden))
     return config
+
+
+OPTIONAL = ("toy", "activation", "offline", "verifier")  # tables that `TABLE=none` on the command line takes away
 
 
 def parse_value(raw: str) -> Any:
@@ -410,6 +422,12 @@ def resolved(part: Any, *, runtime: bool = True) -> Any:
         for f in dataclasses.fields(part)
         if runtime or not f.metadata.get("runtime")
     }
+
+
+def from_json(tree: dict, where: str) -> Config:
+    """The configuration that `resolved` wrote; absent tables are null there."""
+    given = {name: value for name, value in tree.items() if value is not None}
+    return Reader(where, "", set()).build(Config, given)
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:

@@ -11,8 +11,7 @@ from evolve_ray import rows
 from evolve_ray.chat import Chat, first_line
 from evolve_ray.errors import ResourceError, UserError
 from evolve_ray.refine import STRATEGIES, Ask, Draft, Strategy, Template, find_plug
-from evolve_ray.shards import ShardActor, Step
-from evolve_ray.store import Stage
+from evolve_ray.shards import PoolOptions, ShardWorker
 
 # The engine runs inside the actor's own process and is stepped by it: that is what makes the schedule reproducible.
 ENGINE_ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -33,6 +32,10 @@ class Completion:
 
 class Engine(Protocol):
     """The few verbs that generation needs; tests put a list-driven fake behind them."""
+
+    def use(self, spec: "GenerateSpec", chat: Chat) -> None: ...
+
+    def reload(self, spec: "GenerateSpec", chat: Chat) -> None: ...
 
     def submit(self, request_id: str, prompt_ids: list[int], seed: int) -> None: ...
 
@@ -63,7 +66,7 @@ class VllmEngine:
     """One vLLM engine in this process, stepped by hand."""
 
     def __init__(self, spec: GenerateSpec, chat: Chat):
-        from vllm import LLM, SamplingParams
+        from vllm import LLM
 
         try:
             self.llm = LLM(
@@ -76,6 +79,11 @@ class VllmEngine:
             )
         except TypeError as error:
             raise UserError(f"engine.args: vLLM does not take them: {first_line(error)}") from None
+        self.use(spec, chat)
+
+    def use(self, spec: GenerateSpec, chat: Chat) -> None:
+        from vllm import SamplingParams
+
         self.sampling = lambda seed: SamplingParams(
             temperature=spec.sampling.temperature,
             top_p=spec.sampling.top_p,
@@ -83,6 +91,13 @@ class VllmEngine:
             stop_token_ids=chat.stop_ids,
             seed=seed,
         )
+
+    def reload(self, spec: GenerateSpec, chat: Chat) -> None:
+        """New weights of the same shape in place; what the prefix cache holds was computed with the old ones."""
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": spec.model})
+        if not self.llm.reset_prefix_cache():
+            raise ResourceError("engine: the prefix cache was not reset after new weights; submit the same command again")
+        self.use(spec, chat)
 
     def submit(self, request_id: str, prompt_ids: list[int], seed: int) -> None:
         self.llm.llm_engine.add_request(request_id, {"prompt_token_ids": prompt_ids}, self.sampling(seed))
@@ -198,8 +213,8 @@ def draft_row(completion: Completion, prompt: dict, ask: Ask, seed: int, model_h
     }
 
 
-class Generator(ShardActor):
-    """A Ray Data actor that owns one engine and writes one shard of drafts per call."""
+class Generator(ShardWorker):
+    """Owns one engine and writes one shard of drafts per call."""
 
     schema = rows.GENERATION
 
@@ -208,15 +223,26 @@ class Generator(ShardActor):
         started = time.monotonic()
         self.chat = Chat(spec.model)
         self.engine = find_plug(ENGINES, spec.engine.name, "engine.name")(spec, self.chat)
-        self.strategy = find_plug(STRATEGIES, spec.strategy.name, "strategy.name")
         self.start_seconds = time.monotonic() - started
+
+    def renew(self, spec: GenerateSpec) -> None:
+        started = time.monotonic()
+        self.chat = Chat(spec.model)
+        if spec.model_hash != self.spec.model_hash:
+            self.engine.reload(spec, self.chat)
+        else:
+            self.engine.use(spec, self.chat)
+        self.spec = spec
+        self.start_seconds += time.monotonic() - started
 
     def process(self, shard: int, prompts: list[dict]) -> tuple[list[dict], list[dict], dict]:
         started = time.monotonic()
         spec = self.spec
 
+        strategy = find_plug(STRATEGIES, spec.strategy.name, "strategy.name")
+
         def start(prompt: str) -> Strategy:
-            return self.strategy(prompt, spec.template, spec.strategy)
+            return strategy(prompt, spec.template, spec.strategy)
 
         try:
             generated, rejected, stats = drive(self.engine, lambda ask: self.chat.context_ids(ask.messages), prompts, start, spec)
@@ -233,20 +259,14 @@ class Generator(ShardActor):
         return generated, rejected, stats
 
 
-def step(stage: Stage, spec: GenerateSpec) -> Step:
-    """The generation pool of the pipeline."""
-    if spec.engine.gpus_per_actor and spec.engine.gpus_per_actor < spec.engine.args.get("tensor_parallel_size", 1):
-        raise ResourceError(
-            f"engine.gpus_per_actor: is {spec.engine.gpus_per_actor}, below engine.args.tensor_parallel_size "
-            f"({spec.engine.args['tensor_parallel_size']}); raise it"
-        )
-    return Step(
-        stage=stage,
-        actor=Generator,
-        spec=spec,
-        actors=spec.engine.actors,
-        cpus=spec.engine.cpus_per_actor,
-        gpus=spec.engine.gpus_per_actor,
-        restarts=spec.engine.max_restarts,
-        env=ENGINE_ENV | {name: str(value) for name, value in spec.engine.env.items()},
+def pool(engine: options.Engine) -> PoolOptions:
+    """The pool of engines that the recipe asks for."""
+    return PoolOptions(
+        name="engines",
+        worker=Generator,
+        actors=engine.actors,
+        cpus=engine.cpus_per_actor,
+        gpus=engine.gpus_per_actor,
+        restarts=engine.max_restarts,
+        env=ENGINE_ENV | {name: str(value) for name, value in engine.env.items()},
     )

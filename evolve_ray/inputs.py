@@ -6,15 +6,17 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from evolve_ray import models, prompts, rows
-from evolve_ray.config import Config, Preferences, flatten, resolved
+from evolve_ray.config import Config, Preferences, flatten, from_json, resolved
 from evolve_ray.errors import ResourceError, UserError
 from evolve_ray.refine import Template, load_template
+from evolve_ray.shards import Pools
 from evolve_ray.store import Manifest, Run, Stage, sha256_file, write_atomic
 
 TOY_VERSION = 1
@@ -48,6 +50,7 @@ class Context:
     prompts: dict[int, Manifest] = field(default_factory=dict)
     given: dict[str, Manifest] = field(default_factory=dict)
     held_out: Manifest | None = None
+    pools: Pools = field(default_factory=Pools)
 
     def stage(self, final: Path, name: str, key: dict, inputs: dict[str, str]) -> Stage:
         """The stage at `final` for these inputs; with --rerun-changed, what stands there for others is put aside."""
@@ -64,6 +67,28 @@ class Context:
         with self.run.timed(stage, iteration):
             yield
 
+    @contextlib.contextmanager
+    def followed(self, kind: str, line: Callable[[dict], str]) -> Iterator[None]:
+        """Prints the events of `kind` that other processes append meanwhile."""
+        done = threading.Event()
+
+        def follow(file: Any) -> None:
+            while not done.wait(1.0):
+                for raw in file:
+                    event = json.loads(raw)
+                    if event["event"] == kind:
+                        self.say(line(event))
+
+        with open(self.run.root / "events.jsonl", "rb") as file:
+            file.seek(0, os.SEEK_END)
+            thread = threading.Thread(target=follow, args=(file,), daemon=True)
+            thread.start()
+            try:
+                yield
+            finally:
+                done.set()
+                thread.join()
+
     def collect_rejected(self, iteration: int) -> None:
         """rejected.jsonl of an iteration: what each of its stages rejected, in the order of the data."""
         folder = self.run.iteration(iteration)
@@ -75,16 +100,11 @@ def settle_config(config: Config, run: Run, *, rerun_changed: bool) -> None:
     """Stores the resolved configuration; a run directory of another configuration is refused by the names of the fields."""
     path = run.root / "config.json"
     if path.exists():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        runtime_free = flatten(resolved(config, runtime=False))
-        before = flatten(stored)
-        changed = [name for name, value in runtime_free.items() if before.get(name, "absent") != value]
-        known = flatten(resolved(config))
-        changed += [name for name in before if name not in known]
+        before = flatten(resolved(from_json(json.loads(path.read_text(encoding="utf-8")), str(path)), runtime=False))
+        here = flatten(resolved(config, runtime=False))
+        changed = sorted(name for name in before.keys() | here.keys() if before.get(name, "unset") != here.get(name, "unset"))
         if changed and not rerun_changed:
-            shown = ", ".join(
-                f"{name} ({before.get(name, 'absent')} -> {known.get(name, 'absent')})" for name in sorted(changed)[:8]
-            )
+            shown = ", ".join(f"{name} ({before.get(name, 'unset')} -> {here.get(name, 'unset')})" for name in changed[:8])
             raise UserError(
                 f"{run.root}: belongs to another configuration; changed: {shown}; use another --run, or submit with "
                 "--rerun-changed to compute again what depends on them"
@@ -281,7 +301,11 @@ def make_toy(run: Run, part: str, options: dict, say: Callable[[str], None], key
     if manifest is None:
         say(f"  tiny world: making its {part.replace('_', ' ')} (kept at {stage.final})")
         code = str(Path(__file__).parents[1])
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")]))}
+        environment = {
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+            "PYTHONPATH": os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")])),
+        }
         command = [sys.executable, "-m", "evolve_ray.toy", part, str(stage.start()), json.dumps(options)]
         result = subprocess.run(command, env=environment)
         if result.returncode:

@@ -91,16 +91,12 @@ def generate_and_score(
             context_tokens=config.model.context_tokens, template=context.template, strategy=strategy, sampling=sampling,
             engine=config.engine, seed=config.seed, scope=scope,
         )  # fmt: skip
-        steps.append(generate.step(drafts_stage, spec))
-    steps.append(
-        score.step(
-            scores_stage,
-            score.ScoreSpec(
-                prompts=table, drafts=str(drafts_folder), work=str(scores_stage.resume()), key=scores_stage.key,
-                shard_prompts=size, scorer=config.scorer, reward_model=str(context.reward_model or ""), verifier=config.verifier,
-            ),
-        )
+        steps.append(shards.Step(drafts_stage, generate.pool(config.engine), spec))
+    score_spec = score.ScoreSpec(
+        prompts=table, drafts=str(drafts_folder), work=str(scores_stage.resume()), key=scores_stage.key, shard_prompts=size,
+        scorer=config.scorer, reward_model=str(context.reward_model or ""), verifier=config.verifier,
     )  # fmt: skip
+    steps.append(shards.Step(scores_stage, score.pool(config.scorer), score_spec))
     with context.timed(label, iteration):
         done = 0
 
@@ -111,7 +107,7 @@ def generate_and_score(
             context.say(f"    {done} of {num_shards} shards")
 
         context.start_ray()
-        shards.run(steps, num_shards, on_shard)
+        shards.run(context.pools, steps, num_shards, on_shard)
         if not drafts:
             drafts = shards.finish(drafts_stage, num_shards, num_prompts)
         scores = shards.finish(scores_stage, num_shards, drafts.stats["num_rows"])
@@ -198,12 +194,16 @@ def fit(context: Context, iteration: int, policy: Policy, given: Manifest, train
     if manifest is None:
         with context.timed(name, iteration):
             context.start_ray()
+            if config.engine.release_for_training:
+                context.pools.close("engines")
+                context.pools.close("scorers")
             spec = train.TrainSpec(
                 pairs=str(given.path("pairs.parquet")), model=str(policy.folder), dtype=config.model.dtype,
                 template=context.template, training=training, trainer=config.trainer, seed=config.seed, iteration=iteration,
-                reference=reference, checkpoint=stage,
+                run=context.run, reference=reference, checkpoint=stage,
             )  # fmt: skip
-            manifest = train.fit(spec, folder / f".ray-train-{name}")
+            with context.followed("training", lambda e: f"    step {e['step'] + 1} of {e['num_steps']}, loss {e['loss']:.4f}"):
+                manifest = train.fit(spec, folder / f".ray-train-{name}")
     return Policy.from_manifest(manifest)
 
 

@@ -12,8 +12,8 @@ from evolve_ray import rows
 from evolve_ray.chat import Chat
 from evolve_ray.errors import IntegrityError
 from evolve_ray.refine import find_plug
-from evolve_ray.shards import ShardActor, Step, shard_name
-from evolve_ray.store import Stage, read_manifest
+from evolve_ray.shards import PoolOptions, ShardWorker, shard_name
+from evolve_ray.store import read_manifest
 
 VERSION = 1
 
@@ -98,8 +98,8 @@ class ScoreSpec:
     verifier: options.Verifier | None
 
 
-class ScoreActor(ShardActor):
-    """A Ray Data actor that scores one shard of drafts per call."""
+class ScoreWorker(ShardWorker):
+    """Scores one shard of drafts per call."""
 
     schema = rows.SCORE
 
@@ -145,13 +145,13 @@ def is_finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def step(stage: Stage, spec: ScoreSpec) -> Step:
-    """The scoring pool of the pipeline."""
-    return Step(
-        stage=stage,
-        actor=ScoreActor,
-        spec=spec,
-        actors=spec.scorer.actors,
-        cpus=spec.scorer.cpus_per_actor,
-        gpus=spec.scorer.gpus_per_actor,
+def pool(scorer: options.Scorer) -> PoolOptions:
+    """The pool of scoring actors that the recipe asks for."""
+    return PoolOptions(
+        name="scorers",
+        worker=ScoreWorker,
+        actors=scorer.actors,
+        cpus=scorer.cpus_per_actor,
+        gpus=scorer.gpus_per_actor,
+        restarts=scorer.max_restarts,
     )

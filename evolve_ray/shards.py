@@ -1,11 +1,12 @@
 """Ray Data over shards: rows fan out to pools of actors, each actor commits its shard, the driver only counts.
 
-Rows never pass through the driver. A shard is a slice of a committed prompts table; a step is an actor class whose call
-takes a shard number, commits that shard and returns its counts. Steps follow each other in one streaming pipeline, so
-shard k is scored while shard k+1 is generated.
+Rows never pass through the driver. A shard is a slice of a committed prompts table; a step asks an actor of its pool to
+process that slice and commit the result. Steps follow each other in one streaming pipeline, so shard k is scored while
+shard k+1 is generated. A pool belongs to the driver and outlives a pipeline: engines start once and get new weights.
 """
 
 import json
+import logging
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,29 +16,37 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from evolve_ray.errors import IntegrityError
+from evolve_ray.errors import IntegrityError, ResourceError
 from evolve_ray.rows import read_jsonl, read_table, write_jsonl, write_table
 from evolve_ray.store import Manifest, Stage, commit, read_manifest
 
 
 @dataclass(frozen=True)
-class Step:
-    """One actor pool of the pipeline: `actor(spec)` is built once per actor and called once per shard."""
+class PoolOptions:
+    """What a pool of actors takes from the cluster. `env` is set before the processes start."""
 
-    stage: Stage
-    actor: type
-    spec: Any
+    name: str
+    worker: type
     actors: int
     cpus: float
     gpus: float
-    restarts: int = 3
+    restarts: int
     env: dict[str, str] = field(default_factory=dict)
 
 
-class ShardActor:
-    """Base of the pool's actors: commits each shard once, and returns what is committed if it already is.
+@dataclass(frozen=True)
+class Step:
+    """One arrow of the pipeline: which pool processes the shards of `stage`, with what."""
 
-    A subclass implements `process(prompts) -> (rows, rejected, stats)` and names its schema.
+    stage: Stage
+    pool: PoolOptions
+    spec: Any
+
+
+class ShardWorker:
+    """What an actor hosts: commits each shard once, and returns what is committed if it already is.
+
+    A subclass implements `process` and names the schema of its rows; `renew` gives it another spec of the same run.
     """
 
     schema: Any
@@ -45,24 +54,69 @@ class ShardActor:
     def __init__(self, spec: Any):
         self.spec = spec
 
+    def renew(self, spec: Any) -> None:
+        self.spec = spec
+
     def process(self, shard: int, prompts: list[dict]) -> tuple[list[dict], list[dict], dict]:
+        """(rows, rejected rows, counts) of one slice of prompts."""
         raise NotImplementedError
 
-    def __call__(self, batch: dict) -> dict:
-        shard = int(batch["shard"][0])
+    def commit_shard(self, shard: int) -> dict:
+        """Counts of the committed shard."""
         final = Path(self.spec.work) / shard_name(shard)
         manifest = read_manifest(final)
         if manifest is None:
-            prompts = read_slice(Path(self.spec.prompts), shard, self.spec.shard_prompts)
-            rows, rejected, stats = self.process(shard, prompts)
+            made, rejected, stats = self.process(shard, read_slice(Path(self.spec.prompts), shard, self.spec.shard_prompts))
             aside = final.parent / f".{final.name}-{uuid.uuid4().hex[:8]}"
             aside.mkdir()
-            write_table(aside / "rows.parquet", rows, self.schema)
+            write_table(aside / "rows.parquet", made, self.schema)
             write_jsonl(aside / "rejected.jsonl", rejected)
-            manifest = commit(
-                aside, final, stage="shard", key=self.spec.key, num_rows=len(rows), num_rejected=len(rejected), **stats
+            stats |= {"num_rows": len(made), "num_rejected": len(rejected)}
+            manifest = commit(aside, final, stage="shard", key=self.spec.key, **stats)
+        return manifest.stats
+
+
+class Host:
+    """The Ray actor of a pool: builds its worker at the first shard, renews it when a stage brings another spec."""
+
+    def __init__(self, worker: type[ShardWorker]):
+        self.make = worker
+        self.worker: ShardWorker | None = None
+
+    def commit_shard(self, spec: Any, shard: int) -> dict:
+        if self.worker is None:
+            self.worker = self.make(spec)
+        elif self.worker.spec != spec:
+            self.worker.renew(spec)
+        return self.worker.commit_shard(shard)
+
+
+class Pools:
+    """The actors of a run by pool name; they die with the driver that made them."""
+
+    def __init__(self) -> None:
+        self._actors: dict[str, list[Any]] = {}
+
+    def open(self, options: PoolOptions) -> list[Any]:
+        import ray
+
+        if options.name not in self._actors:
+            remote = ray.remote(Host).options(
+                num_cpus=options.cpus,
+                num_gpus=options.gpus,
+                max_restarts=options.restarts,
+                max_task_retries=options.restarts,
+                runtime_env={"env_vars": options.env} if options.env else None,
             )
-        return {"shard": [shard], "stats": [json.dumps(manifest.stats)]}
+            self._actors[options.name] = [remote.remote(options.worker) for _ in range(options.actors)]
+        return self._actors[options.name]
+
+    def close(self, name: str) -> None:
+        """Ends a pool's actors and gives their resources back."""
+        import ray
+
+        for actor in self._actors.pop(name, []):
+            ray.kill(actor)
 
 
 def shard_name(shard: int) -> str:
@@ -73,8 +127,23 @@ def read_slice(path: Path, shard: int, size: int) -> list[dict]:
     return pq.read_table(path).slice(shard * size, size).to_pylist()
 
 
-def run(steps: list[Step], num_shards: int, on_shard: Callable[[int, dict], None]) -> None:
-    """Streams the shards that are not committed in every step through the actor pools."""
+def ask_pool(batch: dict, actors: list[Any], pool: PoolOptions, spec: Any) -> dict:
+    """The Ray Data task of a step: hands one shard to its actor and waits until it is committed there."""
+    import ray
+
+    shard = int(batch["shard"][0])
+    try:
+        stats = ray.get(actors[shard % len(actors)].commit_shard.remote(spec, shard))
+    except ray.exceptions.RayActorError as error:
+        raise ResourceError(
+            f"{pool.name}: the actor that works on shard {shard} died more than {pool.restarts} times; see its log in the "
+            f"Ray dashboard, then submit the same command again: {str(error).strip().splitlines()[0]}"
+        ) from None
+    return {"shard": [shard], "stats": [json.dumps(stats)]}
+
+
+def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[int, dict], None]) -> None:
+    """Streams the shards that are not committed in every step through the pools."""
     import ray
 
     todo = [
@@ -86,25 +155,23 @@ def run(steps: list[Step], num_shards: int, on_shard: Callable[[int, dict], None
         return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its own log files keep the rest
     dataset = ray.data.from_items(todo, override_num_blocks=len(todo))
     for step in steps:
         dataset = dataset.map_batches(
-            step.actor,
-            fn_constructor_args=(step.spec,),
+            ask_pool,
+            fn_kwargs={"actors": pools.open(step.pool), "pool": step.pool, "spec": step.spec},
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(step.actors, len(todo)), max_tasks_in_flight_per_actor=2),
-            num_cpus=step.cpus,
-            num_gpus=step.gpus or None,
-            runtime_env={"env_vars": step.env} if step.env else None,
-            max_restarts=step.restarts,
-            max_task_retries=step.restarts,
+            # Tasks only wait for their actor. A few more than actors keep every actor's queue filled.
+            num_cpus=0.01,
+            compute=ray.data.TaskPoolStrategy(size=min(4 * step.pool.actors, len(todo))),
         )
     for row in dataset.iter_rows():
         on_shard(int(row["shard"]), json.loads(row["stats"]))
 
 
 def finish(stage: Stage, num_shards: int, num_in: int) -> Manifest:
-    """Commits a sharded stage as a whole, after the conservation law: rows in = rows out + rejected."""
+    """Commits a sharded stage as a whole, after the conservation law: rows in = rows accounted for."""
     expected = {shard_name(shard) for shard in range(num_shards)}
     totals: dict[str, float] = {}
     rejected: list[dict] = []
@@ -118,9 +185,10 @@ def finish(stage: Stage, num_shards: int, num_in: int) -> Manifest:
     for path in stage.work.iterdir():
         if path.name not in expected:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    used, lost = totals.pop("num_in", 0), totals.pop("num_rejected", 0)
+    used = totals.pop("num_in", 0)
+    totals.pop("num_rejected", None)
     if used != num_in:
-        raise IntegrityError(f"{stage.final}: {num_in} rows went in, but {used} were accounted for ({lost} rejected)")
+        raise IntegrityError(f"{stage.final}: {num_in} rows went in, but {used} were accounted for; delete {stage.work}")
     return stage.commit(rejected, num_in=num_in, num_shards=num_shards, **totals)
 
 

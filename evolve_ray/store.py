@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -184,7 +183,6 @@ class Run:
 
     def __init__(self, root: Path):
         self.root = root
-        self._events = threading.Lock()
 
     def iteration(self, number: int) -> Path:
         return self.root / f"iteration-{number:02d}"
@@ -219,7 +217,7 @@ class Run:
     def event(self, kind: str, **fields: Any) -> None:
         """Appends one line to events.jsonl in a single write."""
         line = json.dumps({"time": now(), "event": kind, **fields}, ensure_ascii=False, default=str) + "\n"
-        with self._events, open(self.root / "events.jsonl", "ab", buffering=0) as file:
+        with open(self.root / "events.jsonl", "ab", buffering=0) as file:
             file.write(line.encode("utf-8", "replace"))
 
     @contextlib.contextmanager

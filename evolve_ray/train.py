@@ -11,17 +11,19 @@ import math
 import os
 import shutil
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evolve_ray import config as options
 from evolve_ray import rows
-from evolve_ray.errors import NumericsError, UserError
+from evolve_ray.errors import EvolveError, NumericsError, UserError
 from evolve_ray.refine import Template
-from evolve_ray.store import Manifest, Stage, commit, read_manifest
+from evolve_ray.store import Manifest, Run, Stage, commit, read_manifest, write_atomic
 
 VERSION = 1
+PROGRESS_S = 5.0  # seconds between two lines of progress
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class TrainSpec:
     trainer: options.Trainer
     seed: int
     iteration: int
+    run: Run
     reference: Stage | None
     checkpoint: Stage
 
@@ -45,11 +48,14 @@ def fit(spec: TrainSpec, storage: Path) -> Manifest:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    shutil.rmtree(storage, ignore_errors=True)
+    storage.mkdir(parents=True)
+    kept = storage / "error.json"
     env = {"DS_ACCELERATOR": "cuda" if spec.trainer.use_gpu else "cpu"}
     env |= {name: str(value) for name, value in spec.trainer.env.items()}
     trainer = TorchTrainer(
         worker,
-        train_loop_config={"spec": spec},
+        train_loop_config={"spec": spec, "error": str(kept)},
         torch_config=TorchConfig(backend="nccl" if spec.trainer.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=spec.trainer.workers,
@@ -64,7 +70,12 @@ def fit(spec: TrainSpec, storage: Path) -> Manifest:
             worker_runtime_env={"env_vars": env},
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except Exception:
+        raise_kept(kept)
+        raise
+    raise_kept(kept)
     shutil.rmtree(storage, ignore_errors=True)
     manifest = spec.checkpoint.committed()
     assert manifest is not None, "the worker group ended without an error and without a checkpoint"
@@ -150,8 +161,31 @@ def micro_batches(batch: list[int], rank: int, training: options.Training, worke
 
 
 def worker(config: dict) -> None:
-    """One rank of the group (`train_loop_per_worker` of Ray Train)."""
-    Worker(config["spec"]).run()
+    """One rank of the group (`train_loop_per_worker` of Ray Train).
+
+    Ray restarts the group after any error. That is right for a lost rank, whose peers see a RuntimeError of the
+    collective; any other error would only come again, so it is kept in a file and ends the group.
+    """
+    kept = Path(config["error"])
+    if kept.exists():
+        return
+    try:
+        Worker(config["spec"]).run()
+    except RuntimeError:
+        raise
+    except Exception as error:
+        told = {"kind": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
+        write_atomic(kept, json.dumps(told).encode())
+        if not isinstance(error, NumericsError):  # which all ranks raise together
+            raise
+
+
+def raise_kept(path: Path) -> None:
+    """Raises on the driver what a rank kept."""
+    if path.exists():
+        told = json.loads(path.read_text(encoding="utf-8"))
+        known = {kind.__name__: kind for kind in EvolveError.__subclasses__()}
+        raise known.get(told["kind"], RuntimeError)(told["message"] if told["kind"] in known else told["traceback"])
 
 
 class Worker:
@@ -192,11 +226,16 @@ class Worker:
 
         start, log = self.restore()
         reference = self.reference() if self.objective.reference else {}
+        told = time.monotonic()
         for step in range(start, len(self.batches)):
             log.append(self.update(step, reference))
-            ray.train.report({"step": step + 1, "num_steps": len(self.batches), **log[-1]})
+            if self.rank == 0 and time.monotonic() - told > PROGRESS_S:
+                self.spec.run.event("training", iteration=self.spec.iteration, num_steps=len(self.batches), **log[-1])
+                told = time.monotonic()
             if (step + 1) % self.spec.trainer.checkpoint_steps == 0 and step + 1 < len(self.batches):
                 self.save(step + 1, log)
+        # Once: Ray Train takes reports at its polling interval and blocks the workers of a quicker loop.
+        ray.train.report({"num_steps": len(self.batches), **log[-1]})
         self.export(log)
 
     def logps(self, indices: list[int], needs: tuple[str, ...]) -> tuple[dict[str, Any], Any]:

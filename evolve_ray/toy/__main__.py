@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+from transformers.utils import logging
+
 from evolve_ray.rows import write_jsonl
 from evolve_ray.toy import task
 
@@ -32,5 +34,7 @@ def say(*parts: object) -> None:
 
 
 if __name__ == "__main__":
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # a fresh classifier head is no news
     part, folder, options = sys.argv[1:]
     {"world": make_world, "reward_model": make_reward_model}[part](Path(folder), json.loads(options))

@@ -117,7 +117,7 @@ class SortVerifier:
         if not len(prompts) == len(answers) == len(responses):
             raise ValueError(f"lengths differ: {len(prompts)} prompts, {len(answers)} answers, {len(responses)} responses")
         rewards = []
-        for prompt, answer, response in zip(prompts, answers, responses):
+        for prompt, answer, response in zip(prompts, answers, responses, strict=True):
             if answer is None:
                 raise ValueError(f"prompt {prompt!r} has no answer to verify against: give one, or score with a reward model")
             rewards.append(gold_reward(response, answer))

@@ -173,7 +173,7 @@ def build_reward_model(
 
         def margins_of(count: int, side: str):
             """Reward of the better answer minus that of the worse one, for `count` fresh pairs: shape (count,)."""
-            better, worse = zip(*(draw_pair(rng, side) for _ in range(count)))
+            better, worse = zip(*(draw_pair(rng, side) for _ in range(count)), strict=True)
             batch_2BT = tokenizer([*better, *worse], padding=True, return_tensors="pt")
             rewards_2B = model(**batch_2BT, use_cache=False).logits[:, 0]
             return rewards_2B[:count] - rewards_2B[count:]

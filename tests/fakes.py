@@ -1,0 +1,56 @@
+"""Fakes for tests of wiring alone: an engine without a model and scorers that misbehave on purpose."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from evolve_ray.generate import Completion
+
+
+class FakeEngine:
+    """Answers every request after a few steps with letters that only its seed decides."""
+
+    def __init__(self, spec, chat):
+        self.chat = chat
+        self.waiting: list[tuple[str, list[int], int]] = []
+
+    def use(self, spec, chat):
+        self.chat = chat
+
+    def reload(self, spec, chat):
+        self.chat = chat
+
+    def submit(self, request_id, prompt_ids, seed):
+        self.waiting.append((request_id, prompt_ids, seed))
+
+    def step(self):
+        # The latest request first: whoever relies on the order of submission is found out.
+        request_id, prompt_ids, seed = self.waiting.pop()
+        letters = hashlib.sha256(str(seed).encode()).hexdigest()[:6]
+        return [Completion(request_id, letters, 7, len(prompt_ids), 0, "stop" if seed % 5 else "length")]
+
+
+class DyingEngine(FakeEngine):
+    """Kills its process in the middle of a shard, once for each mark that it can still place in $FAKE_MARKS."""
+
+    def step(self):
+        marks = Path(os.environ["FAKE_MARKS"])
+        placed = len(list(marks.iterdir()))
+        if len(self.waiting) < 12 and placed < int(os.environ["FAKE_DEATHS"]):
+            (marks / str(placed)).touch()
+            os._exit(1)
+        return super().step()
+
+
+class OddScorer:
+    """Gives no number for one draft in eight."""
+
+    def __call__(self, prompts, answers, responses):
+        return [float("nan") if r[0] in "01" else float(int(r, 16)) for r in responses]
+
+
+class LetterScorer:
+    """A number for any text: the share of its characters that are letters early in the alphabet, and its length."""
+
+    def __call__(self, prompts, answers, responses):
+        return [sum(character < "h" for character in r) / (len(r) + 1) + len(r) / 100 for r in responses]

@@ -1,0 +1,115 @@
+"""Which prompts an iteration gets, which are left out, and what given triples become."""
+
+import json
+import random
+
+import pytest
+
+from evolve_ray import prompts
+from evolve_ray.errors import UserError
+
+ROWS = [
+    {"prompt_id": f"p{n}", "prompt": f"text {n}", "answer": None, "split": "train", "file": "f", "line": n} for n in range(40)
+]
+
+
+def ids(rows):
+    return [row["prompt_id"] for row in rows]
+
+
+def slices(rows, seed=0):
+    return [ids(prompts.fresh_slice(rows, seed=seed, iteration=number, per_iteration=13)) for number in (1, 2, 3)]
+
+
+def test_iterations_get_disjoint_prompts():
+    one, two, three = slices(ROWS)
+    assert [len(part) for part in (one, two, three)] == [13, 13, 13]
+    assert len({*one, *two, *three}) == 39
+
+
+def test_prompts_of_an_iteration_do_not_depend_on_the_order_of_the_file():
+    shuffled = random.Random(1).sample(ROWS, len(ROWS))
+    assert slices(shuffled) == slices(ROWS)
+
+
+def test_prompts_of_an_iteration_depend_on_the_seed():
+    assert slices(ROWS, seed=1)[0] != slices(ROWS)[0]
+
+
+def test_order_is_not_that_of_the_file():
+    assert slices(ROWS)[0] != ids(ROWS[:13])
+
+
+def test_training_prompt_that_is_held_out_is_dropped_by_its_text_and_named():
+    kept, rejected = prompts.drop_held_out(ROWS[:3], {"text 1": "long", "elsewhere": "desc"})
+    assert ids(kept) == ["p0", "p2"]
+    assert [(row["id"], row["line"], row["reason"]) for row in rejected] == [
+        ("p1", 1, "is also a prompt of evaluation split 'long'")
+    ]
+
+
+def test_prompt_at_the_limit_is_kept_and_one_token_more_is_rejected_whole():
+    table = [{**ROWS[0], "prompt": "x" * 10}, {**ROWS[1], "prompt": "x" * 11}]
+    kept, rejected = prompts.with_token_counts(table, len, 10, field="model.context_tokens")
+    assert [(row["prompt"], row["num_tokens"]) for row in kept] == [("x" * 10, 10)]
+    assert rejected[0]["reason"] == "prompt has 11 tokens, limit 10 (model.context_tokens)"
+    assert (rejected[0]["file"], rejected[0]["line"], rejected[0]["num_tokens"], rejected[0]["limit"]) == ("f", 1, 11, 10)
+
+
+def test_ten_megabyte_prompt_is_rejected_with_its_tokens_and_a_short_reason():
+    _, rejected = prompts.with_token_counts([{**ROWS[0], "prompt": "x" * 10**7}], len, 4096, field="limit")
+    assert "has 10000000 tokens, limit 4096" in rejected[0]["reason"]
+    assert len(json.dumps(rejected)) < 1000
+
+
+def test_rows_of_a_file_are_counted_without_blank_lines(tmp_path):
+    (tmp_path / "p.jsonl").write_bytes(b'{"a": 1}\r\n\r\n{"a": 2}\n   \n{"a": 3}')
+    assert prompts.count_rows(str(tmp_path / "p.jsonl")) == 3
+
+
+def test_rows_of_a_folder_are_not_counted_before_it_is_loaded(tmp_path):
+    assert prompts.count_rows(str(tmp_path)) is None
+
+
+@pytest.fixture
+def triples(tmp_path):
+    def read(*lines, **more):
+        path = tmp_path / "triples.jsonl"
+        path.write_text(
+            "".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), line, strict=True))) + "\n" for line in lines)
+        )
+        return prompts.read_triples(str(path), prompt_column="prompt", chosen_column="chosen", rejected_column="rejected", **more)
+
+    return read
+
+
+def test_triples_become_finished_pairs_of_the_schema(triples):
+    (pair,), rejected = triples(("x", "good", "bad"))
+    assert set(pair) == set(prompts_schema())
+    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ("x", "good", "bad")
+    assert (pair["chosen_finished"], pair["rejected_finished"], pair["chosen_id"], rejected) == (True, True, None, [])
+
+
+def prompts_schema():
+    from evolve_ray.rows import PAIR
+
+    return PAIR.names
+
+
+def test_ties_are_kept_because_they_teach_to_keep_a_draft(triples):
+    pairs, _ = triples(("x", "same", "same"))
+    assert len(pairs) == 1
+
+
+def test_every_triple_is_a_pair_or_rejected_with_a_reason(triples):
+    lines = [("x", "1", "2"), ("y", "1", "2"), ("x", "1", "2"), ("z", "1", "2"), ("z", "2", "1")]
+    pairs, rejected = triples(*lines, limit=2)
+    assert [pair["prompt"] for pair in pairs] == ["x", "y"]
+    assert [(row["line"], row["reason"]) for row in rejected] == [
+        (3, "duplicate"), (4, "beyond the limit of 2"), (5, "beyond the limit of 2"),
+    ]  # fmt: skip
+
+
+def test_faulty_triples_are_named_by_line_and_column(triples):
+    with pytest.raises(UserError, match=r"2 unusable rows: .*:1: column 'chosen' is empty; .*:2: column 'rejected' is empty"):
+        triples(("x", " ", "b"), ("x", "a", ""))

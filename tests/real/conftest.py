@@ -1,0 +1,86 @@
+"""One small run of the real command, shared by the tests that look at it, and the means to start and kill others."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# The tiny recipe with less of everything: the same parts, a model that has learned little.
+SMALL = [
+    "toy.base_steps=40", "toy.num_train=300", "toy.num_heldout=24", "toy.num_out_of_domain=8", "toy.num_triples=192",
+    "prompts.per_iteration=64", "engine.shard_prompts=16", "ray.dashboard=false", "trainer.checkpoint_steps=2",
+]  # fmt: skip
+
+
+@dataclass
+class Command:
+    """`python jobs/iterate.py` as a child process with its run directory."""
+
+    run: Path
+    process: subprocess.Popen
+    log: Path
+
+    def wait(self, timeout: float = 600) -> int:
+        code = self.process.wait(timeout)
+        if code:
+            print(self.log.read_text()[-4000:])
+        return code
+
+    def events(self) -> list[dict]:
+        path = self.run / "events.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def wait_for(self, found, timeout: float = 300) -> None:
+        """Until `found(events)` is true; fails if the command ends first."""
+        deadline = time.monotonic() + timeout
+        while not found(self.events()):
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            assert time.monotonic() < deadline, "the awaited event did not come"
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        """SIGKILL to the driver; then every process that it started must be gone soon."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
+        _, alive = psutil.wait_procs(family, timeout=60)
+        assert not alive, f"orphans: {[p.name() for p in alive]}"
+
+
+def start(run: Path, *arguments: str, recipe: str = "tiny") -> Command:
+    run.parent.mkdir(parents=True, exist_ok=True)
+    log = run.parent / f"{run.name}-{time.time_ns()}.log"
+    command = [
+        sys.executable,
+        str(ROOT / "jobs/iterate.py"),
+        str(ROOT / f"jobs/recipes/{recipe}.toml"),
+        "--run",
+        str(run),
+        *arguments,
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with open(log, "wb") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    return Command(run, process, log)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Path:
+    """The folder of all small runs: they share one tiny world there."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def small(place) -> Command:
+    """An undisturbed run of one iteration."""
+    command = start(place / "small", *SMALL, "--iterations", "1")
+    assert command.wait() == 0
+    return command

@@ -1,0 +1,149 @@
+"""What a run leaves behind: the run directory's contract, exact numbers at step 0, and a model that others load."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from evolve_ray import rows
+from evolve_ray.config import load
+from evolve_ray.generate import pool
+from evolve_ray.store import read_manifest
+from tests.real.conftest import ROOT, SMALL, start
+
+
+def test_the_run_directory_keeps_its_contract(small):
+    names = {path.name for path in small.run.iterdir()}
+    assert {"LOCK", "config.json", "events.jsonl", "report.html", "report.json", "iteration-00", "iteration-01"} <= names
+    for stage in ("generations", "scores", "pairs", "reference", "checkpoint", "evaluation"):
+        manifest = read_manifest(small.run / "iteration-01" / stage, verify=True)
+        assert manifest is not None, stage
+        assert manifest.stats["num_in"] > 0
+    assert not list((small.run / "iteration-01").glob(".*")), "working folders were left behind"
+
+
+def test_rows_are_conserved_from_stage_to_stage(small):
+    stats = {
+        name: read_manifest(small.run / "iteration-01" / name).stats for name in ("prompts", "generations", "scores", "pairs")
+    }
+    assert stats["generations"]["num_in"] == stats["prompts"]["num_rows"] == 64
+    assert stats["generations"]["num_rows"] == 4 * 64
+    assert stats["scores"]["num_rows"] + stats["scores"]["num_rejected"] == stats["generations"]["num_rows"]
+    assert stats["pairs"]["num_used"] + stats["pairs"]["num_rejected"] == stats["generations"]["num_rows"]
+
+
+def test_the_report_has_every_model_split_and_round_with_intervals(small):
+    report = json.loads((small.run / "report.json").read_text())
+    assert [model["name"] for model in report["models"]] == ["base", "activation", "iteration 1"]
+    for model in report["models"]:
+        assert set(model["splits"]) == {"heldout", "long", "desc"}
+        for split in model["splits"].values():
+            assert list(split["rounds"]) == ["1", "2", "3", "4"]
+            for number, figures in split["rounds"].items():
+                for measure in ("reward", "exact_match"):
+                    assert figures[measure]["low"] <= figures[measure]["mean"] <= figures[measure]["high"]
+                if number != "1":
+                    moved = figures["against_first"]
+                    assert moved["improved"] + moved["degraded"] + moved["unchanged"] == figures["n"]
+    assert {"checkpoint", "generations", "pairs"} <= {line["stage"] for line in report["stages"]}
+
+
+def test_before_the_first_update_the_dpo_loss_is_ln_2_and_every_implicit_reward_is_zero(small):
+    """Through real ZeRO-3: catches masks, shifts, padding, templates, dtype and stale references at once."""
+    first = rows.read_jsonl(small.run / "iteration-01" / "checkpoint" / "training_log.jsonl")[0]
+    assert first["loss_dpo"] == pytest.approx(math.log(2), abs=1e-6)
+    for name in ("reward_chosen", "reward_rejected", "margin", "margin_improve", "margin_keep"):
+        assert abs(first[name]) < 1e-5, name
+    assert first["loss_improve"] == pytest.approx(0.25, abs=1e-5)
+
+
+def test_training_changed_the_weights_and_lowered_the_loss(small):
+    log = rows.read_jsonl(small.run / "iteration-00" / "checkpoint" / "training_log.jsonl")
+    assert log[-1]["loss"] < log[0]["loss"]
+    before, after = (read_manifest(small.run / f"iteration-0{number}" / "checkpoint") for number in (0, 1))
+    assert before.files["model.safetensors"]["sha256"] != after.files["model.safetensors"]["sha256"]
+
+
+def test_a_second_call_recomputes_nothing_and_is_quick(small):
+    before = {path: path.stat().st_mtime_ns for path in small.run.rglob("*/MANIFEST.json")}
+    started = time.monotonic()
+    again = start(small.run, *SMALL, "--iterations", "1")
+    assert again.wait(120) == 0
+    assert time.monotonic() - started < 30
+    assert {path: path.stat().st_mtime_ns for path in small.run.rglob("*/MANIFEST.json")} == before
+    assert "y4 - y1" in again.log.read_text()
+
+
+def test_another_configuration_is_refused_by_the_name_of_the_field(small):
+    other = start(small.run, *SMALL, "--iterations", "1", "training.beta=0.3")
+    assert other.wait(60) == 2
+    last = other.log.read_text().strip().splitlines()[-1]
+    assert "training.beta (0.2 -> 0.3)" in last
+
+
+VLLM_AGAINST_TRANSFORMERS = """
+import dataclasses, json, sys
+from pathlib import Path
+from evolve_ray import config, generate, models, refine
+recipe, before, after, prompts = sys.argv[1:]
+config = config.load(recipe)
+template = refine.load_template("tiny", "conversation")
+def spec(folder):
+    return generate.GenerateSpec(
+        prompts="", work="", key="", shard_prompts=1, model=folder, model_hash=models.content_hash(Path(folder)),
+        dtype="float32", context_tokens=128, template=template, strategy=config.strategy,
+        sampling=dataclasses.replace(config.sampling, temperature=0.0), engine=config.engine, seed=0, scope=1)
+texts = [json.loads(line)["prompt"] for line in open(prompts)][:20]
+worker = generate.Generator(spec(before))
+def ask():
+    for number, text in enumerate(texts):
+        worker.engine.submit(str(number), worker.chat.context_ids(template.direct(text)), 0)
+    done = {}
+    while len(done) < len(texts):
+        done |= {c.request_id: c.text for c in worker.engine.step()}
+    return [done[str(n)] for n in range(len(texts))]
+old = ask()
+worker.renew(spec(after))
+new = ask()
+import torch, transformers
+def reference(folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    out = []
+    for text in texts:
+        ids = torch.tensor([worker.chat.context_ids(template.direct(text))])
+        made = model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=worker.chat.stop_ids)[0, ids.shape[1]:]
+        out.append(worker.chat.tokenizer.decode(made, skip_special_tokens=True))
+    return out
+print(json.dumps({"old": old, "new": new, "old_reference": reference(before), "new_reference": reference(after)}))
+"""
+
+
+def test_vllm_and_transformers_give_the_same_greedy_tokens_before_and_after_new_weights(small, place):
+    world = next(place.glob("toy-world-*"))
+    before, after = world / "base", small.run / "iteration-01" / "checkpoint"
+    environment = {**os.environ, **pool(load(ROOT / "jobs/recipes/tiny.toml").engine).env}
+    command = [sys.executable, "-c", VLLM_AGAINST_TRANSFORMERS, str(ROOT / "jobs/recipes/tiny.toml")]
+    command += [str(before), str(after), str(world / "heldout.jsonl")]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    texts = json.loads(result.stdout.strip().splitlines()[-1])
+    assert len(texts["new"]) == 20
+    assert texts["old"] == texts["old_reference"]
+    assert texts["new"] == texts["new_reference"]
+    assert texts["old"] != texts["new"], "the new weights make no difference: the probe proves nothing"
+
+
+def test_the_checkpoint_loads_as_it_is_and_names_its_lineage(small):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = small.run / "iteration-01" / "checkpoint"
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.get(name) for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    assert model.generation_config.eos_token_id is not None
+    assert "evolve-ray" in Path(folder / "README.md").read_text()

@@ -1,0 +1,171 @@
+"""Generation, scoring and selection on a real Ray with a fake engine: order, retries, and errors that reach the driver."""
+
+import json
+from pathlib import Path
+
+import pytest
+import ray
+
+from evolve_ray import config as options
+from evolve_ray import inputs, iterate, rows, shards
+from evolve_ray.errors import ResourceError, UserError, find_cause
+from evolve_ray.store import Run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder (tokenizer and an untrained model) and 20 prompts."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from evolve_ray.toy.tokenizer import make_tokenizer
+
+    root = tmp_path_factory.mktemp("inputs")
+    tokenizer = make_tokenizer()
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **shape)).save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    rows.write_jsonl(root / "prompts.jsonl", [{"prompt": f"question {number}", "answer": "x"} for number in range(20)])
+    return root
+
+
+def make_context(folder: Path, run: Path, *overrides: str) -> inputs.Context:
+    recipe = run.parent / "recipe.toml"
+    recipe.write_text(
+        f"""
+        iterations = 1
+        [model]
+        path = "{folder}/model"
+        context_tokens = 200
+        [prompts]
+        path = "{folder}/prompts.jsonl"
+        per_iteration = 20
+        [template]
+        name = "tiny"
+        [sampling]
+        max_tokens = 8
+        [scorer]
+        name = "tests.fakes:LetterScorer"
+        cpus_per_actor = 0.1
+        [engine]
+        name = "tests.fakes:FakeEngine"
+        shard_prompts = 4
+        cpus_per_actor = 0.5
+        """
+    )
+    config = options.load(recipe, overrides)
+    run.mkdir()
+    return inputs.prepare(config, Run(run), lambda line: None, lambda: None, rerun_changed=False)
+
+
+def draft(context: inputs.Context):
+    """Drafts, scores and pairs of iteration 1; the pools end with it."""
+    prompts, config = context.prompts[1], context.config
+    place = context.run.iteration(1)
+    try:
+        drafts, scores = iterate.generate_and_score(
+            context, 1, "generations", context.policy, prompts, place, config.strategy, config.sampling, scope=1
+        )
+        return drafts, scores, iterate.select(context, 1, prompts, drafts, scores)
+    finally:
+        context.pools.close("engines")
+        context.pools.close("scorers")
+
+
+@pytest.fixture(scope="module")
+def twin(local_ray, folder, tmp_path_factory):
+    """An undisturbed run with one actor."""
+    return draft(make_context(folder, tmp_path_factory.mktemp("twin") / "run"))
+
+
+def test_pairs_are_byte_identical_with_three_actors(twin, folder, tmp_path):
+    drafts, _, pairs = draft(make_context(folder, tmp_path / "run", "engine.actors=3", "scorer.actors=2"))
+    assert drafts.identity == twin[0].identity
+    assert pairs.path("pairs.parquet").read_bytes() == twin[2].path("pairs.parquet").read_bytes()
+    assert pairs.stats["num_rows"] > 0
+
+
+def test_each_row_comes_once_in_the_order_of_the_prompts(twin):
+    drafts, scores, _ = twin
+    table = list(shards.read_rows(drafts))
+    assert len({row["draft_id"] for row in table}) == len(table) == 80
+    assert [(row["sample"], row["round"]) for row in table] == [(0, number) for number in (1, 2, 3, 4)] * 20
+    assert [row["draft_id"] for row in shards.read_rows(scores)] == [row["draft_id"] for row in table]
+
+
+def test_an_actor_that_dies_twice_in_a_shard_changes_nothing(twin, folder, tmp_path):
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    context = make_context(
+        folder,
+        tmp_path / "run",
+        "engine.name=tests.fakes:DyingEngine",
+        f'engine.env.FAKE_MARKS="{marks}"',
+        'engine.env.FAKE_DEATHS="2"',
+    )
+    drafts, _, pairs = draft(context)
+    assert len(list(marks.iterdir())) == 2, "the fault did not fire"
+    assert [row["text"] for row in shards.read_rows(drafts)] == [row["text"] for row in shards.read_rows(twin[0])]
+    assert pairs.path("pairs.parquet").read_bytes() == twin[2].path("pairs.parquet").read_bytes()
+
+
+def test_an_actor_that_always_dies_ends_the_stage_with_a_resource_error(local_ray, folder, tmp_path):
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    faults = ("engine.name=tests.fakes:DyingEngine", f'engine.env.FAKE_MARKS="{marks}"', 'engine.env.FAKE_DEATHS="99"')
+    context = make_context(folder, tmp_path / "run", *faults, "engine.max_restarts=1")
+    with pytest.raises(Exception) as caught:  # Ray wraps what a task raises
+        draft(context)
+    cause = find_cause(caught.value)
+    assert isinstance(cause, ResourceError)
+    assert "engines" in str(cause)
+
+
+def test_a_plug_that_does_not_exist_is_a_user_error_on_the_driver(local_ray, folder, tmp_path):
+    context = make_context(folder, tmp_path / "run", "engine.name=tests.fakes:NoSuchEngine")
+    with pytest.raises(Exception) as caught:
+        draft(context)
+    cause = find_cause(caught.value)
+    assert isinstance(cause, UserError)
+    assert "engine.name" in str(cause)
+
+
+def test_a_draft_without_a_finite_score_is_rejected_with_the_value(local_ray, folder, tmp_path):
+    context = make_context(folder, tmp_path / "run", "scorer.name=tests.fakes:OddScorer")
+    drafts, scores, pairs = draft(context)
+    lost = rows.read_jsonl(scores.path("rejected.jsonl"))
+    assert lost, "the fault did not fire"
+    assert drafts.stats["num_rows"] == scores.stats["num_rows"] + len(lost)
+    assert all("nan" in row["reason"] for row in lost)
+    used = {pair[name] for pair in rows.read_table(pairs.path("pairs.parquet")) for name in ("chosen_id", "rejected_id")}
+    assert not used & {row["id"] for row in lost}
+
+
+def test_committed_stages_are_returned_without_ray(twin, folder, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    context = make_context(folder, run)
+    first = draft(context)
+    monkeypatch.setattr(shards, "run", lambda *_: pytest.fail("a committed stage was computed again"))
+    again = draft(context)
+    assert [part.identity for part in again] == [part.identity for part in first]
+    assert (
+        json.loads((run / "iteration-01" / "pairs" / "MANIFEST.json").read_text())["stats"]["num_rows"]
+        == first[2].stats["num_rows"]
+    )
+
+
+def test_every_unused_row_of_the_iteration_is_in_its_rejected_file(twin):
+    drafts, _, pairs = twin
+    lines = rows.read_jsonl(pairs.folder.parent / "rejected.jsonl")
+    assert all(line["reason"] and line["stage"] for line in lines)
+    used = 2 * pairs.stats["num_rows"]
+    assert sum(line["stage"] == "pairs" for line in lines) == drafts.stats["num_rows"] - used
