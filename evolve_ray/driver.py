@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from evolve_ray import config as options
-from evolve_ray.errors import UserError, find_cause
+from evolve_ray.errors import EvolveError, UserError
 from evolve_ray.store import Run
 
 
@@ -47,12 +47,9 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; what is committed stays; continue with: {again}", file=sys.stderr)
         return 130
-    except Exception as error:
-        cause = find_cause(error)
-        if cause is None:
-            raise
-        print(f"error: {cause}", file=sys.stderr)
-        return cause.exit_code
+    except EvolveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
 
 
 def run_folder(name: str) -> Path:
@@ -78,8 +75,7 @@ def run(config: options.Config, root: Path, *, rerun_changed: bool) -> int:
             context = inputs.prepare(config, folder, say, lambda: start_ray(config), rerun_changed=rerun_changed)
             result = iterate.iterate(context)
         except BaseException as error:
-            cause = find_cause(error) or error
-            folder.event("driver_failed", error=f"{type(cause).__name__}: {cause}"[:2000])
+            folder.event("driver_failed", error=f"{type(error).__name__}: {error}"[:2000])
             raise
         finally:
             stop_ray()

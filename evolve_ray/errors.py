@@ -46,22 +46,13 @@ class StalledError(EvolveError):
     exit_code = 7
 
 
-def find_cause(error: BaseException) -> EvolveError | None:
-    """The first `EvolveError` in the chain of causes of `error`; Ray wraps what a worker raised."""
-    seen: set[int] = set()
-    queue: list[BaseException | None] = [error]
-    while queue:
-        current = queue.pop(0)
-        if current is None or id(current) in seen:
-            continue
-        if isinstance(current, EvolveError):
-            # Ray makes a class that inherits from the cause; give back the plain one, free of its traceback text.
-            for kind in (UserError, LockedError, IntegrityError, ResourceError, NumericsError, StalledError):
-                if isinstance(current, kind):
-                    cause = getattr(current, "cause", None)
-                    return cause if isinstance(cause, kind) else current
-            return current
-        seen.add(id(current))
-        queue += [current.__cause__, current.__context__, getattr(current, "cause", None)]
-        queue += list(getattr(current, "worker_failures", {}).values())
-    return None
+def pack(error: EvolveError) -> dict[str, str]:
+    """An error as plain data, to cross a process boundary that would lose its class or wrap its text."""
+    plain = getattr(error, "cause", error)  # Ray raises a class of its own that holds the original as `cause`
+    kind = next(kind for kind in type(plain).__mro__ if kind in EvolveError.__subclasses__())
+    return {"kind": kind.__name__, "message": str(plain)}
+
+
+def unpack(packed: dict[str, str]) -> EvolveError:
+    """The error that `pack` was given."""
+    return {kind.__name__: kind for kind in EvolveError.__subclasses__()}[packed["kind"]](packed["message"])

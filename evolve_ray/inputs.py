@@ -15,7 +15,7 @@ from typing import Any
 from evolve_ray import models, prompts, rows
 from evolve_ray.config import Config, Preferences, flatten, from_json, resolved
 from evolve_ray.errors import ResourceError, UserError
-from evolve_ray.refine import Template, load_template
+from evolve_ray.refine import Template, find_plug, load_template
 from evolve_ray.shards import Pools
 from evolve_ray.store import Manifest, Run, Stage, sha256_file, write_atomic
 
@@ -116,6 +116,7 @@ def prepare(
     config: Config, run: Run, say: Callable[[str], None], start_ray: Callable[[], None], *, rerun_changed: bool
 ) -> Context:
     """Checks and commits everything that a run starts from; a fault in any input is raised here, before Ray starts."""
+    check_plugs(config)
     template = load_template(config.template.name, config.template.layout)
     toy = toy_parts(config, run, say) if config.toy else {}
     folder = models.resolve(toy.get(config.model.path, config.model.path), "model.path")
@@ -127,6 +128,17 @@ def prepare(
         context.reward_model_hash = models.content_hash(context.reward_model)
     Prompter(context, toy).commit_all()
     return context
+
+
+def check_plugs(config: Config) -> None:
+    """Every `module:Name` of the recipe can be loaded."""
+    training = [config.training, *(part.training for part in (config.activation, config.offline) if part)]
+    named = [("strategy.name", config.strategy.name), ("engine.name", config.engine.name), ("scorer.name", config.scorer.name)]
+    named += [("selection.name", config.selection.name), *(("training.objective", part.objective) for part in training)]
+    named += [("verifier.name", config.verifier.name)] if config.verifier else []
+    for field_name, name in named:
+        if ":" in name:
+            find_plug({}, name, field_name)
 
 
 class Prompter:

@@ -105,6 +105,15 @@ class ScoreWorker(ShardWorker):
 
     def __init__(self, spec: ScoreSpec):
         super().__init__(spec)
+        self.build()
+
+    def renew(self, spec: ScoreSpec) -> None:
+        before, self.spec = self.spec, spec
+        if (before.scorer, before.reward_model, before.verifier) != (spec.scorer, spec.reward_model, spec.verifier):
+            self.build()
+
+    def build(self) -> None:
+        spec = self.spec
         self.verifier = build_verifier(spec.verifier) if spec.verifier else None
         if spec.scorer.name == "reward_model":
             self.scorer: Scorer | None = RewardModel(spec.scorer, spec.reward_model)

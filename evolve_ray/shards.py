@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from evolve_ray.errors import IntegrityError, ResourceError
+from evolve_ray.errors import EvolveError, IntegrityError, ResourceError, pack, unpack
 from evolve_ray.rows import read_jsonl, read_table, write_jsonl, write_table
 from evolve_ray.store import Manifest, Stage, commit, read_manifest
 
@@ -128,18 +128,26 @@ def read_slice(path: Path, shard: int, size: int) -> list[dict]:
 
 
 def ask_pool(batch: dict, actors: list[Any], pool: PoolOptions, spec: Any) -> dict:
-    """The Ray Data task of a step: hands one shard to its actor and waits until it is committed there."""
+    """The Ray Data task of a step: hands one shard to its actor and waits until it is committed there.
+
+    One of our errors goes on as data: Ray Data would wrap it into a traceback in which its class is lost.
+    """
     import ray
 
     shard = int(batch["shard"][0])
-    try:
-        stats = ray.get(actors[shard % len(actors)].commit_shard.remote(spec, shard))
-    except ray.exceptions.RayActorError as error:
-        raise ResourceError(
-            f"{pool.name}: the actor that works on shard {shard} died more than {pool.restarts} times; see its log in the "
-            f"Ray dashboard, then submit the same command again: {str(error).strip().splitlines()[0]}"
-        ) from None
-    return {"shard": [shard], "stats": [json.dumps(stats)]}
+    told = json.loads(batch["told"][0])
+    if "error" not in told:
+        try:
+            told = {"stats": ray.get(actors[shard % len(actors)].commit_shard.remote(spec, shard))}
+        except EvolveError as error:
+            told = {"error": pack(error)}
+        except ray.exceptions.RayActorError as error:
+            message = (
+                f"{pool.name}: the actor that works on shard {shard} died more than {pool.restarts} times; see its log in the "
+                f"Ray dashboard, then submit the same command again: {str(error).strip().splitlines()[0]}"
+            )
+            told = {"error": pack(ResourceError(message))}
+    return {"shard": [shard], "told": [json.dumps(told)]}
 
 
 def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[int, dict], None]) -> None:
@@ -147,7 +155,7 @@ def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[in
     import ray
 
     todo = [
-        {"shard": shard}
+        {"shard": shard, "told": "{}"}
         for shard in range(num_shards)
         if any(read_manifest(step.stage.work / shard_name(shard), verify=True) is None for step in steps)
     ]
@@ -167,7 +175,10 @@ def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[in
             compute=ray.data.TaskPoolStrategy(size=min(4 * step.pool.actors, len(todo))),
         )
     for row in dataset.iter_rows():
-        on_shard(int(row["shard"]), json.loads(row["stats"]))
+        told = json.loads(row["told"])
+        if "error" in told:
+            raise unpack(told["error"])
+        on_shard(int(row["shard"]), told["stats"])
 
 
 def finish(stage: Stage, num_shards: int, num_in: int) -> Manifest:

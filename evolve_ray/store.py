@@ -38,7 +38,8 @@ class Manifest:
 
     @property
     def identity(self) -> str:
-        return digest([self.stage, self.key, {name: file["sha256"] for name, file in self.files.items()}])
+        content = {name: file["sha256"] for name, file in self.files.items() if Path(name).name != MANIFEST}
+        return digest([self.stage, self.key, content])
 
     def path(self, name: str) -> Path:
         if name not in self.files:

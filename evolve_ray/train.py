@@ -18,7 +18,7 @@ from typing import Any
 
 from evolve_ray import config as options
 from evolve_ray import rows
-from evolve_ray.errors import EvolveError, NumericsError, UserError
+from evolve_ray.errors import EvolveError, NumericsError, UserError, pack, unpack
 from evolve_ray.refine import Template
 from evolve_ray.store import Manifest, Run, Stage, commit, read_manifest, write_atomic
 
@@ -174,7 +174,7 @@ def worker(config: dict) -> None:
     except RuntimeError:
         raise
     except Exception as error:
-        told = {"kind": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
+        told = pack(error) if isinstance(error, EvolveError) else {"traceback": traceback.format_exc()}
         write_atomic(kept, json.dumps(told).encode())
         if not isinstance(error, NumericsError):  # which all ranks raise together
             raise
@@ -184,8 +184,7 @@ def raise_kept(path: Path) -> None:
     """Raises on the driver what a rank kept."""
     if path.exists():
         told = json.loads(path.read_text(encoding="utf-8"))
-        known = {kind.__name__: kind for kind in EvolveError.__subclasses__()}
-        raise known.get(told["kind"], RuntimeError)(told["message"] if told["kind"] in known else told["traceback"])
+        raise RuntimeError(told["traceback"]) if "traceback" in told else unpack(told)
 
 
 class Worker:

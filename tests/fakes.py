@@ -50,7 +50,7 @@ class OddScorer:
 
 
 class LetterScorer:
-    """A number for any text: the share of its characters that are letters early in the alphabet, and its length."""
+    """A number for any text: the value of its characters and its length."""
 
     def __call__(self, prompts, answers, responses):
-        return [sum(character < "h" for character in r) / (len(r) + 1) + len(r) / 100 for r in responses]
+        return [sum(map(ord, response)) / (len(response) + 1) + len(response) / 100 for response in responses]

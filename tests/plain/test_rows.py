@@ -11,9 +11,10 @@ from evolve_ray import rows
 from tests.plain.processes import run_python
 
 CODE = """
-import json, sys
+import json
 from evolve_ray import rows
-print(json.dumps([rows.content_id("prompt", "caf\\u00e9", None), rows.derive_seed(0, 1, "id", 0, 2), rows.digest({"b": 1, "a": [2.5]})]))
+ids = rows.content_id("prompt", "caf\\u00e9", None), rows.derive_seed(0, 1, "id", 0, 2), rows.digest({"b": 1, "a": [2.5]})
+print(json.dumps(ids))
 """
 PROMPT = {"prompt_id": "p1", "prompt": "a", "answer": None, "split": "train", "file": "f", "line": 1, "num_tokens": 3}
 TEXT = st.text("ab \u00e9\u2028\U0001f600\0\n{")  # the whole of Unicode costs seconds to set up
@@ -81,7 +82,7 @@ def test_table_comes_back_as_it_was_written(tmp_path):
 
 @pytest.mark.parametrize("row", [{**PROMPT, "extra": 1}, {k: v for k, v in PROMPT.items() if k != "line"}])
 def test_row_with_other_columns_than_the_schema_is_refused(tmp_path, row):
-    with pytest.raises(AssertionError, match="extra|line"):
+    with pytest.raises(AssertionError, match=r"extra|line"):
         rows.write_table(tmp_path / "t", [row], rows.PROMPT)
 
 

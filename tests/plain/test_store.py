@@ -5,10 +5,8 @@ import os
 
 import pytest
 
-from evolve_ray import store
 from evolve_ray.errors import EvolveError, IntegrityError, ResourceError, UserError
 from evolve_ray.store import MANIFEST, Run, Stage, commit, read_manifest, sha256_file
-from tests.plain.processes import die_at
 
 
 def fill(work, text="rows"):
@@ -116,7 +114,7 @@ def test_damaged_file_is_named_with_both_hashes_and_the_way_out(committed, name,
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b"\xff", b'{"stage": "s"}', b"null"])
 def test_damaged_manifest_is_an_integrity_error_that_names_it(committed, data):
     (committed / MANIFEST).write_bytes(data)
-    with pytest.raises(IntegrityError, match="MANIFEST.json: is damaged"):
+    with pytest.raises(IntegrityError, match=r"MANIFEST\.json: is damaged"):
         read_manifest(committed)
 
 
@@ -130,61 +128,6 @@ def test_file_that_the_manifest_does_not_list_is_refused(committed):
     (committed / "stray.txt").write_text("stray")
     with pytest.raises(IntegrityError, match=r"lists no stray\.txt"):
         read_manifest(committed).path("stray.txt")
-
-
-def test_commit_that_dies_at_any_disk_call_leaves_all_or_nothing(tmp_path):
-    outcomes, number, alive = [], 0, True
-    while alive:
-        final, work = tmp_path / str(number) / "final", tmp_path / str(number) / "work"
-        fill(work)
-        alive = die_at(number, lambda work=work, final=final: commit(work, final, stage="s", key="k"))
-        manifest = read_manifest(final, verify=True)
-        outcomes.append(manifest is not None)
-        if manifest is None:
-            stage = Stage(final, "s", "k")
-            (fill(stage.start() / "aside") / "again.txt").touch()
-            assert stage.commit().folder == final
-        assert set(read_manifest(final, verify=True).files) >= {"rows.txt"} if outcomes[-1] else True
-        number += 1
-    assert outcomes == sorted(outcomes)  # nothing up to the rename, everything after it
-    assert outcomes.count(False) >= 8
-    assert outcomes.count(True) >= 2  # died after the rename, and not at all
-
-
-def test_file_replacement_that_dies_at_any_disk_call_leaves_old_or_new(tmp_path):
-    path, number, seen, alive = tmp_path / "report.json", 0, [], True
-    while alive:
-        path.write_bytes(b"old")
-        alive = die_at(number, lambda: store.write_atomic(path, b"new"))
-        seen.append(path.read_bytes())
-        number += 1
-    assert set(seen) == {b"old", b"new"}
-    assert seen[0] == b"old"
-    assert seen[-1] == b"new"
-
-
-def test_full_disk_under_the_manifest_commits_nothing(tmp_path):
-    work = fill(tmp_path / "work")
-    (work / MANIFEST).symlink_to("/dev/full")
-    with pytest.raises(ResourceError, match=r"final: cannot be committed: .*No space left"):
-        commit(work, tmp_path / "final", stage="s", key="k")
-    assert not (tmp_path / "final").exists()
-
-
-@pytest.mark.xfail(strict=True, reason="rejected.jsonl is written outside of the part of commit that names a full disk")
-def test_full_disk_under_the_rejected_rows_commits_nothing(tmp_path):
-    stage = Stage(tmp_path / "final", "s", "k")
-    (stage.start() / "rejected.jsonl").symlink_to("/dev/full")
-    with pytest.raises(ResourceError):
-        stage.commit([{"id": "x"}])
-
-
-@pytest.mark.xfail(strict=True, reason="write_atomic lets the bare OSError of a full disk through")
-def test_full_disk_under_a_replaced_file_is_a_resource_error(tmp_path):
-    path = tmp_path / "report.json"
-    path.with_name(f".report.json.{os.getpid()}").symlink_to("/dev/full")
-    with pytest.raises(ResourceError):
-        store.write_atomic(path, b"new")
 
 
 def test_stage_of_the_same_key_is_returned_as_it_is(tmp_path):

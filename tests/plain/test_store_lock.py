@@ -9,7 +9,13 @@ from evolve_ray.errors import LockedError, UserError
 from evolve_ray.store import Run
 from tests.plain.processes import start_python
 
-HOLD = "from evolve_ray.store import Run; import pathlib; lock = Run(pathlib.Path({root!r})).locked(); lock.__enter__(); print('held', flush=True); input()"
+HOLD = """
+from pathlib import Path
+from evolve_ray.store import Run
+with Run(Path({root!r})).locked():
+    print("held", flush=True)
+    input()
+"""
 
 
 @pytest.fixture
@@ -22,11 +28,14 @@ def holder(tmp_path):
     process.communicate()
 
 
-def test_second_driver_is_told_the_pid_of_the_holder_and_a_killed_holder_frees_the_lock(tmp_path, holder):
+def test_second_driver_is_told_who_holds_the_run(tmp_path, holder):
     with pytest.raises(LockedError) as caught, Run(tmp_path).locked():
         pass
     assert f'"pid": {holder.pid}' in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_killed_holder_frees_the_lock(tmp_path, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     with Run(tmp_path).locked():

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import ray
 from evolve_ray import config, iterate, rows, train
-from evolve_ray.errors import find_cause
+
 from evolve_ray.refine import load_template
 from evolve_ray.store import Run, Stage
 
@@ -51,8 +51,7 @@ spec = train.TrainSpec(
 try:
     train.fit(spec, run.root / ".ray-train")
 except Exception as error:
-    cause = find_cause(error)
-    print(json.dumps({"kind": type(cause).__name__, "message": str(cause or error)}))
+    print(json.dumps({"kind": type(error).__name__, "message": str(error)}))
 else:
     print(json.dumps({"kind": None}))
 """

@@ -1,0 +1,179 @@
+"""One thread drives many strategies on one engine: nobody waits for a round, and order decides nothing."""
+
+import pickle
+import random
+
+import pytest
+
+from evolve_ray import config as options
+from evolve_ray.generate import Completion, GenerateSpec, drive
+from evolve_ray.refine import STRATEGIES, load_template
+from evolve_ray.rows import GENERATION, derive_seed
+
+PROMPTS = [{"prompt_id": name, "prompt": f"q{name}", "split": "train", "file": "f", "line": n} for n, name in enumerate("abc", 1)]
+
+
+class FakeEngine:
+    """Answers each request after a number of steps that its prompt has in `delays`; `order` shuffles what is ready."""
+
+    def __init__(self, delays=None, order=None, cut=()):
+        self.delays, self.order, self.cut = delays or {}, order, cut
+        self.waiting: list[list] = []
+        self.log: list[tuple[str, str]] = []
+
+    def submit(self, request_id, prompt_ids, seed):
+        self.log.append(("submit", request_id))
+        self.waiting.append([self.delays.get(request_id.split("/")[0], 1), request_id, prompt_ids, seed])
+
+    def step(self):
+        for request in self.waiting:
+            request[0] -= 1
+        ready = [request for request in self.waiting if request[0] <= 0]
+        self.waiting = [request for request in self.waiting if request[0] > 0]
+        if self.order:
+            self.order.shuffle(ready)
+        return [self.answer(request_id, ids) for _, request_id, ids, _ in ready]
+
+    def answer(self, request_id, ids):
+        self.log.append(("done", request_id))
+        reason = "length" if request_id in self.cut else "stop"
+        return Completion(request_id, f"answer to {request_id}", 3, len(ids), len(ids) - 1, reason)
+
+
+def spec(strategy=None, context_tokens=1000, **more):
+    fields = {"seed": 5, "scope": 1, "model_hash": "m1"} | more
+    return GenerateSpec(
+        prompts="", work="", key="", shard_prompts=1, model="", dtype="float32", context_tokens=context_tokens,
+        template=load_template("tiny", "conversation"), strategy=strategy or options.Strategy(rounds=3),
+        sampling=options.Sampling(max_tokens=10), engine=options.Engine(), **fields,
+    )  # fmt: skip
+
+
+def encode(ask):
+    """A token for each character of the messages."""
+    return [ord(character) for message in ask.messages for character in message["content"]]
+
+
+def run(engine=None, prompts=PROMPTS, encode=encode, **more):
+    given = spec(**more)
+
+    def start(prompt):
+        return STRATEGIES[given.strategy.name](prompt, given.template, given.strategy)
+
+    return drive(engine or FakeEngine(), encode, prompts, start, given)
+
+
+def test_every_prompt_gets_every_round_in_canonical_order():
+    rows, rejected, _ = run()
+    assert [(row["prompt_id"], row["round"]) for row in rows] == [(name, n) for name in "abc" for n in (1, 2, 3)]
+    assert rejected == []
+    assert all(set(row) == set(GENERATION.names) for row in rows)
+
+
+def test_fast_chain_does_not_wait_for_a_slow_one():
+    engine = FakeEngine(delays={"a": 50})
+    run(engine)
+    assert engine.log.index(("done", "b/0/3/0")) < engine.log.index(("done", "a/0/1/0"))
+    assert engine.log.index(("submit", "b/0/2/0")) < engine.log.index(("done", "a/0/1/0"))
+
+
+def test_order_of_completion_changes_no_row():
+    expected, _, _ = run()
+    for seed in range(5):
+        rng = random.Random(seed)
+        engine = FakeEngine(delays={name: rng.randint(1, 4) for name in "abc"}, order=rng)
+        assert run(engine)[0] == expected
+
+
+def test_order_of_the_prompts_changes_no_prompts_rows():
+    rows, _, _ = run()
+    backwards, _, _ = run(prompts=PROMPTS[::-1])
+    key = lambda row: row["draft_id"]  # noqa: E731
+    assert sorted(rows, key=key) == sorted(backwards, key=key)
+    assert rows != backwards
+
+
+def test_seeds_come_from_run_scope_prompt_sample_and_round():
+    rows, _, _ = run()
+    assert [row["seed"] for row in rows] == [derive_seed(5, 1, row["prompt_id"], 0, row["round"]) for row in rows]
+    assert len({row["seed"] for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("change", [{"seed": 6}, {"scope": 2}, {"scope": "evaluation"}])
+def test_other_run_or_scope_samples_with_other_seeds(change):
+    assert not {row["seed"] for row in run()[0]} & {row["seed"] for row in run(**change)[0]}
+
+
+def test_parents_link_the_rounds():
+    rows, _, _ = run()
+    of = {(row["prompt_id"], row["round"]): row for row in rows}
+    for (prompt_id, number), row in of.items():
+        assert row["parent_id"] == (of[prompt_id, number - 1]["draft_id"] if number > 1 else None)
+
+
+def test_every_draft_names_its_model_and_has_an_id_of_its_own():
+    one, two = run()[0], run(model_hash="m2")[0]
+    assert {row["model"] for row in two} == {"m2"}
+    assert len({row["draft_id"] for row in one + two}) == len(one) + len(two)
+
+
+def test_answers_of_a_list_of_asks_come_back_in_the_order_of_the_asks():
+    given = []
+
+    def strategy(prompt):
+        template = load_template("tiny", "conversation")
+        drafts = yield from STRATEGIES["parallel"](prompt, template, options.Strategy(name="parallel", samples=4))
+        given.append([draft.sample for draft in drafts])
+        return drafts
+
+    rows, _, _ = drive(FakeEngine(order=random.Random(3)), encode, PROMPTS, strategy, spec())
+    assert given == [[0, 1, 2, 3]] * 3
+    assert [row["sample"] for row in rows] == [0, 1, 2, 3] * 3
+
+
+def test_ask_that_outgrows_the_context_rejects_its_prompt_alone():
+    def long_for_b(ask):
+        return [0] * (991 if "b" in ask.messages[0]["content"] and ask.round == 2 else 990)
+
+    rows, rejected, _ = run(encode=long_for_b)
+    assert [(row["id"], row["stage"], row["line"]) for row in rejected] == [("b", "generations", 2)]
+    assert rejected[0]["reason"] == (
+        "ask of round 2 has 991 tokens; with sampling.max_tokens 10 that is beyond model.context_tokens 1000"
+    )
+    assert [row["prompt_id"] for row in rows] == ["a"] * 3 + ["c"] * 3
+
+
+def test_ask_that_never_fits_is_not_submitted():
+    engine = FakeEngine()
+    rows, rejected, _ = run(engine, encode=lambda ask: [0] * 5000)
+    assert (rows, len(rejected), engine.log) == ([], 3, [])
+
+
+def test_one_long_ask_of_a_list_rejects_the_prompt_before_any_of_them_runs():
+    engine = FakeEngine()
+    strategy = options.Strategy(name="parallel", samples=3)
+    _, rejected, _ = run(engine, strategy=strategy, encode=lambda ask: [0] * (5000 if ask.sample == 2 else 5))
+    assert (len(rejected), engine.log) == (3, [])
+
+
+def test_cut_answer_stays_marked_as_cut_and_is_refined_further():
+    rows, _, _ = run(FakeEngine(cut=("a/0/1/0",)))
+    reasons = {(row["prompt_id"], row["round"]): row["finish_reason"] for row in rows}
+    assert [key for key, reason in reasons.items() if reason == "length"] == [("a", 1)]
+    assert len(reasons) == 9
+
+
+def test_counts_add_up_over_all_asks():
+    rows, _, stats = run()
+    assert stats["num_asks"] == len(rows) == 9
+    assert stats["num_tokens"] == sum(row["num_tokens"] for row in rows) == 27
+    assert stats["num_prompt_tokens"] == sum(row["num_prompt_tokens"] for row in rows)
+    assert stats["num_cached_tokens"] == stats["num_prompt_tokens"] - 9
+
+
+def test_no_prompts_need_no_step():
+    assert run(prompts=[])[:2] == ([], [])
+
+
+def test_what_an_actor_gets_survives_pickling():
+    assert pickle.loads(pickle.dumps(spec())) == spec()

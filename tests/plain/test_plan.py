@@ -1,0 +1,65 @@
+"""The plan counts what would run without starting anything."""
+
+import json
+
+import pytest
+
+from evolve_ray import config as options
+from evolve_ray.errors import UserError
+from evolve_ray.plan import model_bytes, plan, splits
+from evolve_ray.store import Run, Stage
+
+
+@pytest.fixture
+def config(recipe, tmp_path):
+    """A recipe whose files exist; `load` takes overrides."""
+    for name, count in (("prompts", 50), ("held", 7)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": str(n)}) + "\n" for n in range(count)))
+    paths = [f"prompts.path={tmp_path}/prompts.jsonl", f"evaluation.splits.held={tmp_path}/held.jsonl"]
+    return lambda *more: options.load(recipe(), [*paths, "prompts.per_iteration=10", "sampling.max_tokens=100", *more])
+
+
+def test_plan_names_prompts_drafts_tokens_and_pairs(config, tmp_path):
+    text = plan(config("strategy.rounds=3"), Run(tmp_path / "run"))
+    assert "50 rows; 10 fresh ones an iteration" in text
+    assert "prompts 10   drafts 30   generated tokens 3,000   pairs 10" in text
+    assert "evaluation: 7 prompts, 28 drafts, 2,800 generated tokens" in text
+
+
+def test_plan_of_parallel_sampling_counts_samples(config, tmp_path):
+    text = plan(config("strategy.name=parallel", "strategy.samples=8"), Run(tmp_path / "run"))
+    assert "drafts 80 " in text
+
+
+def test_limit_of_the_evaluation_is_in_the_plan(config):
+    assert splits(config("evaluation.limit=5")) == {"held": 5}
+    assert splits(config("evaluation.limit=50")) == {"held": 7}
+
+
+def test_plan_shows_what_is_committed_already(config, tmp_path):
+    run = Run(tmp_path / "run")
+    stage = Stage(run.iteration(1) / "pairs", "pairs", "key")
+    stage.start()
+    stage.commit()
+    lines = plan(config(), run).splitlines()
+    one = next(line for line in lines if line.startswith("iteration 1:"))
+    assert "pairs (committed)" in one
+    assert one.count("to do") == 6
+    assert "activation" not in next(line for line in lines if line.startswith("iteration 0:"))
+
+
+def test_plan_of_a_missing_file_is_refused(config, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.jsonl: no such file"):
+        plan(config("prompts.path=nowhere.jsonl"), Run(tmp_path / "run"))
+
+
+def test_plan_writes_nothing(config, tmp_path):
+    plan(config(), Run(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_size_of_a_checkpoint_is_read_from_the_headers(config, tiny_model):
+    size = model_bytes(config(f"model.path={tiny_model}"))
+    file = (tiny_model / "model.safetensors").stat().st_size
+    assert file - 8192 < size < file
+    assert model_bytes(config("model.path=owner/name")) is None

@@ -1,0 +1,162 @@
+"""Strategies are driven by hand with a list; templates keep texts as they are and refuse what is not documented."""
+
+from pathlib import Path
+
+import pytest
+
+from evolve_ray.config import Strategy
+from evolve_ray.errors import UserError
+from evolve_ray.refine import STRATEGIES, Ask, Draft, Template, drafts_per_prompt, fill, find_plug, load_template
+
+TEMPLATE = Template(layout="conversation", first="Q: {prompt}", refine="better!", one_message="Q: {prompt}\nD: {draft}")
+PARTS = {"first": "{prompt}", "refine": "again", "one_message": "{prompt} {draft}"}
+TRICKY = ["{draft}", "{prompt}", "{0} {} {{prompt}}", "\\1 \\g<0>", '{"json": "{draft}"}', "%s $prompt"]
+
+
+def drive(name, options, answers, template=TEMPLATE):
+    """The asks of a strategy, answered from a list in order, and what it returns."""
+    strategy, asked, texts = STRATEGIES[name]("x", template, options), [], iter(answers)
+    reply = None
+    try:
+        while True:
+            ask = strategy.send(reply)
+            batch = ask if isinstance(ask, list) else [ask]
+            drafts = [
+                Draft(f"d{len(asked) + n}", next(texts), a.sample, a.round, a.parent_id, "stop") for n, a in enumerate(batch)
+            ]
+            asked += batch
+            reply = drafts if isinstance(ask, list) else drafts[0]
+    except StopIteration as end:
+        assert next(texts, None) is None, "fewer asks than answers"
+        return asked, end.value
+
+
+def test_chain_refines_its_last_draft_round_by_round():
+    asked, drafts = drive("chain", Strategy(rounds=3), ["y1", "y2", "y3"])
+    assert [draft.text for draft in drafts] == ["y1", "y2", "y3"]
+    assert [(ask.round, ask.sample, ask.parent_id) for ask in asked] == [(1, 0, None), (2, 0, "d0"), (3, 0, "d1")]
+    assert [ask.messages for ask in asked] == [
+        TEMPLATE.direct("x"),
+        TEMPLATE.refinement("x", "y1"),
+        TEMPLATE.refinement("x", "y2"),
+    ]
+
+
+def test_chain_of_one_round_asks_once():
+    asked, drafts = drive("chain", Strategy(rounds=1), ["y1"])
+    assert (len(asked), [draft.text for draft in drafts]) == (1, ["y1"])
+
+
+def test_parallel_asks_for_all_samples_at_once_from_the_prompt_alone():
+    asked, drafts = drive("parallel", Strategy(name="parallel", samples=3), ["a", "b", "c"])
+    assert asked == [Ask(TEMPLATE.direct("x"), sample=n, round=1) for n in range(3)]
+    assert [draft.text for draft in drafts] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_estimate_of_drafts_is_what_the_strategy_makes(name):
+    options = Strategy(name=name, rounds=3, samples=5)
+    assert drafts_per_prompt(options) == len(drive(name, options, ["y"] * drafts_per_prompt(options))[1])
+
+
+def test_conversation_puts_the_draft_into_the_models_own_turn():
+    assert TEMPLATE.refinement("x", "y") == (
+        {"role": "user", "content": "Q: x"},
+        {"role": "assistant", "content": "y"},
+        {"role": "user", "content": "better!"},
+    )
+
+
+def test_one_message_puts_question_and_draft_into_one_turn():
+    template = Template("one_message", TEMPLATE.first, TEMPLATE.refine, TEMPLATE.one_message)
+    assert template.refinement("x", "y") == ({"role": "user", "content": "Q: x\nD: y"},)
+    assert template.direct("x") == ({"role": "user", "content": "Q: x"},)
+
+
+@pytest.mark.parametrize("text", TRICKY)
+def test_braces_and_backslashes_in_prompts_and_drafts_stay_text(text):
+    one = Template("one_message", "{prompt}", "z", "<{prompt}|{draft}>")
+    assert one.refinement(text, text)[0]["content"] == f"<{text}|{text}>"
+    assert TEMPLATE.refinement(text, text)[1]["content"] == text
+    assert TEMPLATE.direct(text)[0]["content"] == f"Q: {text}"
+
+
+def test_unknown_field_of_a_template_stays_text():
+    assert fill("\\frac{a}{b} {prompt}", prompt="x") == "\\frac{a}{b} x"
+
+
+@pytest.mark.parametrize("layout", ["conversation", "one_message"])
+@pytest.mark.parametrize("name", ["default", "tiny"])
+def test_shipped_template_shows_prompt_and_draft(name, layout):
+    template = load_template(name, layout)
+    shown = "\n".join(message["content"] for message in template.refinement("the prompt", "the draft"))
+    assert template.layout == layout
+    assert "the prompt" in shown
+    assert "the draft" in shown
+
+
+def write(path: Path, **parts: str) -> str:
+    path.write_text("".join(f"{name} = '''{text}'''\n" for name, text in parts.items()), encoding="utf-8")
+    return str(path)
+
+
+def test_users_own_template_is_a_file(tmp_path):
+    template = load_template(write(tmp_path / "own.toml", **PARTS | {"refine": "\nagain\n"}), "conversation")
+    assert template == Template("conversation", "{prompt}", "again", "{prompt} {draft}")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_template_without_a_part_is_refused_by_its_name(tmp_path, part):
+    path = write(tmp_path / "own.toml", **{name: text for name, text in PARTS.items() if name != part})
+    with pytest.raises(UserError, match=rf"own\.toml: {part}: is missing or empty"):
+        load_template(path, "conversation")
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"refine": "  "}, "refine: is missing or empty"),
+        ({"system": "be good"}, "system: unknown part of a template; known are first, refine, one_message"),
+        ({"first": "the prompt"}, r"first: lacks the field \{prompt\}"),
+        ({"one_message": "{prompt}"}, r"one_message: lacks the field \{draft\}"),
+        ({"one_message": "{draft}"}, r"one_message: lacks the field \{prompt\}"),
+    ],
+)
+def test_faulty_part_of_a_template_is_named(tmp_path, parts, message):
+    with pytest.raises(UserError, match=rf"own\.toml: {message}"):
+        load_template(write(tmp_path / "own.toml", **PARTS | parts), "conversation")
+
+
+@pytest.mark.parametrize("data", [b"first = ", b"first = '\xff'"])
+def test_template_file_that_is_no_toml_is_refused(tmp_path, data):
+    (tmp_path / "own.toml").write_bytes(data)
+    with pytest.raises(UserError, match=r"own\.toml: is not a valid template"):
+        load_template(str(tmp_path / "own.toml"), "conversation")
+
+
+def test_unknown_template_lists_the_shipped_ones():
+    with pytest.raises(UserError, match=r"template\.name: no template 'fancy'; shipped are default, tiny"):
+        load_template("fancy", "conversation")
+
+
+def test_hash_of_a_template_changes_with_every_part_and_the_layout():
+    base = {"layout": "conversation", **PARTS}
+    changed = [base | {name: base[name] + "!"} for name in base]
+    assert len({Template(**fields).hash for fields in [base, *changed]}) == len(base) + 1
+
+
+def test_plug_is_found_by_short_name_and_by_module():
+    assert find_plug(STRATEGIES, "chain", "strategy.name") is STRATEGIES["chain"]
+    assert find_plug({}, "evolve_ray.refine:chain", "strategy.name") is STRATEGIES["chain"]
+
+
+@pytest.mark.parametrize("name", ["no_such_module:Thing", "evolve_ray.refine:Thing", "evolve_ray.nothing:Thing"])
+def test_plug_that_cannot_be_loaded_is_refused_by_field(name):
+    with pytest.raises(UserError, match=f"strategy.name: '{name}' cannot be loaded"):
+        find_plug({}, name, "strategy.name")
+
+
+@pytest.mark.xfail(strict=True, reason="a relative module name passes the config and ends in a TypeError of importlib")
+def test_plug_with_a_relative_module_is_refused_by_field():
+    with pytest.raises(UserError, match=r"strategy\.name"):
+        find_plug({}, ".mine:Thing", "strategy.name")

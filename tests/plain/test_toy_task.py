@@ -1,0 +1,115 @@
+"""The tiny task: splits that cannot overlap, a verifier that knows the truth, the same rows every time."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evolve_ray.toy.task import (
+    LETTERS,
+    SPLITS,
+    SortVerifier,
+    corrupt,
+    gold_reward,
+    levenshtein,
+    make_prompts,
+    make_triples,
+    solve,
+)
+
+words = st.text(LETTERS, min_size=1, max_size=15)
+
+
+def letters_of(split, count=400, seed=0):
+    return {row["prompt"].partition(":")[2] for row in make_prompts(split, count, seed)}
+
+
+def test_no_letters_of_training_are_held_out_whatever_the_seeds():
+    trained = letters_of("train", 2000) | {row["prompt"].partition(":")[2] for row in make_triples(500, 1)}
+    assert not trained & (letters_of("heldout", seed=5) | letters_of("long", seed=6) | letters_of("desc", seed=7))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_prompts_of_a_split_have_its_verb_its_length_and_their_right_answer(split):
+    verb, shortest, longest, _ = SPLITS[split]
+    for row in make_prompts(split, 100, 0):
+        asked, _, letters = row["prompt"].partition(":")
+        assert asked == verb
+        assert shortest <= len(letters) <= longest
+        assert row["answer"] == "".join(sorted(letters, reverse=verb == "desc"))
+
+
+def test_prompts_are_distinct_and_a_longer_list_begins_with_the_shorter():
+    short, long = make_prompts("train", 50, 3), make_prompts("train", 200, 3)
+    assert long[:50] == short
+    assert len({row["prompt"] for row in long}) == 200
+
+
+def test_prompts_are_pinned():
+    assert [row["prompt"] for row in make_prompts("heldout", 2, 0)] == ["sort:ajiehgihagde", "sort:ijbghbeei"]
+
+
+def test_other_seed_gives_other_prompts():
+    assert make_prompts("train", 20, 0) != make_prompts("train", 20, 1)
+
+
+def test_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="not one of train, heldout, long, desc"):
+        make_prompts("test", 1, 0)
+
+
+def test_triples_are_better_over_worse_or_ties():
+    triples = make_triples(400, 0)
+    gaps = [gold_reward(row["chosen"], row["answer"]) - gold_reward(row["rejected"], row["answer"]) for row in triples]
+    ties = [row["chosen"] == row["rejected"] for row in triples]
+    assert all(gap > 0 or tie for gap, tie in zip(gaps, ties, strict=True))
+    assert 0.15 < sum(ties) / len(ties) < 0.35
+    assert 0.55 < sum(row["chosen"] == row["answer"] for row in triples) / len(triples) < 0.75
+
+
+def test_triples_are_the_same_every_time():
+    assert make_triples(30, 4) == make_triples(30, 4)
+
+
+@given(words, st.integers(0, 10**6))
+def test_corrupted_answer_is_never_the_answer(answer, seed):
+    wrong = corrupt(answer, random.Random(seed))
+    assert wrong != answer
+    assert 1 <= levenshtein(wrong, answer) <= 3
+
+
+@given(words, words)
+def test_reward_is_one_exactly_when_right(response, answer):
+    assert 0.0 <= gold_reward(response, answer) <= 1.0
+    assert (gold_reward(response, answer) == 1.0) == (response == answer)
+    assert gold_reward(f" {answer}\n", answer) == 1.0
+
+
+def test_reward_is_one_minus_edits_over_the_longer_length():
+    assert gold_reward("abcd", "abce") == 0.75
+    assert gold_reward("", "abcd") == 0.0
+    assert gold_reward("abcdef", "abcd") == pytest.approx(1 - 2 / 6)
+
+
+@pytest.mark.parametrize(("left", "right", "edits"), [("", "", 0), ("abc", "", 3), ("kitten", "sitting", 3), ("ab", "ba", 2)])
+def test_edit_distance_of_known_cases(left, right, edits):
+    assert levenshtein(left, right) == levenshtein(right, left) == edits
+
+
+def test_verifier_gives_one_reward_for_each_response():
+    assert SortVerifier()(["sort:ba", "sort:ba"], ["ab", "ab"], ["ab", "ba"]) == [1.0, 0.0]
+
+
+def test_verifier_refuses_a_prompt_without_answer():
+    with pytest.raises(ValueError, match="'sort:ba' has no answer"):
+        SortVerifier()(["sort:ba"], [None], ["ab"])
+
+
+def test_verifier_refuses_lists_of_different_lengths():
+    with pytest.raises(ValueError, match="2 prompts, 2 answers, 1 responses"):
+        SortVerifier()(["a", "b"], ["a", "b"], ["a"])
+
+
+def test_solve_sorts_both_ways():
+    assert (solve("sort", "cab"), solve("desc", "cab")) == ("abc", "cba")
