@@ -92,7 +92,8 @@ class Context:
     def collect_rejected(self, iteration: int) -> None:
         """rejected.jsonl of an iteration: what each of its stages rejected, in the order of the data."""
         folder = self.run.iteration(iteration)
-        parts = [folder / name / "rejected.jsonl" for name in ("prompts", "generations", "scores", "pairs")]
+        order = ("held_out", "base_evaluation", "activation_pairs", "offline_pairs", "prompts", "generations", "scores", "pairs")
+        parts = [folder / name / "rejected.jsonl" for name in (*order, "evaluation")]
         write_atomic(folder / "rejected.jsonl", b"".join(part.read_bytes() for part in parts if part.exists()))
 
 

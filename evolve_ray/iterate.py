@@ -29,6 +29,7 @@ def iterate(context: Context) -> dict[str, Any]:
     if config.activation or config.offline:
         policy = activate(context, policy)
         models.append(evaluate(context, 0, policy, "activation"))
+    context.collect_rejected(0)
     for iteration in range(1, config.iterations + 1):
         prompts = context.prompts[iteration]
         folder = context.run.iteration(iteration)
@@ -38,6 +39,7 @@ def iterate(context: Context) -> dict[str, Any]:
         chosen = select(context, iteration, prompts, drafts, scores)
         policy = fit(context, iteration, policy, chosen, config.training, "checkpoint")
         models.append(evaluate(context, iteration, policy, f"iteration {iteration}"))
+        context.collect_rejected(iteration)
         report.write(context.run, resolved(config), models)
     return report.write(context.run, resolved(config), models)
 
@@ -130,7 +132,6 @@ def select(context: Context, iteration: int, prompts: Manifest, drafts: Manifest
             f"{stage.final}: no pairs came out of {manifest.stats['num_in']} drafts (reasons are in its rejected.jsonl), "
             "and nothing is trained on nothing; lower selection.margin, raise sampling.temperature or give other prompts"
         )
-    context.collect_rejected(iteration)
     return manifest
 
 

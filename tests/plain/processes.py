@@ -12,24 +12,12 @@ DIED = 9
 DISK_EVENTS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate"}
 
 
-def start_python(code: str, **environment: str) -> subprocess.Popen:
-    """A fresh interpreter that runs `code` with the repository on its path."""
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def run_python(code: str, **environment: str) -> str:
-    """What a fresh interpreter prints; it must end well."""
-    process = start_python(code, **environment)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    return out
+    """What a fresh interpreter prints with the repository on its path; it must end well."""
+    given = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    result = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def die_at(number: int, work: Callable[[], Any]) -> bool:

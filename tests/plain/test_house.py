@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import json
 import re
 import typing
@@ -95,6 +96,7 @@ def test_file_is_short_enough_to_read(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
 
 
+@functools.cache
 def reads() -> set[tuple[str, str]]:
     """(holder, option) of every `holder.option`, `holder["option"]` and `getattr(holder, name)` over literal names."""
     found = set()

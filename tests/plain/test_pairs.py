@@ -81,8 +81,8 @@ def test_cut_draft_is_never_chosen(drafts, margin):
 
 
 def test_cut_draft_may_be_the_dispreferred_one_and_stays_marked_as_cut():
-    (pair,), _ = select([draft("a", "good", 1.0), draft("b", "cut", 0.0, "length")])
-    assert (pair["rejected"], pair["chosen_finished"], pair["rejected_finished"]) == ("cut", True, False)
+    (pair,), rejected = select([draft("a", "good", 1.0), draft("b", "cut", 0.0, "length")])
+    assert (pair["rejected"], pair["chosen_finished"], pair["rejected_finished"], rejected) == ("cut", True, False, [])
 
 
 def test_ties_go_by_id_at_both_ends():

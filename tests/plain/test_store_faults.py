@@ -49,6 +49,16 @@ def test_file_replacement_that_dies_at_any_disk_call_leaves_old_or_new(tmp_path)
     assert seen[-1] == b"new"
 
 
+def test_reader_of_a_replaced_file_keeps_the_old_bytes(tmp_path):
+    path = tmp_path / "report.json"
+    path.write_bytes(b"old")
+    with open(path, "rb") as reader:
+        store.write_atomic(path, b"newer")
+        assert reader.read() == b"old"
+    assert path.read_bytes() == b"newer"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_full_disk_under_the_manifest_commits_nothing(tmp_path):
     stage = Stage(tmp_path / "pairs", "pairs", "key")
     (stage.start() / MANIFEST).symlink_to("/dev/full")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,3 +85,12 @@ def small(place) -> Command:
     command = start(place / "small", *SMALL, "--iterations", "1")
     assert command.wait() == 0
     return command
+
+
+def fork(small: Command, name: str) -> Path:
+    """A run directory in which iteration 0 of the small run is committed and iteration 1 is still to do."""
+    run = small.run.with_name(name)
+    shutil.copytree(small.run, run, copy_function=shutil.copy2)
+    shutil.rmtree(run / "iteration-01")
+    (run / "events.jsonl").unlink()
+    return run

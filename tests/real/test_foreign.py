@@ -62,7 +62,7 @@ def foreign(tmp_path_factory):
 def overrides(foreign) -> list[str]:
     return [
         f"model.path={foreign}/policy", f"prompts.path={foreign}/asked.jsonl", "prompts.prompt_column=question",
-        "prompts.id_column=qid", 'prompts.answer_column=""', "prompts.per_iteration=24", "model.context_tokens=256",
+        "prompts.id_column=qid", 'prompts.answer_column=""', "prompts.per_iteration=24", "model.context_tokens=512",
         "template.name=default", "template.layout=one_message", "strategy.name=parallel", "strategy.samples=3",
         "scorer.name=reward_model", f"scorer.model={foreign}/reward", "sampling.max_tokens=12",
         "evaluation.prompt_column=question", 'evaluation.answer_column=""', "evaluation.rounds=2",

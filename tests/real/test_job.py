@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.real.conftest import ROOT, SMALL
+from tests.real.conftest import ROOT, SMALL, fork
 
 RAY = str(Path(sys.executable).parent / "ray")
 
@@ -25,9 +25,10 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-@pytest.fixture
-def cluster(tmp_path):
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
     """A head node in processes of its own, ended by their ids."""
+    tmp_path = tmp_path_factory.mktemp("cluster")
     ports = {name: str(free_port()) for name in ("dashboard", "agent", "client")}
     token = tmp_path / "token"
     token.write_text(secrets.token_hex(32))
@@ -35,7 +36,7 @@ def cluster(tmp_path):
     environment.pop("RAY_ADDRESS", None)
     command = [RAY, "start", "--head", "--block", "--num-cpus=2", "--port=9479", f"--dashboard-port={ports['dashboard']}"]
     command += [f"--dashboard-agent-listen-port={ports['agent']}", f"--ray-client-server-port={ports['client']}"]
-    command += ["--object-store-memory=300000000", f"--temp-dir={tmp_path}/ray"]
+    command += ["--object-store-memory=300000000"]
     with open(tmp_path / "head.log", "wb") as log:
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path)
     address = f"http://127.0.0.1:{ports['dashboard']}"
@@ -44,6 +45,7 @@ def cluster(tmp_path):
         listed = subprocess.run([RAY, "job", "list", "--address", address], env=environment, capture_output=True, text=True)
         if listed.returncode == 0:
             break
+        assert head.poll() is None, (tmp_path / "head.log").read_text()[-2000:]
         assert time.monotonic() < deadline, listed.stderr[-2000:]
         time.sleep(2)
     yield address, environment, token.read_text()
@@ -54,9 +56,9 @@ def cluster(tmp_path):
         process.kill()
 
 
-def test_a_submitted_job_succeeds_and_is_listed_in_the_dashboard(cluster, place):
+def test_a_submitted_job_succeeds_and_is_listed_in_the_dashboard(cluster, small):
     address, environment, token = cluster
-    run = place / "job"  # beside the other small runs, whose tiny world it shares
+    run = fork(small, "job")
     entry = ["python", "jobs/iterate.py", "jobs/recipes/tiny.toml", "--run", str(run), *SMALL, "--iterations", "1"]
     submit = [RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--", *entry]
     result = subprocess.run(submit, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=600)
@@ -69,9 +71,8 @@ def test_a_submitted_job_succeeds_and_is_listed_in_the_dashboard(cluster, place)
     assert [job["status"] for job in submitted] == ["SUCCEEDED"]
     holder = json.loads((run / "LOCK").read_text())
     assert holder["job"] == submitted[0]["submission_id"]
-    twin = place / "small" / "iteration-01" / "pairs" / "pairs.parquet"
-    if twin.exists():
-        assert (run / "iteration-01" / "pairs" / "pairs.parquet").read_bytes() == twin.read_bytes()
+    twin, own = (folder / "iteration-01" / "pairs" / "pairs.parquet" for folder in (small.run, run))
+    assert own.read_bytes() == twin.read_bytes()
 
 
 def test_without_the_token_the_job_api_refuses(cluster):

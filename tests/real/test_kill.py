@@ -2,11 +2,11 @@
 
 from evolve_ray import rows
 from evolve_ray.store import read_manifest
-from tests.real.conftest import SMALL, start
+from tests.real.conftest import SMALL, fork, start
 
 
-def test_killed_in_generation_and_in_training_the_run_ends_as_its_undisturbed_twin(small, place):
-    run = place / "killed"
+def test_killed_in_generation_and_in_training_the_run_ends_as_its_undisturbed_twin(small):
+    run = fork(small, "killed")
     # One engine instead of the twin's two: where a run computes must not show in what it computes.
     command = [*SMALL, "--iterations", "1", "engine.actors=1"]
     first = start(run, *command)

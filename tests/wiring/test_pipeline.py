@@ -74,7 +74,9 @@ def draft(context: inputs.Context, pools: shards.Pools | None = None):
         drafts, scores = iterate.generate_and_score(
             context, 1, "generations", context.policy, prompts, place, config.strategy, config.sampling, scope=1
         )
-        return drafts, scores, iterate.select(context, 1, prompts, drafts, scores)
+        pairs = iterate.select(context, 1, prompts, drafts, scores)
+        context.collect_rejected(1)
+        return drafts, scores, pairs
     finally:
         if pools is None:
             context.pools.close("engines")

@@ -1,0 +1,189 @@
+"""Everything that a run starts from is checked before Ray starts, and committed once."""
+
+import json
+
+import pytest
+
+from evolve_ray import config as options
+from evolve_ray import inputs, rows
+from evolve_ray.errors import EvolveError, UserError
+from evolve_ray.store import Run
+
+
+@pytest.fixture
+def settle(recipe, tmp_path):
+    """Settles the small recipe with overrides in one run directory."""
+
+    def settle(*overrides, rerun_changed=False):
+        tmp_path.joinpath("run").mkdir(exist_ok=True)
+        inputs.settle_config(options.load(recipe(), overrides), Run(tmp_path / "run"), rerun_changed=rerun_changed)
+        return json.loads((tmp_path / "run" / "config.json").read_text())
+
+    return settle
+
+
+def test_resolved_configuration_is_stored_whole(settle, recipe):
+    assert settle("training.beta=0.5") == options.resolved(options.load(recipe(), ["training.beta=0.5"]))
+
+
+def test_same_configuration_is_accepted_again(settle):
+    assert settle("engine.args.a=1") == settle("engine.args.a=1")
+
+
+def test_changed_option_is_refused_with_both_values(settle):
+    settle()
+    with pytest.raises(UserError, match=r"changed: seed \(0 -> 1\), training\.beta \(0\.1 -> 0\.2\); use another --run"):
+        settle("training.beta=0.2", "seed=1")
+
+
+@pytest.mark.parametrize(("before", "after"), [((), ("engine.args.a=1",)), (("engine.args.a=1",), ())])
+def test_option_of_a_free_table_that_came_or_went_is_refused(settle, before, after):
+    settle(*before)
+    with pytest.raises(UserError, match=r"engine\.args"):
+        settle(*after)
+
+
+def test_runtime_options_may_change_and_are_stored(settle):
+    settle()
+    assert settle("engine.actors=4", "iterations=9")["engine"]["actors"] == 4
+
+
+def test_changed_option_is_accepted_when_asked_for(settle):
+    settle()
+    assert settle("seed=3", rerun_changed=True)["seed"] == 3
+    assert settle("seed=3")["seed"] == 3
+
+
+@pytest.mark.xfail(strict=True, reason="a damaged config.json ends in a traceback of json")
+def test_damaged_stored_configuration_is_named(settle, tmp_path):
+    settle()
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(EvolveError, match=r"config\.json"):
+        settle()
+
+
+@pytest.fixture
+def prepare(recipe, tmp_path, tiny_model):
+    """Prepares a run of the tiny model on prompts that are written to a file first; Ray must not start."""
+
+    def prepare(texts, *overrides, held=(), rerun_changed=False):
+        for name, given in (("prompts", texts), ("held", held)):
+            lines = [json.dumps({"prompt": text}) + "\n" for text in given]
+            (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+        fixed = [
+            f"model.path={tiny_model}", "model.context_tokens=60", "sampling.max_tokens=10", "template.name=tiny",
+            f"prompts.path={tmp_path}/prompts.jsonl", "prompts.per_iteration=2", "iterations=2",
+            f"scorer.name={__name__}:Zero",
+        ]  # fmt: skip
+        splits = [f"evaluation.splits.held={tmp_path}/held.jsonl"] if held else []
+        config = options.load(recipe(), [*fixed, *splits, *overrides])
+        run = Run(tmp_path / "run")
+        run.root.mkdir(exist_ok=True)
+        return inputs.prepare(config, run, lambda _: None, no_ray, rerun_changed=rerun_changed)
+
+    return prepare
+
+
+class Zero:
+    """Scores everything with zero."""
+
+    def __call__(self, prompts, answers, responses):
+        return [0.0] * len(responses)
+
+
+def no_ray():
+    raise AssertionError("Ray was started while inputs were still being checked")
+
+
+TEXTS = ["one", "two", "three", "four", "five"]
+
+
+def committed(context, number):
+    return rows.read_table(context.prompts[number].path("prompts.parquet"))
+
+
+def rejected(context, number):
+    return [(row["line"], row["reason"]) for row in rows.read_jsonl(context.prompts[number].path("rejected.jsonl"))]
+
+
+def test_each_iteration_gets_its_own_prompts_with_their_tokens(prepare):
+    context = prepare(TEXTS)
+    table = committed(context, 1) + committed(context, 2)
+    assert len({row["prompt"] for row in table}) == 4
+    assert all(row["num_tokens"] == len(row["prompt"]) + 3 for row in table)  # user, end and assistant tokens
+
+
+def test_what_is_prepared_is_not_made_again(prepare, tmp_path):
+    prepare(TEXTS)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("run/iteration-*/**/*")}
+    prepare(TEXTS)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("run/iteration-*/**/*")} == before
+    assert before
+
+
+def test_changed_prompts_are_refused_and_put_aside_when_asked_for(prepare, tmp_path):
+    prepare(TEXTS)
+    with pytest.raises(UserError, match=r"iteration-01/prompts: was made from other inputs"):
+        prepare([*TEXTS, "six"])
+    prepare([*TEXTS, "six"], rerun_changed=True)
+    assert len(list(tmp_path.glob("run/iteration-01/.superseded-prompts-*"))) == 1
+
+
+def test_too_few_prompts_are_refused_with_the_counts(prepare):
+    with pytest.raises(UserError, match="2 iterations of 2 fresh prompts need 4, but 3 are usable"):
+        prepare(TEXTS[:3])
+
+
+def test_prompt_beyond_the_context_stops_the_run_with_file_line_and_tokens(prepare, tmp_path):
+    with pytest.raises(UserError) as caught:
+        prepare([*TEXTS, "x" * 50])
+    said = str(caught.value)
+    assert "1 of 6 prompts are too long" in said
+    assert f"{tmp_path}/prompts.jsonl:6: prompt has 53 tokens, limit 30 (model.context_tokens - 2 * " in said
+
+
+def test_prompt_beyond_the_context_is_rejected_with_its_reason_where_the_loss_is_allowed(prepare):
+    context = prepare([*TEXTS, "x" * 50], "prompts.max_rejected_fraction=0.2")
+    ((line, reason),) = rejected(context, 1)
+    assert (line, reason.split(" (")[0]) == (6, "prompt has 53 tokens, limit 30")
+
+
+def test_longest_prompt_that_fits_leaves_room_for_its_refinement(prepare):
+    context = prepare([*TEXTS[:3], "x" * 27])
+    chat = inputs.Prompter(context, {}).chat
+    longest = max((row for number in (1, 2) for row in committed(context, number)), key=lambda row: row["num_tokens"])
+    assert longest["num_tokens"] == 30
+    ask = chat.context_ids(context.template.refinement(longest["prompt"], "y" * 10))
+    assert len(ask) + 10 <= context.config.model.context_tokens
+
+
+def test_held_out_prompt_is_not_trained_on_and_is_counted(prepare):
+    context = prepare(TEXTS, held=["three", "other"])
+    assert "three" not in {row["prompt"] for number in (1, 2) for row in committed(context, number)}
+    assert rejected(context, 1) == [(3, "is also a prompt of evaluation split 'held'")]
+
+
+def test_same_text_in_two_splits_stays_two_prompts(prepare, tmp_path):
+    (tmp_path / "again.jsonl").write_text('{"prompt": "other"}\n')
+    context = prepare(TEXTS, f"evaluation.splits.again={tmp_path}/again.jsonl", held=["other"])
+    table = rows.read_table(context.held_out.path("prompts.parquet"))
+    assert {row["split"] for row in table} == {"held", "again"}
+    assert len({row["prompt_id"] for row in table}) == 2
+
+
+@pytest.mark.parametrize(
+    "option", ["strategy.name", "engine.name", "scorer.name", "selection.name", "training.objective"]
+)  # fmt: skip
+def test_plug_that_does_not_exist_is_refused_by_its_option(prepare, option):
+    with pytest.raises(UserError, match=rf"{option}: 'none:Such' cannot be loaded"):
+        prepare(TEXTS, f"{option}=none:Such")
+
+
+def test_rejected_rows_of_an_iteration_are_collected_in_the_order_of_the_data(prepare):
+    context = prepare([*TEXTS, "one"])
+    folder = context.run.iteration(1)
+    for name in ("pairs", "generations"):
+        (folder / name).mkdir()
+        (folder / name / "rejected.jsonl").write_text(json.dumps({"stage": name}) + "\n")
+    context.collect_rejected(1)
+    assert [row["stage"] for row in rows.read_jsonl(folder / "rejected.jsonl")] == ["prompts", "generations", "pairs"]

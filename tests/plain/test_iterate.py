@@ -1,0 +1,111 @@
+"""Selection over committed shards: every draft is accounted for, and nothing is trained on nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from evolve_ray import config as options
+from evolve_ray import iterate, rows, shards
+from evolve_ray.errors import IntegrityError, UserError
+from evolve_ray.inputs import Context, Policy
+from evolve_ray.refine import load_template
+from evolve_ray.store import Run, Stage, commit
+
+
+@pytest.fixture
+def tables(recipe, tmp_path):
+    """A run with prompts, drafts and scores of two shards committed; `scores` by draft id, None for a lost one."""
+
+    def make(scores, *overrides, extra=()):
+        config = options.load(recipe(), ["engine.shard_prompts=2", *overrides])
+        run = Run(tmp_path / "run")
+        context = Context(
+            config, run, lambda _: None, lambda: None, False, load_template("tiny", "conversation"), Policy(Path(), "")
+        )
+        folder = run.iteration(1)
+        prompts = [
+            {"prompt_id": f"p{n}", "prompt": f"q{n}", "answer": None, "split": "s", "file": "f", "line": n, "num_tokens": 1}
+            for n in range(3)
+        ]
+        stages = {name: Stage(folder / name, name, name) for name in ("prompts", "generations", "scores")}
+        rows.write_table(stages["prompts"].start() / "prompts.parquet", prompts, rows.PROMPT)
+        made = {"prompts": stages["prompts"].commit(num_in=3, num_rows=3)}
+        for name in ("generations", "scores"):
+            stages[name].resume()
+            for shard in range(2):
+                drafts = [draft(p["prompt_id"], n) for p in prompts[2 * shard : 2 * shard + 2] for n in (1, 2)]
+                table = drafts
+                if name == "scores":
+                    known = [d["draft_id"] for d in drafts if scores.get(d["draft_id"]) is not None] + list(extra) * (shard == 0)
+                    table = [{"draft_id": i, "prompt_id": i[:2], "score": scores.get(i, 0.0), "correct": None} for i in known]
+                aside = stages[name].work / f".{shard}"
+                aside.mkdir()
+                rows.write_table(aside / "rows.parquet", table, rows.SCORE if name == "scores" else rows.GENERATION)
+                rows.write_jsonl(aside / "rejected.jsonl", [])
+                commit(aside, stages[name].work / shards.shard_name(shard), stage="shard", key="k", num_in=1, num_rows=len(table))
+            made[name] = shards.finish(stages[name], 2, 2)
+        return context, *made.values()
+
+    return make
+
+
+def draft(prompt_id, number):
+    return {
+        "draft_id": f"{prompt_id}-{number}", "prompt_id": prompt_id, "split": "s", "sample": 0, "round": number,
+        "parent_id": None, "text": f"y{number}", "finish_reason": "stop", "num_prompt_tokens": 1, "num_tokens": 1, "seed": 0,
+        "model": "m",
+    }  # fmt: skip
+
+
+SCORES = {"p0-1": 0.0, "p0-2": 1.0, "p1-1": 1.0, "p1-2": 0.0, "p2-1": 0.5, "p2-2": None}
+
+
+def test_pairs_of_all_shards_come_in_the_order_of_the_prompts(tables):
+    context, *inputs = tables(SCORES)
+    manifest = iterate.select(context, 1, *inputs)
+    table = rows.read_table(manifest.path("pairs.parquet"))
+    assert [(row["prompt_id"], row["chosen_id"], row["rejected_id"]) for row in table] == [
+        ("p0", "p0-2", "p0-1"), ("p1", "p1-1", "p1-2"),
+    ]  # fmt: skip
+
+
+def test_every_draft_is_used_or_in_the_rejected_rows(tables):
+    context, *inputs = tables(SCORES)
+    manifest = iterate.select(context, 1, *inputs)
+    rejected = rows.read_jsonl(manifest.path("rejected.jsonl"))
+    assert {row["id"]: row["reason"] for row in rejected} == {
+        "p2-1": "all drafts are identical", "p2-2": "has no finite score",
+    }  # fmt: skip
+    assert manifest.stats == {"num_in": 6, "num_rows": 2, "num_used": 4, "num_rejected": 2}
+
+
+def test_selected_pairs_are_not_selected_again(tables):
+    context, *inputs = tables(SCORES)
+    first = iterate.select(context, 1, *inputs)
+    before = (first.folder / "pairs.parquet").stat().st_mtime_ns
+    assert iterate.select(context, 1, *inputs) == first
+    assert (first.folder / "pairs.parquet").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("scores", [dict.fromkeys(SCORES, 0.5), dict.fromkeys(SCORES)])
+def test_run_without_a_single_pair_stops_clearly(tables, scores):
+    context, *inputs = tables(scores)
+    with pytest.raises(UserError, match=r"no pairs came out of 6 drafts .*nothing is trained on nothing"):
+        iterate.select(context, 1, *inputs)
+
+
+def test_score_of_a_draft_that_does_not_exist_is_refused(tables):
+    context, *inputs = tables(SCORES, extra=["p0-9"])
+    with pytest.raises(IntegrityError, match=r"scores 1 drafts that .* does not hold"):
+        iterate.select(context, 1, *inputs)
+
+
+def forgetful(prompt, drafts, options):
+    """A selection that loses drafts."""
+    return [], []
+
+
+def test_selection_that_loses_drafts_is_refused(tables):
+    context, *inputs = tables(SCORES, f"selection.name={__name__}:forgetful")
+    with pytest.raises(IntegrityError, match="has 2 drafts, but 0 used and 0 rejected; every draft must be accounted for"):
+        iterate.select(context, 1, *inputs)
