@@ -12,7 +12,7 @@ test: install check
 	@$(BIN)/python -m pytest tests
 
 test-fast: install
-	@$(BIN)/python -m pytest tests/plain tests/wiring
+	@$(BIN)/python -m pytest tests/plain tests/tensors tests/wiring
 
 check: install
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

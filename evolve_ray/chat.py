@@ -6,6 +6,7 @@ training sees the very split at which the engine generated.
 """
 
 import contextlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -20,7 +21,7 @@ class Chat:
 
     def __init__(self, folder: str | Path, field: str = "model.path"):
         try:
-            self.tokenizer: Any = tokenizer_class(Path(folder)).from_pretrained(str(folder))
+            self.tokenizer: Any = tokenizer_class(Path(folder)).from_pretrained(str(folder), trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(f"{field}: {folder}: its tokenizer cannot be loaded: {first_line(error)}") from None
         if not self.tokenizer.chat_template:
@@ -31,7 +32,8 @@ class Chat:
         added = set(self.tokenizer.get_added_vocab()) | set(self.tokenizer.all_special_tokens)
         self._special = re.compile("|".join(map(re.escape, sorted(filter(None, added), key=len, reverse=True))) or r"(?!)")
         self.end_id = self._end_of_turn(folder, field)
-        self.stop_ids = sorted({self.end_id, self.tokenizer.eos_token_id or self.end_id})
+        eos_id = self.tokenizer.eos_token_id
+        self.stop_ids = sorted({self.end_id, self.end_id if eos_id is None else eos_id})
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end_id
 
     def _end_of_turn(self, folder: str | Path, field: str) -> int:
@@ -77,9 +79,14 @@ class Chat:
         """Token ids of plain text: no special token is read out of it, none is added."""
         if not text:
             return []
-        if not self._special.search(text):
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        # Some markup (added tokens not marked as special) is read even with split_special_tokens: cut it in two.
+        cuts = [0, *(match.start() + 1 for match in self._special.finditer(text)), len(text)]
+        pieces = [text[first:last] for first, last in itertools.pairwise(cuts) if first < last]
+        return [
+            token
+            for piece in pieces
+            for token in self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ]
 
     def response_ids(self, text: str, *, finished: bool) -> list[int]:
         """Token ids of a response; the end token only where the answer was finished, never invented for a cut one."""

@@ -6,33 +6,14 @@ a run computes, never what: they are no part of a stage's key and may differ whe
 """
 
 import dataclasses
-import difflib
 import re
 import tomllib
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from evolve_ray.errors import UserError
-
-
-def option(
-    default: Any = dataclasses.MISSING,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    choices: tuple[str, ...] = (),
-    plug: bool = False,
-    runtime: bool = False,
-) -> Any:
-    """A field with its bounds (`low`..`high` inclusive, `above` exclusive); `plug` also allows `module:Name`."""
-    metadata = {"low": low, "high": high, "above": above, "choices": choices, "plug": plug, "runtime": runtime}
-    if isinstance(default, dict | list):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+from evolve_ray.strict import Reader, describe, join, option, parse_value, place
 
 
 @dataclass(frozen=True)
@@ -247,95 +228,6 @@ class Config:
     ray: RayOptions = field(default_factory=RayOptions)
 
 
-class Reader:
-    """Turns a parsed TOML tree into dataclasses and says where in the file a fault lies."""
-
-    def __init__(self, where: str, text: str, overridden: set[str]):
-        self.where = where
-        self.text = text
-        self.overridden = overridden
-
-    def fail(self, dotted: str, message: str) -> typing.NoReturn:
-        if any(dotted == key or dotted.startswith(key + ".") for key in self.overridden):
-            place = "command line"
-        else:
-            line = find_line(self.text, dotted)
-            place = f"{self.where}:{line}" if line else self.where
-        raise UserError(f"{place}: {dotted}: {message}")
-
-    def build(self, cls: type, tree: Any, dotted: str = "") -> Any:
-        if not isinstance(tree, dict):
-            self.fail(dotted, f"is {describe(tree)}, but must be a table of options")
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        for key in tree:
-            if key not in fields:
-                near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(fields)}"
-                self.fail(join(dotted, key), f"unknown option; {hint}")
-        hints = typing.get_type_hints(cls)
-        values = {}
-        for name, f in fields.items():
-            if name in tree:
-                values[name] = self.value(hints[name], f, tree[name], join(dotted, name))
-            elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-                self.fail(join(dotted, name), "is missing and has no default; add it to the recipe or as key=value")
-        return cls(**values)
-
-    def value(self, hint: Any, f: dataclasses.Field, value: Any, dotted: str) -> Any:
-        if isinstance(hint, types.UnionType):
-            hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
-        if dataclasses.is_dataclass(hint):
-            return self.build(typing.cast(type, hint), value, dotted)
-        if hint is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if type(value) is not hint:
-            self.fail(dotted, f"is {describe(value)}, but must be {NAMES[hint]}")
-        bounds = f.metadata
-        if isinstance(value, float) and value != value:
-            self.fail(dotted, "is not a number")
-        if bounds["low"] is not None and value < bounds["low"]:
-            self.fail(dotted, f"is {value}, but must be at least {bounds['low']}")
-        if bounds["above"] is not None and value <= bounds["above"]:
-            self.fail(dotted, f"is {value}, but must be above {bounds['above']}")
-        if bounds["high"] is not None and value > bounds["high"]:
-            self.fail(dotted, f"is {value}, but must be at most {bounds['high']}")
-        plugged = bounds["plug"] and re.fullmatch(r"[\w.]+:\w+", str(value))
-        if bounds["choices"] and value not in bounds["choices"] and not plugged:
-            near = difflib.get_close_matches(value, bounds["choices"], n=1)
-            known = f"one of {', '.join(bounds['choices'])}" + (" or module:Name" if bounds["plug"] else "")
-            self.fail(dotted, f"is {value!r}, but must be {known}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        return value
-
-
-NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "a table", list: "a list"}
-
-
-def describe(value: Any) -> str:
-    return f"{value!r} ({NAMES.get(type(value), type(value).__name__)})"
-
-
-def join(dotted: str, key: str) -> str:
-    return f"{dotted}.{key}" if dotted else key
-
-
-def find_line(text: str, dotted: str) -> int:
-    """The line on which `dotted` (or its nearest enclosing table) is set; 0 if nowhere."""
-    section, table_line = "", 0
-    for number, line in enumerate(text.splitlines(), start=1):
-        header = re.match(r"\s*\[\s*([^\[\]]+?)\s*\]", line)
-        if header:
-            section = header.group(1).replace(" ", "").replace('"', "")
-            if dotted == section or dotted.startswith(section + "."):
-                table_line = number
-            continue
-        key = re.match(r"\s*([\w\-.\"]+)\s*=", line)
-        if key:
-            full = join(section, key.group(1).replace('"', ""))
-            if dotted == full or dotted.startswith(full + "."):
-                return number
-    return table_line
-
-
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Reads a recipe and applies `key=value` overrides (dotted keys; values in TOML syntax, bare words as strings)."""
     path = Path(path)
@@ -367,21 +259,6 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 
 
 OPTIONAL = ("toy", "activation", "offline", "verifier")  # tables that `TABLE=none` on the command line takes away
-
-
-def parse_value(raw: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        return raw
-
-
-def place(tree: dict, keys: list[str], value: Any) -> None:
-    for depth, key in enumerate(keys[:-1]):
-        tree = tree.setdefault(key, {})
-        if not isinstance(tree, dict):
-            raise UserError(f"command line: {'.'.join(keys)}: {'.'.join(keys[: depth + 1])} is a value, not a table")
-    tree[keys[-1]] = value
 
 
 def check_together(config: Config, reader: Reader) -> None:

@@ -15,13 +15,15 @@ def summarise(prompts: list[dict], drafts: Iterable[dict], scores: Iterable[dict
     """
     score_of = {row["draft_id"]: row for row in scores}
     chains: dict[str, dict[str, dict[int, dict]]] = defaultdict(lambda: defaultdict(dict))
+    rounds_of: dict[str, int] = defaultdict(int)
     for draft in drafts:
+        rounds_of[draft["split"]] = max(rounds_of[draft["split"]], draft["round"])
         if draft["draft_id"] in score_of:
             chains[draft["split"]][draft["prompt_id"]][draft["round"]] = {**draft, **score_of[draft["draft_id"]]}
     summary: dict[str, Any] = {}
     for split in dict.fromkeys(prompt["split"] for prompt in prompts):
         asked = [prompt["prompt_id"] for prompt in prompts if prompt["split"] == split]
-        rounds = max((number for chain in chains[split].values() for number in chain), default=0)
+        rounds = rounds_of[split]
         whole = [chains[split][prompt_id] for prompt_id in asked if len(chains[split].get(prompt_id, ())) == rounds]
         summary[split] = {"num_prompts": len(asked), "rounds": {}}
         if not whole or not rounds:

@@ -94,7 +94,11 @@ class VllmEngine:
 
     def reload(self, spec: GenerateSpec, chat: Chat) -> None:
         """New weights of the same shape in place; what the prefix cache holds was computed with the old ones."""
+        from vllm.platforms import current_platform
+
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": spec.model})
+        if current_platform.is_cpu():
+            self.llm.apply_model(repack_tied_head)
         if not self.llm.reset_prefix_cache():
             raise ResourceError("engine: the prefix cache was not reset after new weights; submit the same command again")
         self.use(spec, chat)
@@ -118,6 +122,16 @@ class VllmEngine:
                     )
                 )
         return done
+
+
+def repack_tied_head(model: Any) -> None:
+    """On CPU, vLLM computes logits from a packed copy of the output layer. If that layer is tied to the embedding, the
+    checkpoint has no weight of its own for it, so a reload leaves the packed copy of the old model in place."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    for layer in model.modules():
+        if hasattr(layer, "cpu_linear") and getattr(layer, "weight", None) is not None and layer.weight.numel():
+            dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
 
 
 ENGINES: dict[str, Callable[[GenerateSpec, Chat], Engine]] = {"vllm": VllmEngine}

@@ -14,7 +14,7 @@ from typing import Any
 
 from evolve_ray import models, prompts, rows
 from evolve_ray.config import Config, Preferences, flatten, from_json, resolved
-from evolve_ray.errors import ResourceError, UserError
+from evolve_ray.errors import IntegrityError, ResourceError, UserError
 from evolve_ray.refine import Template, find_plug, load_template
 from evolve_ray.shards import Pools
 from evolve_ray.store import Manifest, Run, Stage, sha256_file, write_atomic
@@ -101,7 +101,11 @@ def settle_config(config: Config, run: Run, *, rerun_changed: bool) -> None:
     """Stores the resolved configuration; a run directory of another configuration is refused by the names of the fields."""
     path = run.root / "config.json"
     if path.exists():
-        before = flatten(resolved(from_json(json.loads(path.read_text(encoding="utf-8")), str(path)), runtime=False))
+        try:
+            stored = json.loads(path.read_bytes())
+        except ValueError:
+            raise IntegrityError(f"{path}: is damaged; delete it and submit again: the stages know their own options") from None
+        before = flatten(resolved(from_json(stored, str(path)), runtime=False))
         here = flatten(resolved(config, runtime=False))
         changed = sorted(name for name in before.keys() | here.keys() if before.get(name, "unset") != here.get(name, "unset"))
         if changed and not rerun_changed:

@@ -183,9 +183,9 @@ def fit(context: Context, iteration: int, policy: Policy, given: Manifest, train
         "iteration": iteration,
     }
     from_pairs = {"pairs": given.identity}
-    order = {name: getattr(training, name) for name in ("batch_pairs", "micro_pairs", "objective")} | {
-        "needs_alpha": training.alpha
-    }
+    # What decides which sequences the reference holds and in which batches they are computed.
+    order = {name: getattr(training, name) for name in ("batch_pairs", "micro_pairs", "objective", "alpha")}
+    order["nll"] = bool(training.nll)
     reference = None
     if training.objective != "sft":
         reference = context.stage(folder / "reference", "reference", shared | {"order": order}, from_pairs)

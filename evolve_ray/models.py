@@ -44,6 +44,8 @@ def read_model_config(folder: Path, field: str) -> dict:
         raise UserError(f"{field}: {folder}: has no config.json; give a Hugging Face model folder") from None
     except ValueError as error:
         raise UserError(f"{field}: {folder}/config.json: is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{field}: {folder}/config.json: is no JSON object; give a Hugging Face model folder")
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"{field}: {folder}: has no *.safetensors; save the model again with safe_serialization")
     if config.get("auto_map"):

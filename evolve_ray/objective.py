@@ -89,7 +89,7 @@ def find(training: options.Training) -> Objective:
     if training.objective == "dpo":
         return Objective(dpo, DIRECT, reference=True)
     if training.objective == "evolve":
-        direct = DIRECT if training.alpha < 1 else ()
+        direct = DIRECT if training.alpha < 1 else ("chosen",) if training.nll else ()
         return Objective(evolve, direct + (AFTER_REJECTED + AFTER_CHOSEN if training.alpha > 0 else ()), reference=True)
     from evolve_ray.refine import find_plug
 

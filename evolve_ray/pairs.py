@@ -12,7 +12,8 @@ def reward_model(prompt: dict, drafts: list[dict], options: Any) -> tuple[list[d
     `drafts` hold `draft_id, text, round, finish_reason, score`. A draft that was cut by length is never chosen.
     Returns (pairs, rejected drafts with their reasons).
     """
-    rejected = [reject_draft(prompt, d, "has no finite score") for d in drafts if d["score"] is None]
+    unscored = sorted((d for d in drafts if d["score"] is None), key=lambda d: d["draft_id"])
+    rejected = [reject_draft(prompt, d, "has no finite score") for d in unscored]
     scored = sorted((d for d in drafts if d["score"] is not None), key=lambda d: (-d["score"], d["draft_id"]))
     complete = [d for d in scored if d["finish_reason"] == "stop"]
     rejected += [reject_draft(prompt, d, "cut by length: cannot be chosen") for d in scored if d["finish_reason"] != "stop"]

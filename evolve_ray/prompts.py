@@ -5,6 +5,7 @@ are counted; nothing else is dropped here.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,9 @@ def read_jsonl(file: Path, faults: list[str]) -> Iterator[tuple[int, dict]]:
             if not raw.strip():
                 continue
             try:
-                record = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=no_constant)
+                record = json.loads(
+                    raw.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=no_constant, parse_float=finite
+                )
             except UnicodeDecodeError as error:
                 faults.append(f"{file}:{number}: is not UTF-8 at byte {error.start} of the line")
                 continue
@@ -61,6 +64,13 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict:
     if len(record) != len(pairs):
         raise ValueError("a key stands twice in one object")
     return record
+
+
+def finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is beyond every float")
+    return value
 
 
 def no_constant(name: str) -> float:

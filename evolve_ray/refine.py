@@ -133,5 +133,5 @@ def find_plug(known: dict[str, Any], name: str, field: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{field}: {name!r} cannot be loaded: {error}") from None

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from evolve_ray.rows import read_jsonl
 from evolve_ray.store import Run, read_manifest, write_atomic
 
 RESAMPLES = 2000
@@ -26,8 +27,7 @@ def interval(values: list[float], seed: int) -> dict[str, float]:
 def stage_rows(run: Run) -> list[dict[str, Any]]:
     """One line per committed stage: rows in, out and rejected, tokens, and the seconds that events recorded."""
     seconds: dict[tuple[int, str], float] = defaultdict(float)
-    for line in (run.root / "events.jsonl").read_text(encoding="utf-8").splitlines():
-        event = json.loads(line)
+    for event in read_jsonl(run.root / "events.jsonl"):
         if event["event"] == "stage_end":
             seconds[event["iteration"], event["stage"]] += event["seconds"]
     lines = []

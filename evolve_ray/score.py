@@ -1,6 +1,8 @@
 """Scoring: actors that host a reward model or a verifier and put a number on every draft."""
 
+import itertools
 import math
+import numbers
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,8 +48,10 @@ class RewardModel:
         self.batch_size, self.max_tokens = options.batch_size, options.max_tokens
         self.chat = Chat(folder, "scorer.model")
         self.device = torch.device("cuda" if options.gpus_per_actor else "cpu")
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=getattr(torch, options.dtype))
-        model.config.pad_token_id = self.chat.pad_id
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=getattr(torch, options.dtype), trust_remote_code=False
+        )
+        self.pads_itself = model.config.pad_token_id is not None
         self.model = model.to(self.device).eval()
 
     def __call__(self, prompts: list[str], answers: list[str | None], responses: list[str]) -> list[float]:
@@ -67,7 +71,11 @@ class RewardModel:
     def _forward(self, batch: list[list[int]]) -> list[float]:
         torch = self.torch
         width = max(map(len, batch))
-        ids_BT = torch.full((len(batch), width), self.chat.pad_id)
+        if not self.pads_itself:
+            # The classifier reads the last token that is not padding: pad with a token that ends none of these rows.
+            last = {row[-1] for row in batch}
+            self.model.config.pad_token_id = next(token for token in itertools.count() if token not in last)
+        ids_BT = torch.full((len(batch), width), self.model.config.pad_token_id)
         mask_BT = torch.zeros((len(batch), width), dtype=torch.long)
         for row, tokens in enumerate(batch):  # padded on the right: the classifier reads the last token that is no padding
             ids_BT[row, : len(tokens)] = torch.tensor(tokens)
@@ -136,7 +144,7 @@ class ScoreWorker(ShardWorker):
         for draft, prompt, score, right in zip(drafts, asked, scores, correct, strict=True):
             if is_finite(score) and (right is None or is_finite(right)):
                 row = {"draft_id": draft["draft_id"], "prompt_id": draft["prompt_id"]}
-                scored.append({**row, "score": float(score), "correct": right})
+                scored.append({**row, "score": float(score), "correct": None if right is None else float(right)})
             else:
                 reason = f"scorer gave {score!r}, verifier {right!r}: not a finite number"
                 rejected.append(rows.reject({**prompt, "prompt_id": draft["draft_id"]}, "scores", reason))
@@ -151,7 +159,7 @@ class ScoreWorker(ShardWorker):
 
 
 def is_finite(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 def pool(scorer: options.Scorer) -> PoolOptions:

@@ -66,17 +66,27 @@ def fsync_path(path: Path) -> None:
 def write_atomic(path: Path, data: bytes) -> None:
     """Replaces one file as a whole; a reader sees the old or the new bytes."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    fsync_path(path.parent)
+    with full_disk_named(path):
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        fsync_path(path.parent)
+
+
+@contextlib.contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """Whatever the disk refuses becomes one sentence with the path."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be written: {error}; free space or mend the disk, then submit again") from error
 
 
 def commit(work: Path, final: Path, *, stage: str, key: str, inputs: dict[str, str] | None = None, **stats: Any) -> Manifest:
     """Makes the folder `work` the committed folder `final`; if `final` was committed meanwhile, keeps that one."""
-    try:
+    with full_disk_named(final):
         files = {}
         for path in sorted(work.rglob("*")):
             if path.is_file() and path != work / MANIFEST:
@@ -94,13 +104,16 @@ def commit(work: Path, final: Path, *, stage: str, key: str, inputs: dict[str, s
             os.rename(work, final)
         except OSError:
             existing = read_manifest(final)
-            if existing is None or existing.key != key:
+            if existing is None:
                 raise
+            if existing.key != key:
+                raise IntegrityError(
+                    f"{final}: was committed meanwhile by another writer from other inputs and stays as it is; "
+                    "submit the same command again"
+                ) from None
             shutil.rmtree(work, ignore_errors=True)
             return existing
         fsync_path(final.parent)
-    except OSError as error:
-        raise ResourceError(f"{final}: cannot be committed: {error}; free space or mend the disk, then submit again") from error
     return Manifest(final, stage, key, files, inputs or {}, stats)
 
 
@@ -174,7 +187,8 @@ class Stage:
         return self.work
 
     def commit(self, rejected: list[dict] | None = None, **stats: Any) -> Manifest:
-        write_jsonl(self.work / "rejected.jsonl", rejected or [])
+        with full_disk_named(self.work):
+            write_jsonl(self.work / "rejected.jsonl", rejected or [])
         stats["num_rejected"] = len(rejected or [])
         return commit(self.work, self.final, stage=self.name, key=self.key, inputs=self.inputs, **stats)
 

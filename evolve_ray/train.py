@@ -20,6 +20,7 @@ from evolve_ray import config as options
 from evolve_ray import rows
 from evolve_ray.errors import EvolveError, NumericsError, UserError, pack, unpack
 from evolve_ray.refine import Template
+from evolve_ray.schedule import batches, learning_rate, micro_batches, micro_steps
 from evolve_ray.store import Manifest, Run, Stage, commit, read_manifest, write_atomic
 
 VERSION = 1
@@ -82,31 +83,6 @@ def fit(spec: TrainSpec, storage: Path) -> Manifest:
     return manifest
 
 
-def batches(num_pairs: int, training: options.Training, *, seed: int, iteration: int) -> list[list[int]]:
-    """The global batches of all epochs as row numbers: a pure function, so that a resumed run takes the same order."""
-    import numpy as np
-
-    order = []
-    for epoch in range(training.epochs):
-        generator = np.random.default_rng(rows.derive_seed("batches", seed, iteration, epoch))
-        shuffled = generator.permutation(num_pairs).tolist()
-        order += [shuffled[first : first + training.batch_pairs] for first in range(0, num_pairs, training.batch_pairs)]
-    return order
-
-
-def learning_rate(step: int, num_steps: int, training: options.Training) -> float:
-    """The rate of update `step` (from 0): linear warm-up, then the schedule; cosine and linear end at a tenth."""
-    warmup = max(1, round(training.warmup_fraction * num_steps)) if training.warmup_fraction else 0
-    if step < warmup:
-        return training.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, num_steps - warmup)
-    if training.schedule == "cosine":
-        return training.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
-    if training.schedule == "linear":
-        return training.learning_rate * (1 - 0.9 * progress)
-    return training.learning_rate
-
-
 def deepspeed_config(spec: TrainSpec) -> dict:
     """ZeRO-3, AdamW, one global batch per update. `trainer.deepspeed` from the recipe is merged over it."""
     training, trainer = spec.training, spec.trainer
@@ -136,28 +112,12 @@ def deepspeed_config(spec: TrainSpec) -> dict:
 
 def merge(base: dict, over: dict) -> dict:
     """`over` wins, table by table."""
-    both = {key: merge(base[key], over[key]) for key in base.keys() & over.keys() if isinstance(base[key], dict)}
+    both = {
+        key: merge(base[key], over[key])
+        for key in base.keys() & over.keys()
+        if isinstance(base[key], dict) and isinstance(over[key], dict)
+    }
     return base | over | both
-
-
-def micro_steps(training: options.Training, workers: int) -> int:
-    """Micro-batches of one update on each worker."""
-    return max(1, math.ceil(training.batch_pairs / (workers * training.micro_pairs)))
-
-
-def micro_batches(batch: list[int], rank: int, training: options.Training, workers: int) -> list[list[tuple[int, float]]]:
-    """This rank's share of a global batch as micro-batches of (row, weight).
-
-    Every rank makes the same number of forwards of the same number of rows, as ZeRO-3 needs; rows that only fill up a ragged
-    batch weigh 0. The weights make the gradient the mean over the global batch after DeepSpeed's own averaging over ranks
-    and micro-batches.
-    """
-    accumulation = micro_steps(training, workers)
-    share = batch[rank::workers]
-    weight = workers * accumulation / len(batch)
-    padded = [(row, weight) for row in share]
-    padded += [(batch[0], 0.0)] * (accumulation * training.micro_pairs - len(share))
-    return [padded[first : first + training.micro_pairs] for first in range(0, len(padded), training.micro_pairs)]
 
 
 def worker(config: dict) -> None:
@@ -214,7 +174,7 @@ class Worker:
         )
         ds_config = deepspeed_config(spec)
         self._keep = HfDeepSpeedConfig(ds_config)  # while it lives, from_pretrained loads straight into ZeRO-3 shards
-        model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=getattr(torch, spec.dtype))
+        model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=getattr(torch, spec.dtype), trust_remote_code=False)
         if spec.trainer.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         model.train()

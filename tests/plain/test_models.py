@@ -75,7 +75,6 @@ def test_broken_config_is_refused(folder, check, field, config):
 
 
 @BOTH
-@pytest.mark.xfail(strict=True, reason="a config.json that is JSON but no object ends in an AttributeError")
 def test_config_that_is_no_object_is_refused(folder, check, field, config):
     with pytest.raises(UserError, match=rf"^{field}: "):
         check(folder("[]"))

@@ -43,7 +43,6 @@ def test_order_of_the_drafts_changes_nothing(drafts, margin, random):
     assert by_id(rejected) == by_id(shuffled_rejected)
 
 
-@pytest.mark.xfail(strict=True, reason="drafts without a score are rejected in the order in which they came")
 def test_order_of_the_drafts_does_not_change_the_order_of_the_rejected():
     drafts = [draft("b", "t", None), draft("a", "u", None)]
     assert select(drafts)[1] == select(drafts[::-1])[1]

@@ -114,9 +114,8 @@ def test_number_serves_as_an_answer(jsonl, answer, text):
     assert row["answer"] == text
 
 
-@pytest.mark.xfail(strict=True, reason="1e400 is read as infinity and becomes the answer 'inf'")
 def test_number_beyond_every_float_is_refused(jsonl):
-    assert "answer" in faults(jsonl, b'{"prompt": "a", "answer": 1e400}', answer_column="answer")
+    assert "1e400" in faults(jsonl, b'{"prompt": "a", "answer": 1e400}', answer_column="answer")
 
 
 def test_rows_keep_order_file_and_line(jsonl, tmp_path):

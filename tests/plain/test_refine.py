@@ -156,7 +156,6 @@ def test_plug_that_cannot_be_loaded_is_refused_by_field(name):
         find_plug({}, name, "strategy.name")
 
 
-@pytest.mark.xfail(strict=True, reason="a relative module name passes the config and ends in a TypeError of importlib")
 def test_plug_with_a_relative_module_is_refused_by_field():
     with pytest.raises(UserError, match=r"strategy\.name"):
         find_plug({}, ".mine:Thing", "strategy.name")

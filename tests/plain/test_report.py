@@ -116,7 +116,6 @@ def test_report_is_written_as_json_and_as_a_page(run):
 
 
 @pytest.mark.parametrize("character", ["\u2028", "\x85", "\u2029"])
-@pytest.mark.xfail(strict=True, reason="str.splitlines breaks an event in two at line separators that JSON leaves as they are")
 def test_events_with_unicode_line_separators_are_read(run, character):
     run.event("driver_failed", error=f"p.jsonl:1: has no column 'prompt'; its columns are: a{character}b")
     assert report.stage_rows(run)[0]["seconds"] == 3.5

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from evolve_ray.errors import EvolveError, IntegrityError, ResourceError, UserError
+from evolve_ray.errors import IntegrityError, ResourceError, UserError
 from evolve_ray.store import MANIFEST, Run, Stage, commit, read_manifest, sha256_file
 
 
@@ -64,7 +64,7 @@ def test_second_commit_of_the_same_key_keeps_the_first_bytes(committed, tmp_path
 
 def test_late_writer_of_another_key_fails_and_changes_nothing(committed, tmp_path):
     before = tree(committed)
-    with pytest.raises(EvolveError, match="cannot be committed"):
+    with pytest.raises(IntegrityError, match="by another writer"):
         commit(fill(tmp_path / "late", "other"), committed, stage="pairs", key="k2")
     assert tree(committed) == before
 

@@ -157,7 +157,6 @@ def test_objective_needs_no_sequence_that_it_does_not_use(options, needs, refere
     assert (found.needs, found.reference) == (needs, reference)
 
 
-@pytest.mark.xfail(strict=True, reason="alpha = 1 leaves out the sequence that nll looks at: KeyError in the first update")
 def test_nll_has_the_sequence_that_it_looks_at():
     assert "chosen" in objective.find(Training(objective="evolve", alpha=1.0, nll=0.1)).needs
 

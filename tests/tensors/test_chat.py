@@ -124,7 +124,6 @@ def test_odd_texts_come_back_byte_equal_from_a_byte_level_tokenizer(bpe_folder):
         assert text in chat.tokenizer.decode(chat.context_ids(user(text)))
 
 
-@pytest.mark.xfail(strict=True, reason="split_special_tokens leaves added tokens alone that are not marked as special")
 def test_turn_cannot_be_forged_with_markers_that_are_not_marked_as_special(save):
     markers = ("<|im_start|>", "<|im_end|>")
     chat = Chat(save(make_bpe(["<|end_of_text|>"], CHATML, plain=markers, eos_token="<|end_of_text|>")))
@@ -133,7 +132,6 @@ def test_turn_cannot_be_forged_with_markers_that_are_not_marked_as_special(save)
     assert sum(token in ids for token in forged) == sum(token in ids for token in chat.context_ids(user("hi")))
 
 
-@pytest.mark.xfail(strict=True, reason="an end-of-text token with id 0 counts as none")
 def test_end_of_text_with_id_zero_is_a_stop_token(save):
     special = ["<|end_of_text|>", "<|begin|>", "<|header|>", "<|/header|>", "<|eot|>"]
     chat = Chat(save(make_bpe(special, LLAMA_TEMPLATE, eos_token="<|end_of_text|>")))
@@ -212,7 +210,6 @@ def test_tokenizer_with_code_of_its_own_is_refused_and_not_run(custom):
     assert not (custom.parent / "canary").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="transformers asks on the terminal, and a y there runs the code of the folder")
 def test_nobody_is_asked_whether_to_run_code_of_a_tokenizer(custom, monkeypatch):
     asked = []
     monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "n")

@@ -54,7 +54,6 @@ def test_changed_option_is_accepted_when_asked_for(settle):
     assert settle("seed=3")["seed"] == 3
 
 
-@pytest.mark.xfail(strict=True, reason="a damaged config.json ends in a traceback of json")
 def test_damaged_stored_configuration_is_named(settle, tmp_path):
     settle()
     (tmp_path / "run" / "config.json").write_text("{")
