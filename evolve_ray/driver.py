@@ -96,6 +96,7 @@ def start_ray(config: options.Config) -> None:
 
     if ray.is_initialized():
         return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Worker groups that load torch on busy machines need more than Ray's default of 30 s.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     code = str(Path(__file__).resolve().parents[1])

@@ -170,9 +170,9 @@ def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[in
             ask_pool,
             fn_kwargs={"actors": pools.open(step.pool), "pool": step.pool, "spec": step.spec},
             batch_size=1,
-            # Tasks only wait for their actor. A few more than actors keep every actor's queue filled.
+            # Tasks only wait for their actor. Two for each keep its queue filled; each is a process, so no more.
             num_cpus=0.01,
-            compute=ray.data.TaskPoolStrategy(size=min(4 * step.pool.actors, len(todo))),
+            compute=ray.data.TaskPoolStrategy(size=min(2 * step.pool.actors, len(todo))),
         )
     for row in dataset.iter_rows():
         told = json.loads(row["told"])

@@ -47,13 +47,18 @@ class Command:
             assert time.monotonic() < deadline, "the awaited event did not come"
             time.sleep(0.05)
 
-    def kill(self) -> None:
-        """SIGKILL to the driver; then every process that it started must be gone soon."""
+    def kill(self) -> list[psutil.Process]:
+        """SIGKILL to the driver; gives back every process that it had started."""
         family = psutil.Process(self.process.pid).children(recursive=True)
         os.kill(self.process.pid, signal.SIGKILL)
         self.process.wait(10)
-        _, alive = psutil.wait_procs(family, timeout=60)
-        assert not alive, f"orphans: {[p.name() for p in alive]}"
+        return family
+
+
+def assert_gone(family: list[psutil.Process]) -> None:
+    """Ray's own agents notice the end of their driver within a minute; everything else goes at once."""
+    _, alive = psutil.wait_procs(family, timeout=90)
+    assert not alive, f"orphans: {[process.name() for process in alive]}"
 
 
 def start(run: Path, *arguments: str, recipe: str = "tiny") -> Command:

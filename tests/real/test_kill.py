@@ -2,7 +2,7 @@
 
 from evolve_ray import rows
 from evolve_ray.store import read_manifest
-from tests.real.conftest import SMALL, fork, start
+from tests.real.conftest import SMALL, assert_gone, fork, start
 
 
 def test_killed_in_generation_and_in_training_the_run_ends_as_its_undisturbed_twin(small):
@@ -11,14 +11,14 @@ def test_killed_in_generation_and_in_training_the_run_ends_as_its_undisturbed_tw
     command = [*SMALL, "--iterations", "1", "engine.actors=1"]
     first = start(run, *command)
     first.wait_for(lambda events: sum(e["event"] == "shard" and e["stage"] == "generations" for e in events) >= 2)
-    first.kill()
+    family = first.kill()
     shards = {path: path.stat().st_mtime_ns for path in (run / "iteration-01").glob(".generations-*/shard-*/MANIFEST.json")}
     assert shards, "the kill came after the stage was over"
 
     second = start(run, *command)
     saved = run / "iteration-01"
     second.wait_for(lambda events: list(saved.glob(".checkpoint-*/steps/step-000002/MANIFEST.json")))
-    second.kill()
+    family += second.kill()
     assert not (saved / "checkpoint").exists(), "the kill came after the stage was over"
     generations = read_manifest(saved / "generations")
     for path, time_ns in shards.items():
@@ -27,6 +27,7 @@ def test_killed_in_generation_and_in_training_the_run_ends_as_its_undisturbed_tw
 
     third = start(run, *command)
     assert third.wait() == 0
+    assert_gone(family)
     twin = small.run / "iteration-01"
     assert (saved / "pairs/pairs.parquet").read_bytes() == (twin / "pairs/pairs.parquet").read_bytes()
     assert generations.identity == read_manifest(twin / "generations").identity
