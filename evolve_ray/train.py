@@ -183,8 +183,9 @@ class Worker:
     def run(self) -> None:
         import ray.train
 
-        start, log = self.restore()
+        # Before a step is restored: the reference is the model that this phase started from, also if it must be made again.
         reference = self.reference() if self.objective.reference else {}
+        start, log = self.restore()
         told = time.monotonic()
         for step in range(start, len(self.batches)):
             log.append(self.update(step, reference))

@@ -1,5 +1,7 @@
 """The driver is killed during generation and during training; the same command again ends with the same pairs and losses."""
 
+import shutil
+
 from evolve_ray import rows
 from evolve_ray.store import read_manifest
 from tests.real.conftest import SMALL, assert_gone, fork, start
@@ -25,6 +27,8 @@ def test_killed_in_generation_and_in_training_the_run_ends_as_its_undisturbed_tw
         kept = saved / "generations" / path.parent.name / "MANIFEST.json"
         assert kept.stat().st_mtime_ns == time_ns, "a committed shard was computed again"
 
+    # A reference that is lost as well is made again from the model that the training started from, not from step 2.
+    shutil.rmtree(saved / "reference")
     third = start(run, *command)
     assert third.wait() == 0
     assert_gone(family)
