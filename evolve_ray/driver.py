@@ -9,7 +9,7 @@ from urllib.parse import urlparse
 
 from evolve_ray import config as options
 from evolve_ray.errors import EvolveError, UserError
-from evolve_ray.store import Run
+from evolve_ray.store import Run, submission_id
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -69,7 +69,7 @@ def run(config: options.Config, root: Path, *, rerun_changed: bool) -> int:
     folder = Run(root)
     with folder.locked():
         inputs.settle_config(config, folder, rerun_changed=rerun_changed)
-        folder.event("driver_start", pid=os.getpid(), job=os.environ.get("RAY_JOB_SUBMISSION_ID"))
+        folder.event("driver_start", pid=os.getpid(), job=submission_id())
         say(f"run {config.name} in {root}")
         try:
             context = inputs.prepare(config, folder, say, lambda: start_ray(config), rerun_changed=rerun_changed)

@@ -220,7 +220,7 @@ class Run:
             own = {
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
-                "job": os.environ.get("RAY_JOB_SUBMISSION_ID"),
+                "job": submission_id(),
                 "start": now(),
             }
             os.ftruncate(descriptor, 0)
@@ -242,6 +242,14 @@ class Run:
         self.event("stage_start", stage=stage, iteration=iteration)
         yield
         self.event("stage_end", stage=stage, iteration=iteration, seconds=round(time.monotonic() - start, 3))
+
+
+def submission_id() -> str | None:
+    """The id of the Ray job that this driver is, from what Ray hands to a job's entry point; None outside of one."""
+    try:
+        return json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])["metadata"]["job_submission_id"]
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def now() -> str:
