@@ -8,11 +8,13 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: install
 	@$(BIN)/python jobs/iterate.py jobs/recipes/tiny.toml
 
-test: install check
-	@$(BIN)/python -m pytest tests
+test: check test-fast
+	@$(BIN)/python -m pytest tests/browser tests/real
 
+# What needs no Ray runs on all cores; tests with a Ray of their own come one by one.
 test-fast: install
-	@$(BIN)/python -m pytest tests/plain tests/tensors tests/wiring
+	@$(BIN)/python -m pytest -n auto tests/plain tests/tensors
+	@$(BIN)/python -m pytest tests/wiring
 
 check: install
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

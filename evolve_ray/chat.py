@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from evolve_ray.errors import UserError
+from evolve_ray.errors import UserError, first_line
 from evolve_ray.refine import Messages
 
 
@@ -102,8 +102,3 @@ def tokenizer_class(folder: Path) -> Any:
         if named in ("TokenizersBackend", "PreTrainedTokenizerFast"):
             return transformers.PreTrainedTokenizerFast
     return transformers.AutoTokenizer
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

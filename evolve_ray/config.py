@@ -6,14 +6,13 @@ a run computes, never what: they are no part of a stage's key and may differ whe
 """
 
 import dataclasses
-import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from evolve_ray.errors import UserError
-from evolve_ray.strict import Reader, describe, join, option, parse_value, place
+from evolve_ray.strict import Reader, join, option, parse_value, place
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Toy:
     hidden: int = option(96, low=8)
     layers: int = option(3, low=1)
     heads: int = option(4, low=1)
-    base_steps: int = option(400, low=1)
+    base_steps: int = option(550, low=1)
     reward_model_steps: int = option(120, low=1)
     num_train: int = option(12000, low=1)
     num_heldout: int = option(500, low=1)
@@ -43,12 +42,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Source:
-    """A table of prompts: a JSONL or Parquet file, or a `datasets` name or folder; columns named as in the file."""
+    """A table of prompts: a JSONL or Parquet file, or a `datasets` name or folder; columns named as in the file.
+
+    `answer_pattern`: the first group of its last match in the answer column is the answer (empty: the whole column).
+    """
 
     path: str = option()
     split: str = option("train")
     prompt_column: str = option("prompt")
     answer_column: str = option("")
+    answer_pattern: str = option("")
     id_column: str = option("")
 
 
@@ -72,9 +75,11 @@ class Template:
 class Strategy:
     """What a generation strategy asks of the model for one prompt."""
 
-    name: str = option("chain", choices=("chain", "parallel"), plug=True)
+    name: str = option("chain", choices=("chain", "parallel", "few_shot", "critique", "best_of"), plug=True)
     rounds: int = option(4, low=1)
-    samples: int = option(4, low=1)
+    samples: int = option(4, low=1)  # of `parallel`, and of each round of `best_of`
+    shots: int = option(3, low=1)  # earlier responses that `few_shot` shows
+    show: str = option("last", choices=("last", "best"))  # which of them
 
 
 @dataclass(frozen=True)
@@ -108,10 +113,14 @@ class Engine:
 
 @dataclass(frozen=True)
 class Scorer:
-    """What a response is worth: a reward model, the verifier, or `module:Name`."""
+    """What a response is worth: a reward model, the verifier, `module:Name`, or the mean or minimum of several.
 
-    name: str = option("reward_model", choices=("reward_model", "verifier"), plug=True)
+    `members` of a mean or minimum: `"verifier"`, `"module:Name"` or `"reward_model=FOLDER_OR_NAME"`, all in one actor.
+    """
+
+    name: str = option("reward_model", choices=("reward_model", "verifier", "mean", "minimum"), plug=True)
     model: str = option("")
+    members: list = option([])
     dtype: str = option("float32", choices=("float32", "bfloat16"))
     max_tokens: int = option(4096, low=16)
     batch_size: int = option(32, low=1)
@@ -123,27 +132,63 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Verifier:
-    """The checkable answer, if there is one: 1.0 means exactly right."""
+    """The checkable answer, if there is one: 1.0 means exactly right.
 
-    name: str = option("exact", choices=("exact",), plug=True)
+    `pattern` (of `regex`): its last match in a response, first group where it has one, is compared with the answer.
+    `tolerance` (of `numeric`): allowed relative difference of the last number.
+    """
+
+    name: str = option("exact", choices=("exact", "regex", "numeric", "math"), plug=True)
+    pattern: str = option("")
+    tolerance: float = option(1e-9, low=0.0)
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """The reward model is trained again in each iteration, on the policy's own drafts in the verifier's order.
+
+    `prompts` of the iteration's prompts are labelled, at most `max_pairs` pairs each.
+    """
+
+    prompts: int = option(256, low=1)
+    max_pairs: int = option(3, low=1)
+    training: "Training" = field(default_factory=lambda: Training(objective="reward"))
 
 
 @dataclass(frozen=True)
 class Selection:
-    """How one prompt's scored drafts become preference pairs."""
+    """How one prompt's scored drafts become preference pairs.
 
-    name: str = option("reward_model", choices=("reward_model",), plug=True)
+    `pairing` and `margin` (in units of the scorer) are of `reward_model`: best over worst draft, or the better over the worse
+    of neighbouring rounds. The last three are the guards of `rule`: edit similarity, ratio of lengths, repeated 4-grams.
+    """
+
+    name: str = option("reward_model", choices=("reward_model", "rule", "random"), plug=True)
+    pairing: str = option("extremes", choices=("extremes", "neighbours"))
     margin: float = option(0.0, low=0.0)
+    max_pairs: int = option(1, low=1)
+    allow_cut: bool = option(False)
+    max_similarity: float = option(0.98, above=0.0, high=1.0)
+    max_length_ratio: float = option(2.0, low=1.0)
+    max_repetition: float = option(0.3, low=0.0, high=1.0)
 
 
 @dataclass(frozen=True)
 class Training:
-    """One phase of training: objective and optimiser. `batch_pairs` is global; `micro_pairs` is per worker."""
+    """One phase of training: objective and optimiser. `batch_pairs` is global; `micro_pairs` is per worker.
 
-    objective: str = option("evolve", choices=("sft", "dpo", "evolve"), plug=True)
+    `reference`: the policy that this phase starts from (`iteration`), or the one that iteration 1 started from (`initial`).
+    """
+
+    objective: str = option("evolve", choices=("sft", "dpo", "ipo", "srpo", "evolve", "reward"), plug=True)
     alpha: float = option(0.5, low=0.0, high=1.0)
     beta: float = option(0.1, above=0.0)
+    refine_form: str = option("squared", choices=("squared", "logistic"))
+    refine_weight: float = option(1.0, low=0.0)  # of the refinement term of `sft`
+    label_smoothing: float = option(0.0, low=0.0, high=0.5)
+    length_normalised: bool = option(False)
     nll: float = option(0.0, low=0.0)
+    reference: str = option("iteration", choices=("iteration", "initial"))
     epochs: int = option(1, low=1)
     batch_pairs: int = option(32, low=1)
     micro_pairs: int = option(4, low=1)
@@ -183,15 +228,55 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out prompts by split name (`[evaluation.splits]`), refined in a chain and reported by round."""
+    """Held-out prompts by split name (`[evaluation.splits]`), refined in a chain and reported by round.
+
+    `parallel` (0: none) independent first drafts are sampled beside the chain: the best of them against the chain's best.
+    """
 
     splits: dict = option({})
     prompt_column: str = option("prompt")
     answer_column: str = option("")
+    answer_pattern: str = option("")
     split: str = option("train")
     rounds: int = option(4, low=1)
     temperature: float = option(1.0, low=0.0)
     limit: int = option(0, low=0)
+    parallel: int = option(0, low=0)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """After each iteration, `prompts` (0: none) of its prompts are answered by the engine with the new weights.
+
+    The engine's log-probabilities of those tokens must agree with the checkpoint's within `tolerance` (mean absolute
+    difference, nats a token); the same forwards give the KL to the iteration's start and to the initial policy.
+    """
+
+    prompts: int = option(16, low=0)
+    tolerance: float = option(0.05, above=0.0)
+    cpus: float = option(1.0, low=0.0, runtime=True)
+    gpus: float = option(0.0, low=0.0, runtime=True)
+
+
+@dataclass(frozen=True)
+class Controller:
+    """Whether the run goes on after an iteration; decided on the evaluation split `split` ("": the first one).
+
+    `fixed`: always. `plateau`: until `patience` iterations in a row bring no significant improvement of the last round or of
+    its gain over the first. `guard`: until the reward of the last round rises while its exact match falls, or the first round
+    falls (all significantly, against the model before), or the last round's mean tokens are more than `max_length_ratio`
+    times longer or shorter, or its distinct-2 less than `min_distinct_ratio` times, those of the policy that iteration 1
+    started from, or the KL to that policy is above `max_kl` (nats a response, of [probe]; 0: no limit). Then `on_breach`:
+    `stop` keeps the iteration, `roll_back` ends with the policy before it.
+    """
+
+    name: str = option("fixed", choices=("fixed", "plateau", "guard"), plug=True)
+    split: str = option("")
+    patience: int = option(1, low=1)
+    on_breach: str = option("roll_back", choices=("stop", "roll_back"))
+    max_length_ratio: float = option(2.0, above=1.0)
+    min_distinct_ratio: float = option(0.5, low=0.0, high=1.0)
+    max_kl: float = option(0.0, low=0.0)
 
 
 @dataclass(frozen=True)
@@ -221,10 +306,13 @@ class Config:
     engine: Engine = field(default_factory=Engine)
     scorer: Scorer = field(default_factory=Scorer)
     verifier: Verifier | None = None
+    refresh: Refresh | None = None
     selection: Selection = field(default_factory=Selection)
     training: Training = field(default_factory=Training)
     trainer: Trainer = field(default_factory=Trainer)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    probe: Probe = field(default_factory=Probe)
+    controller: Controller = field(default_factory=Controller)
     ray: RayOptions = field(default_factory=RayOptions)
 
 
@@ -243,6 +331,11 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: is not valid TOML: {error}") from None
+    return build(tree, str(path), text, overrides)
+
+
+def build(tree: dict, where: str, text: str, overrides: list[str] | tuple[str, ...]) -> Config:
+    """The configuration of a parsed tree with overrides; `text` is where the lines of faults are looked up."""
     overridden = set()
     for item in overrides:
         key, equals, raw = item.partition("=")
@@ -253,41 +346,26 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
             tree.pop(key.strip(), None)
         else:
             place(tree, key.strip().split("."), parse_value(raw.strip()))
-    config = Reader(str(path), text, overridden).build(Config, tree)
-    check_together(config, Reader(str(path), text, overridden))
+    from evolve_ray.together import check_together  # which reads the sections of this file
+
+    reader = Reader(where, text, overridden)
+    config = reader.build(Config, tree)
+    check_together(config, reader)
     return config
 
 
-OPTIONAL = ("toy", "activation", "offline", "verifier")  # tables that `TABLE=none` on the command line takes away
+OPTIONAL = ("toy", "activation", "offline", "verifier", "refresh")  # tables that `TABLE=none` on the command line takes away
 
 
-def check_together(config: Config, reader: Reader) -> None:
-    """What no single field can say."""
-    if config.scorer.name == "reward_model" and not config.scorer.model:
-        reader.fail("scorer.model", "must name a reward model when scorer.name is 'reward_model'")
-    if config.scorer.name == "verifier" and config.verifier is None:
-        reader.fail("verifier", "must be set when scorer.name is 'verifier'; add a [verifier] table")
-    if config.verifier is not None and not config.prompts.answer_column:
-        reader.fail("prompts.answer_column", "must name the column with the answers that [verifier] checks")
-    if config.verifier is not None and config.evaluation.splits and not config.evaluation.answer_column:
-        reader.fail("evaluation.answer_column", "must name the column with the answers that [verifier] checks")
-    for name, path in config.evaluation.splits.items():
-        if not isinstance(path, str):
-            reader.fail(f"evaluation.splits.{name}", f"is {describe(path)}, but must be a string: a file or dataset")
-        if not re.fullmatch(r"[A-Za-z0-9_\-]+", name):
-            reader.fail(f"evaluation.splits.{name}", "a split's name may hold letters, digits, - and _ only")
-    if 2 * config.sampling.max_tokens >= config.model.context_tokens:
-        reader.fail(
-            "sampling.max_tokens",
-            f"is {config.sampling.max_tokens}; a draft and its refinement need twice that, "
-            f"which must be below model.context_tokens ({config.model.context_tokens})",
-        )
-    if config.toy is None:
-        named = [config.model.path, config.prompts.path, config.scorer.model, *config.evaluation.splits.values()]
-        named += [part.path for part in (config.activation, config.offline) if part]
-        for path in named:
-            if path.startswith("toy:"):
-                reader.fail("toy", f"{path!r} is part of the tiny world; add a [toy] table to the recipe")
+def texts_in_view(strategy: Strategy) -> int:
+    """Responses that one context of a strategy can hold, the one being written included."""
+    return {"few_shot": strategy.shots + 1, "critique": 3}.get(strategy.name, 2)
+
+
+def trainings(config: Config) -> list[tuple[str, Training]]:
+    """Every phase of training of a recipe, with the name of its table."""
+    parts = (("activation", config.activation), ("offline", config.offline), ("refresh", config.refresh))
+    return [("training", config.training), *((f"{name}.training", part.training) for name, part in parts if part)]
 
 
 def resolved(part: Any, *, runtime: bool = True) -> Any:
@@ -301,10 +379,9 @@ def resolved(part: Any, *, runtime: bool = True) -> Any:
     }
 
 
-def from_json(tree: dict, where: str) -> Config:
+def from_json(tree: dict, where: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The configuration that `resolved` wrote; absent tables are null there."""
-    given = {name: value for name, value in tree.items() if value is not None}
-    return Reader(where, "", set()).build(Config, given)
+    return build({name: value for name, value in tree.items() if value is not None}, where, "", overrides)
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
 from urllib.parse import urlparse
 
 from evolve_ray import config as options
-from evolve_ray.errors import EvolveError, UserError
+from evolve_ray.errors import ResourceError, UserError, first_line, run_command
 from evolve_ray.store import Run, submission_id
 
 
@@ -31,8 +32,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Returns the exit code; a known fault is one sentence on stderr, the last line of the command."""
     given = parse(arguments)
-    again = f"python jobs/iterate.py {' '.join(arguments)}"
-    try:
+
+    def command() -> int:
         overrides = list(given.overrides)
         if given.iterations is not None:
             overrides.append(f"iterations={given.iterations}")
@@ -44,12 +45,8 @@ def main(arguments: list[str]) -> int:
             print(plan(config, Run(root)))
             return 0
         return run(config, root, rerun_changed=given.rerun_changed)
-    except KeyboardInterrupt:
-        print(f"interrupted; what is committed stays; continue with: {again}", file=sys.stderr)
-        return 130
-    except EvolveError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+
+    return run_command(command, shlex.join(["python", "jobs/iterate.py", *arguments]))
 
 
 def run_folder(name: str) -> Path:
@@ -82,7 +79,7 @@ def run(config: options.Config, root: Path, *, rerun_changed: bool) -> int:
         folder.event("driver_end", seconds=round(time.monotonic() - started, 3))
     say("")
     say(report.table(result))
-    say(f"\nrun: {root}\nreport: {root / 'report.html'}\ncheckpoint: {result['models'][-1]['path']}")
+    say(f"\nrun: {root}\nreport: {root / 'report.html'}\ncheckpoint: {result['checkpoint']}")
     return 0
 
 
@@ -101,18 +98,19 @@ def start_ray(config: options.Config) -> None:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     code = str(Path(__file__).resolve().parents[1])
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")]))}}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level="warning")
-        return
-    ray.init(
-        address="local",
-        num_cpus=config.ray.num_cpus or None,
-        object_store_memory=config.ray.object_store_mib << 20,
-        include_dashboard=config.ray.dashboard,
-        log_to_driver=False,
-        logging_level="warning",
-        runtime_env=environment,
-    )
+    where = os.environ.get("RAY_ADDRESS")
+    local = {
+        "address": "local",
+        "num_cpus": config.ray.num_cpus or None,
+        "object_store_memory": config.ray.object_store_mib << 20,
+        "include_dashboard": config.ray.dashboard,
+        "runtime_env": environment,
+    }
+    try:
+        ray.init(log_to_driver=False, logging_level="warning", **({} if where else local))
+    except Exception as error:  # Ray raises a dozen kinds, and a bare Exception when a busy machine is too slow for it
+        what = f"the cluster at RAY_ADDRESS {where} cannot be joined" if where else "a local Ray cannot be started"
+        raise ResourceError(f"ray: {what}: {first_line(error)}; nothing is lost: submit the same command again") from None
 
 
 def stop_ray() -> None:

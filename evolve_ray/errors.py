@@ -3,6 +3,9 @@
 They take exactly one argument so that they survive pickling between Ray processes.
 """
 
+import sys
+from collections.abc import Callable
+
 
 class EvolveError(Exception):
     """Base of all errors that end the command with one sentence instead of a traceback."""
@@ -56,3 +59,21 @@ def pack(error: EvolveError) -> dict[str, str]:
 def unpack(packed: dict[str, str]) -> EvolveError:
     """The error that `pack` was given."""
     return {kind.__name__: kind for kind in EvolveError.__subclasses__()}[packed["kind"]](packed["message"])
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, without what follows it."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def run_command(command: Callable[[], int], again: str) -> int:
+    """The exit code of a command; a known fault is one sentence on stderr, its last line. `again` is the command as typed."""
+    try:
+        return command()
+    except KeyboardInterrupt:
+        print(f"interrupted; what is committed stays; continue with: {again}", file=sys.stderr)
+        return 130
+    except EvolveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code

@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from evolve_ray import models, prompts, rows
-from evolve_ray.config import Config, Preferences, flatten, from_json, resolved
-from evolve_ray.errors import IntegrityError, ResourceError, UserError
+from evolve_ray.config import Config, Preferences, flatten, from_json, resolved, texts_in_view, trainings
+from evolve_ray.errors import IntegrityError, UserError
 from evolve_ray.refine import Template, find_plug, load_template
+from evolve_ray.scorers import VERIFIERS, build_verifier, reward_model_names
 from evolve_ray.shards import Pools
 from evolve_ray.store import Manifest, Run, Stage, sha256_file, write_atomic
-
-TOY_VERSION = 1
+from evolve_ray.toy.parts import toy_parts
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,8 @@ class Context:
     rerun_changed: bool
     template: Template
     policy: Policy
-    reward_model: Path | None = None
-    reward_model_hash: str | None = None
+    reward_models: dict[str, Policy] = field(default_factory=dict)  # by their names in the recipe
+    initial: Policy | None = None  # what iteration 1 started from
     prompts: dict[int, Manifest] = field(default_factory=dict)
     given: dict[str, Manifest] = field(default_factory=dict)
     held_out: Manifest | None = None
@@ -62,8 +60,8 @@ class Context:
         return stage
 
     @contextlib.contextmanager
-    def timed(self, stage: str, iteration: int) -> Iterator[None]:
-        self.say(f"  iteration {iteration}: {stage}")
+    def timed(self, stage: str, iteration: int | None) -> Iterator[None]:
+        self.say(f"  {stage}" if iteration is None else f"  iteration {iteration}: {stage}")
         with self.run.timed(stage, iteration):
             yield
 
@@ -92,6 +90,7 @@ class Context:
     def collect_rejected(self, iteration: int) -> None:
         """rejected.jsonl of an iteration: what each of its stages rejected, in the order of the data."""
         folder = self.run.iteration(iteration)
+        folder.mkdir(parents=True, exist_ok=True)  # iteration 0 has no stage without held-out prompts and given pairs
         order = ("held_out", "base_evaluation", "activation_pairs", "offline_pairs", "prompts", "generations", "scores", "pairs")
         parts = [folder / name / "rejected.jsonl" for name in (*order, "evaluation")]
         write_atomic(folder / "rejected.jsonl", b"".join(part.read_bytes() for part in parts if part.exists()))
@@ -121,29 +120,42 @@ def prepare(
     config: Config, run: Run, say: Callable[[str], None], start_ray: Callable[[], None], *, rerun_changed: bool
 ) -> Context:
     """Checks and commits everything that a run starts from; a fault in any input is raised here, before Ray starts."""
-    check_plugs(config)
-    template = load_template(config.template.name, config.template.layout)
-    toy = toy_parts(config, run, say) if config.toy else {}
-    folder = models.resolve(toy.get(config.model.path, config.model.path), "model.path")
-    models.check_policy(folder, config.model.context_tokens)
-    context = Context(config, run, say, start_ray, rerun_changed, template, Policy(folder, models.content_hash(folder)))
-    if config.scorer.name == "reward_model":
-        context.reward_model = models.resolve(toy.get(config.scorer.model, config.scorer.model), "scorer.model")
-        models.check_reward_model(context.reward_model)
-        context.reward_model_hash = models.content_hash(context.reward_model)
+    context, toy = begin(config, run, say, start_ray, rerun_changed=rerun_changed)
     Prompter(context, toy).commit_all()
     return context
 
 
+def begin(
+    config: Config, run: Run, say: Callable[[str], None], start_ray: Callable[[], None], *, rerun_changed: bool,
+    model: str | None = None,
+) -> tuple[Context, dict[str, str]]:  # fmt: skip
+    """A context with everything but prompts, and the tiny world's parts by name; `model` in place of `model.path`."""
+    check_plugs(config)
+    template = load_template(config.template.name, config.template.layout, config.strategy.name)
+    toy = toy_parts(config, run, say) if config.toy else {}
+    folder = models.resolve(model or toy.get(config.model.path, config.model.path), "model.path")
+    models.check_policy(folder, config.model.context_tokens)
+    context = Context(config, run, say, start_ray, rerun_changed, template, Policy(folder, models.content_hash(folder)))
+    for name in reward_model_names(config.scorer):
+        field_name = "scorer.members" if config.scorer.members else "scorer.model"
+        folder = models.resolve(toy.get(name, name), field_name)
+        models.check_reward_model(folder)
+        context.reward_models[name] = Policy(folder, models.content_hash(folder))
+    return context, toy
+
+
 def check_plugs(config: Config) -> None:
-    """Every `module:Name` of the recipe can be loaded."""
-    training = [config.training, *(part.training for part in (config.activation, config.offline) if part)]
+    """Every `module:Name` of the recipe can be loaded, and the verifier has what it needs."""
     named = [("strategy.name", config.strategy.name), ("engine.name", config.engine.name), ("scorer.name", config.scorer.name)]
-    named += [("selection.name", config.selection.name), *(("training.objective", part.objective) for part in training)]
+    named += [("selection.name", config.selection.name), ("controller.name", config.controller.name)]
+    named += [(f"{name}.objective", training.objective) for name, training in trainings(config)]
     named += [("verifier.name", config.verifier.name)] if config.verifier else []
+    named += [("scorer.members", member) for member in config.scorer.members if not member.startswith("reward_model=")]
     for field_name, name in named:
         if ":" in name:
             find_plug({}, name, field_name)
+    if config.verifier and config.verifier.name in VERIFIERS:
+        build_verifier(config.verifier)
 
 
 class Prompter:
@@ -177,20 +189,25 @@ class Prompter:
             from evolve_ray.chat import Chat
 
             self._chat = Chat(self.context.policy.folder)
-            if self.context.reward_model:
-                Chat(self.context.reward_model, "scorer.model")
+            for name, model in self.context.reward_models.items():
+                Chat(model.folder, f"reward model {name}")
         return self._chat
 
     def limit(self) -> int:
-        """Tokens that a first ask may have, so that a refinement of a longest draft still fits into the context."""
-        extra = len(self.chat.context_ids(self.context.template.refinement("", "")))
-        return self.config.model.context_tokens - 2 * self.config.sampling.max_tokens - extra
+        """Tokens that a first ask may have, so that the longest context of the strategy still fits."""
+        config, template = self.config, self.context.template
+        widest = {
+            "few_shot": template.after_several("", [""] * config.strategy.shots),
+            "critique": template.revision("", "", ""),
+        }.get(config.strategy.name, template.refinement("", ""))
+        room = config.model.context_tokens - texts_in_view(config.strategy) * config.sampling.max_tokens
+        return room - len(self.chat.context_ids(widest))
 
     def bounded(self, table: list[dict], path: str, allowed: float) -> tuple[list[dict], list[dict]]:
         """Rows that fit the context; more than `allowed` of them too long is the user's to decide."""
         limit = self.limit()
         kept, rejected = prompts.with_token_counts(
-            table, self.count, limit, field="model.context_tokens - 2 * sampling.max_tokens - the template"
+            table, self.count, limit, field="model.context_tokens - the responses in view * sampling.max_tokens - the template"
         )
         if len(rejected) > allowed * len(table):
             shown = "; ".join(f"{row['file']}:{row['line']}: {row['reason']}" for row in rejected[: prompts.MAX_SHOWN])
@@ -204,14 +221,23 @@ class Prompter:
         rows.write_table(stage.start() / name, table, schema)
         return stage.commit(rejected, num_in=num_in, num_rows=len(table))
 
-    def held_out(self) -> Manifest:
+    def held_out(self, final: Path | None = None) -> Manifest:
+        """The prompts of every evaluation split, committed at `final` (iteration 0's held_out/)."""
         config, part = self.config, self.config.evaluation
+        read = (
+            "splits",
+            "prompt_column",
+            "answer_column",
+            "answer_pattern",
+            "split",
+            "limit",
+        )  # how they are answered is the evaluation's key
         key = {
-            "options": resolved(part),
+            "options": {name: getattr(part, name) for name in read},
             "tokens": self.tokens_key(),
             "sources": [self.source_key(p) for p in part.splits.values()],
         }
-        stage = self.context.stage(self.context.run.iteration(0) / "held_out", "prompts", key, {})
+        stage = self.context.stage(final or self.context.run.iteration(0) / "held_out", "prompts", key, {})
         manifest = stage.committed()
         if manifest:
             return manifest
@@ -219,14 +245,14 @@ class Prompter:
         for split, path in part.splits.items():
             found, duplicates = prompts.read_prompts(
                 self.toy.get(path, path), prompt_column=part.prompt_column, answer_column=part.answer_column,
-                source_split=part.split, split=split,
+                answer_pattern=part.answer_pattern, source_split=part.split, split=split,
             )  # fmt: skip
             num_in += len(found) + len(duplicates)
             beyond = found[part.limit :] if part.limit else []
             rejected += duplicates + [rows.reject(row, "held_out", f"beyond evaluation.limit {part.limit}") for row in beyond]
             kept, too_long = self.bounded(found[: part.limit or None], path, config.prompts.max_rejected_fraction)
             rejected += too_long
-            table += [{**row, "prompt_id": rows.content_id("evaluation", split, row["prompt_id"])} for row in kept]
+            table += [{**row, "prompt_id": evaluation_id(split, row["prompt_id"])} for row in kept]
         return self.commit(stage, table, rejected, "prompts.parquet", rows.PROMPT, num_in)
 
     def triples(self, name: str, part: Preferences) -> Manifest:
@@ -245,7 +271,9 @@ class Prompter:
     def tokens_key(self) -> list[Any]:
         """What decides which prompts fit: tokenizer and template through the hashes, and the sizes."""
         config = self.config
-        return [self.context.policy.hash, self.context.template.hash, config.model.context_tokens, config.sampling.max_tokens]
+        texts = texts_in_view(config.strategy)
+        sizes = [config.model.context_tokens, config.sampling.max_tokens, texts]
+        return [self.context.policy.hash, self.context.template.hash, *sizes]
 
     def training(self) -> None:
         """The fresh prompts of every iteration; those that are also evaluation prompts are left out and counted."""
@@ -280,7 +308,7 @@ class Prompter:
     def read_training(self, part: Any) -> tuple[list[dict], list[dict]]:
         table, duplicates = prompts.read_prompts(
             self.toy.get(part.path, part.path), prompt_column=part.prompt_column, answer_column=part.answer_column,
-            id_column=part.id_column, source_split=part.split,
+            answer_pattern=part.answer_pattern, id_column=part.id_column, source_split=part.split,
         )  # fmt: skip
         held = self.context.held_out
         texts = {row["prompt"]: row["split"] for row in rows.read_table(held.path("prompts.parquet"))} if held else {}
@@ -289,43 +317,6 @@ class Prompter:
         return table, duplicates + overlap + too_long
 
 
-def toy_parts(config: Config, run: Run, say: Callable[[str], None]) -> dict[str, str]:
-    """Paths of the tiny world's parts by their `toy:` names; made once and kept beside the run, by content hash."""
-    assert config.toy is not None
-    world = resolved(config.toy)
-    steps = world.pop("reward_model_steps")
-    folder = make_toy(run, "world", world, say)
-    parts = {f"toy:{name}": str(folder / f"{name}.jsonl") for name in ("train", "heldout", "long", "desc", "triples")}
-    parts["toy:base"] = str(folder / "base")
-    if config.scorer.model == "toy:reward_model":
-        options = {**world, "reward_model_steps": steps, "base": parts["toy:base"]}
-        key = {**options, "base": models.content_hash(folder / "base")}
-        parts["toy:reward_model"] = str(make_toy(run, "reward_model", options, say, key) / "reward_model")
-    named = [config.model.path, config.prompts.path, config.scorer.model, *config.evaluation.splits.values()]
-    named += [part.path for part in (config.activation, config.offline) if part]
-    for name in named:
-        if name.startswith("toy:") and name not in parts:
-            raise UserError(f"{name}: the tiny world has no such part; it has {', '.join(sorted(parts))}")
-    return parts
-
-
-def make_toy(run: Run, part: str, options: dict, say: Callable[[str], None], key: dict | None = None) -> Path:
-    """One committed folder of the tiny world, made in a process of its own."""
-    digest = rows.digest(["toy", TOY_VERSION, part, key or options])
-    stage = Stage(run.root.parent / f"toy-{part.replace('_', '-')}-{digest[:12]}", f"toy {part}", digest)
-    stage.work = stage.work.with_name(f"{stage.work.name}-{os.getpid()}")  # two runs may make the same world at once
-    manifest = stage.committed()
-    if manifest is None:
-        say(f"  tiny world: making its {part.replace('_', ' ')} (kept at {stage.final})")
-        code = str(Path(__file__).parents[1])
-        environment = {
-            **os.environ,
-            "DS_ACCELERATOR": "cpu",
-            "PYTHONPATH": os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")])),
-        }
-        command = [sys.executable, "-m", "evolve_ray.toy", part, str(stage.start()), json.dumps(options)]
-        result = subprocess.run(command, env=environment)
-        if result.returncode:
-            raise ResourceError(f"tiny world: its {part} could not be made (exit {result.returncode}); see the lines above")
-        manifest = stage.commit()
-    return manifest.folder
+def evaluation_id(split: str, prompt_id: str) -> str:
+    """The id of a held-out prompt: one file may be two splits."""
+    return rows.content_id("evaluation", split, prompt_id)

@@ -2,13 +2,29 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from evolve_ray.config import Config
 from evolve_ray.prompts import count_rows
-from evolve_ray.refine import drafts_per_prompt, load_template
+from evolve_ray.refine import load_template
 from evolve_ray.store import Run, read_manifest
+from evolve_ray.strategies import drafts_per_prompt, responses_per_prompt
 
-STAGES = ("prompts", "generations", "scores", "pairs", "reference", "checkpoint", "evaluation")
+STAGES = (
+    "prompts",
+    "generations",
+    "labels",
+    "reward_pairs",
+    "reward_model",
+    "scores",
+    "pairs",
+    "reference",
+    "checkpoint",
+    "evaluation",
+    "probe",
+    "drift",
+    "decision",
+)
 FIRST_STAGES = (
     "held_out",
     "base_evaluation",
@@ -24,12 +40,13 @@ CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English text; only for the estim
 
 def plan(config: Config, run: Run) -> str:
     """The plan as text. Token counts are upper bounds: every answer as long as `sampling.max_tokens`."""
-    load_template(config.template.name, config.template.layout)
+    load_template(config.template.name, config.template.layout, config.strategy.name)
     drafts = drafts_per_prompt(config.strategy)
     prompts, longest = config.prompts.per_iteration, config.sampling.max_tokens
-    held_out = sum(rows or 0 for rows in splits(config).values())
-    generated = prompts * drafts * longest
-    evaluated = held_out * config.evaluation.rounds * longest
+    held_out = sum(rows or 0 for rows in splits(config).values())  # those that only loading tells are not in it
+    generated = prompts * responses_per_prompt(config.strategy) * longest
+    answers = held_out * (config.evaluation.rounds + config.evaluation.parallel)
+    evaluated = answers * longest
     weights = model_bytes(config)
     lines = [f"run {config.name} in {run.root}", ""]
     lines += [f"model      {config.model.path} ({config.model.dtype}, context {config.model.context_tokens} tokens)"]
@@ -42,9 +59,7 @@ def plan(config: Config, run: Run) -> str:
     lines += [
         f"  prompts {prompts:,}   drafts {prompts * drafts:,}   generated tokens {generated:,}   pairs {pair_bound(config):,}"
     ]
-    lines += [
-        f"  evaluation: {held_out:,} prompts, {held_out * config.evaluation.rounds:,} drafts, {evaluated:,} generated tokens"
-    ]
+    lines += [f"  evaluation: {held_out:,} prompts, {answers:,} drafts, {evaluated:,} generated tokens"]
     disk = (generated + evaluated) * CHARACTERS_PER_TOKEN
     size = f"checkpoint {weights / 2**20:,.1f} MiB, " if weights else "a checkpoint the size of the model, "
     lines += [f"  disk: {size}tables {disk / 2**20:,.1f} MiB", ""]
@@ -55,7 +70,9 @@ def plan(config: Config, run: Run) -> str:
 
 def status(config: Config, run: Run, iteration: int) -> list[str]:
     """Each stage of an iteration with what stands in the run directory."""
-    names = list(STAGES)
+    given: dict[str, Any] = dict.fromkeys(("labels", "reward_pairs", "reward_model"), config.refresh)
+    given |= {"reference": config.training.objective not in ("sft", "reward"), "probe": config.probe.prompts}
+    names = [name for name in STAGES if given.get(name, True)]
     if iteration == 0:
         given = {"activation_pairs": config.activation, "offline_pairs": config.offline, "reference": config.offline}
         given |= {"activation": config.activation and config.offline, "checkpoint": config.activation or config.offline}
@@ -83,13 +100,14 @@ def splits(config: Config) -> dict[str, int | None]:
             rows: int | None = config.toy.num_heldout if path == "toy:heldout" else config.toy.num_out_of_domain
         else:
             rows = count_rows(path)
-        counts[name] = min(rows, config.evaluation.limit) if rows and config.evaluation.limit else rows
+        limit = config.evaluation.limit
+        counts[name] = min(rows or limit, limit) if limit else rows
     return counts
 
 
 def pair_bound(config: Config) -> int:
-    """Selection gives at most one pair for each prompt."""
-    return config.prompts.per_iteration
+    """Selection gives at most so many pairs."""
+    return config.prompts.per_iteration * config.selection.max_pairs
 
 
 def model_bytes(config: Config) -> int | None:

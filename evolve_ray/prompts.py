@@ -6,6 +6,7 @@ are counted; nothing else is dropped here.
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,26 @@ def text_of(record: dict, column: str, where: str, faults: list[str], *, empty: 
     return value
 
 
+def answer_of(text: str, pattern: str, where: str, faults: list[str]) -> str | None:
+    """The answer that `pattern` finds in a text: the first group of its last match; None, with a fault noted, without one."""
+    match = None
+    for match in re.finditer(pattern, text):  # noqa: B007 (the last one is what counts)
+        pass
+    answer = (match[1] or "").strip() if match else ""
+    if not answer:
+        shown = text if len(text) <= 60 else f"...{text[-60:]}"
+        faults.append(f"{where} has no match of answer_pattern {pattern!r} with an answer in its first group: {shown!r}")
+        return None
+    return answer
+
+
+def has_column(path: str, column: str, split: str) -> bool:
+    """Whether the first row of a table of prompts has `column`."""
+    for _, record in read_records(path, split, []):
+        return column in record
+    return False
+
+
 def show(path: str, faults: list[str]) -> UserError:
     shown = "; ".join(faults[:MAX_SHOWN])
     more = f"; and {len(faults) - MAX_SHOWN} more" if len(faults) > MAX_SHOWN else ""
@@ -127,11 +148,16 @@ def read_prompts(
     *,
     prompt_column: str,
     answer_column: str = "",
+    answer_pattern: str = "",
     id_column: str = "",
+    draft_column: str = "",
     source_split: str = "train",
     split: str = "train",
 ) -> tuple[list[dict], list[dict]]:
-    """Prompt rows (without `num_tokens`) in the file's order, and the rejected duplicates."""
+    """Prompt rows (without `num_tokens`) in the file's order, and the rejected duplicates.
+
+    With `draft_column` a row also has its text as `draft`; of duplicates the first one's counts.
+    """
     faults: list[str] = []
     rows: dict[str, dict] = {}
     rejected: list[dict] = []
@@ -139,8 +165,12 @@ def read_prompts(
         where = f"{path}:{line}"
         prompt = text_of(record, prompt_column, where, faults)
         answer = text_of(record, answer_column, where, faults) if answer_column else None
+        if answer_pattern and answer is not None:
+            answer = answer_of(answer, answer_pattern, f"{where}: column {answer_column!r}", faults)
+        draft = text_of(record, draft_column, where, faults) if draft_column else None
         given = text_of(record, id_column, where, faults) if id_column else None
-        if prompt is None or (answer_column and answer is None) or (id_column and given is None):
+        wanted = ((answer_column, answer), (id_column, given), (draft_column, draft))
+        if prompt is None or any(column and text is None for column, text in wanted):
             continue
         prompt_id = given or content_id("prompt", prompt, answer)
         row = {
@@ -150,6 +180,7 @@ def read_prompts(
             "split": split,
             "file": path,
             "line": line,
+            **({"draft": draft} if draft_column else {}),
         }
         first = rows.setdefault(prompt_id, row)
         if first is not row:

@@ -1,13 +1,12 @@
-"""Refinement strategies and templates: what is asked of the model, in which words, with which drafts in view.
+"""What is asked of the model, and in which words: asks, drafts and the template around them.
 
-A strategy is a plain generator: it yields one `Ask` (or a list of them) and receives one `Draft` (or a list), and returns
-all drafts of its prompt. It knows no engine: `list(...)` and a dictionary are enough to test it.
+The strategies that put these to use are in `strategies.py`.
 """
 
 import importlib
 import re
 import tomllib
-from collections.abc import Callable, Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,15 +31,48 @@ class Draft:
 
 @dataclass(frozen=True)
 class Ask:
-    """One request to the model: chat messages, and where in the strategy the answer belongs."""
+    """One request to the model: chat messages, and where in the strategy the response belongs.
+
+    A response of another `kind` than "answer" (a critique) helps on the way: it is kept, but neither scored nor trained on.
+    """
 
     messages: Messages
     sample: int
     round: int
     parent_id: str | None = None
+    kind: str = "answer"
 
 
-Strategy = Generator[Ask | list[Ask], Any, list[Draft]]
+@dataclass(frozen=True)
+class Judge:
+    """One request to the recipe's scorer: the strategy receives one number for each draft, higher is better."""
+
+    drafts: tuple[Draft, ...]
+
+
+@dataclass(frozen=True)
+class Given:
+    """A request for the draft that the prompt's row brings along in its column `draft`: round 1, nothing is generated."""
+
+
+Strategy = Generator[Ask | list[Ask] | Judge | Given, Any, list[Draft]]
+
+# The parts of a template and the fields that each must have. A strategy that is not named needs the first three alone.
+FIELDS = {
+    "first": ("prompt",),
+    "refine": (),
+    "one_message": ("prompt", "draft"),
+    "several": ("prompt", "drafts"),
+    "critique": (),
+    "revise": (),
+    "critique_one_message": ("prompt", "draft"),
+    "revise_one_message": ("prompt", "draft", "critique"),
+}
+ALWAYS = ("first", "refine", "one_message")
+NEEDED = {
+    "few_shot": ("several",),
+    "critique": ("critique", "revise", "critique_one_message", "revise_one_message"),
+}
 
 
 @dataclass(frozen=True)
@@ -51,24 +83,53 @@ class Template:
     first: str
     refine: str
     one_message: str
+    several: str = ""
+    critique: str = ""
+    revise: str = ""
+    critique_one_message: str = ""
+    revise_one_message: str = ""
 
     def direct(self, prompt: str) -> Messages:
         """The messages of round 1: `x`."""
-        return ({"role": "user", "content": fill(self.first, prompt=prompt)},)
+        return (user(fill(self.first, prompt=prompt)),)
 
     def refinement(self, prompt: str, draft: str) -> Messages:
         """The messages that ask for a better draft: `(x, y, z)`."""
+        return self.after_several(prompt, [draft])
+
+    def after_several(self, prompt: str, drafts: Sequence[str]) -> Messages:
+        """The messages that ask for a better draft with several in view, the last one nearest: `(x, y_a, z, y_b, z)`."""
+        if self.layout == "conversation":
+            turns = [turn for draft in drafts for turn in (assistant(draft), user(self.refine))]
+            return (*self.direct(prompt), *turns)
+        if len(drafts) == 1:
+            return (user(fill(self.one_message, prompt=prompt, draft=drafts[0])),)
+        numbered = "\n\n".join(f"({number}) {draft}" for number, draft in enumerate(drafts, start=1))
+        return (user(fill(self.several, prompt=prompt, drafts=numbered)),)
+
+    def critical(self, prompt: str, draft: str) -> Messages:
+        """The messages that ask what is wrong with a draft."""
         if self.layout == "one_message":
-            return ({"role": "user", "content": fill(self.one_message, prompt=prompt, draft=draft)},)
-        return (
-            *self.direct(prompt),
-            {"role": "assistant", "content": draft},
-            {"role": "user", "content": self.refine},
-        )
+            return (user(fill(self.critique_one_message, prompt=prompt, draft=draft)),)
+        return (*self.direct(prompt), assistant(draft), user(self.critique))
+
+    def revision(self, prompt: str, draft: str, critique: str) -> Messages:
+        """The messages that ask for a better draft in the light of a critique."""
+        if self.layout == "one_message":
+            return (user(fill(self.revise_one_message, prompt=prompt, draft=draft, critique=critique)),)
+        return (*self.critical(prompt, draft), assistant(critique), user(self.revise))
 
     @property
     def hash(self) -> str:
-        return digest([self.layout, self.first, self.refine, self.one_message])
+        return digest([self.layout, *(getattr(self, part) for part in FIELDS)])
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
 
 
 def fill(text: str, **values: str) -> str:
@@ -76,11 +137,8 @@ def fill(text: str, **values: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match.group(1), match.group(0)), text)
 
 
-FIELDS = {"first": ("prompt",), "refine": (), "one_message": ("prompt", "draft")}
-
-
-def load_template(name: str, layout: str) -> Template:
-    """A shipped template by name, or a user's TOML file; every field must be present exactly as documented."""
+def load_template(name: str, layout: str, strategy: str = "chain") -> Template:
+    """A shipped template by name, or a user's TOML file; every part that the strategy needs must be there with its fields."""
     path = Path(name) if name.endswith(".toml") else Path(__file__).parent / "templates" / f"{name}.toml"
     try:
         with open(path, "rb") as file:
@@ -93,37 +151,17 @@ def load_template(name: str, layout: str) -> Template:
     for key in tree:
         if key not in FIELDS:
             raise UserError(f"{path}: {key}: unknown part of a template; known are {', '.join(FIELDS)}")
-    for key, fields in FIELDS.items():
+    needed = (*ALWAYS, *NEEDED.get(strategy, ()))
+    for key in needed:
         if not isinstance(tree.get(key), str) or not tree[key].strip():
-            raise UserError(f"{path}: {key}: is missing or empty; a template needs {', '.join(FIELDS)}")
-        for field in fields:
-            if "{" + field + "}" not in tree[key]:
+            raise UserError(f"{path}: {key}: is missing or empty; strategy {strategy!r} needs {', '.join(needed)}")
+    for key, text in tree.items():
+        if not isinstance(text, str):
+            raise UserError(f"{path}: {key}: must be a string")
+        for field in FIELDS[key]:
+            if "{" + field + "}" not in text:
                 raise UserError(f"{path}: {key}: lacks the field {{{field}}}")
     return Template(layout=layout, **{key: value.strip("\n") for key, value in tree.items()})
-
-
-def chain(prompt: str, template: Template, options: Any) -> Strategy:
-    """`options.rounds` drafts, each a refinement of the one before (the paper's choice)."""
-    draft = yield Ask(template.direct(prompt), sample=0, round=1)
-    drafts = [draft]
-    for number in range(2, options.rounds + 1):
-        draft = yield Ask(template.refinement(prompt, draft.text), sample=0, round=number, parent_id=draft.draft_id)
-        drafts.append(draft)
-    return drafts
-
-
-def parallel(prompt: str, template: Template, options: Any) -> Strategy:
-    """`options.samples` independent drafts from the prompt alone."""
-    drafts = yield [Ask(template.direct(prompt), sample=number, round=1) for number in range(options.samples)]
-    return drafts
-
-
-STRATEGIES: dict[str, Callable[..., Strategy]] = {"chain": chain, "parallel": parallel}
-
-
-def drafts_per_prompt(options: Any) -> int:
-    """How many drafts a shipped strategy makes; used for the plan's estimates alone."""
-    return options.samples if options.name == "parallel" else options.rounds
 
 
 def find_plug(known: dict[str, Any], name: str, field: str) -> Any:

@@ -22,6 +22,7 @@ PROMPT = pa.schema(
         ("num_tokens", pa.int64()),  # tokens of the first ask, the template's included
     ]
 )
+PROMPT_WITH_DRAFT = PROMPT.append(pa.field("draft", pa.string()))  # a first draft that is not the model's own
 GENERATION = pa.schema(
     [
         ("draft_id", pa.string()),
@@ -29,13 +30,14 @@ GENERATION = pa.schema(
         ("split", pa.string()),
         ("sample", pa.int64()),  # which independent sample or chain, from 0
         ("round", pa.int64()),  # y1 is round 1
+        ("kind", pa.string()),  # "answer", or "critique" for a step on the way to one
         ("parent_id", pa.string()),  # the draft that this one refines; null in round 1
         ("text", pa.string()),
         ("finish_reason", pa.string()),  # "stop", or "length" for a cut answer
         ("num_prompt_tokens", pa.int64()),
         ("num_tokens", pa.int64()),
-        ("seed", pa.int64()),
-        ("model", pa.string()),  # content hash of the model that wrote it
+        ("seed", pa.int64()),  # null for a draft that came with its prompt
+        ("model", pa.string()),  # content hash of the model that wrote it; null likewise
     ]
 )
 SCORE = pa.schema(

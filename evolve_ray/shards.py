@@ -83,12 +83,13 @@ class Host:
         self.make = worker
         self.worker: ShardWorker | None = None
 
-    def commit_shard(self, spec: Any, shard: int) -> dict:
+    def call(self, spec: Any, verb: str, *arguments: Any) -> Any:
+        """`worker.verb(*arguments)` of a worker that was built or renewed for `spec`."""
         if self.worker is None:
             self.worker = self.make(spec)
         elif self.worker.spec != spec:
             self.worker.renew(spec)
-        return self.worker.commit_shard(shard)
+        return getattr(self.worker, verb)(*arguments)
 
 
 class Pools:
@@ -138,7 +139,7 @@ def ask_pool(batch: dict, actors: list[Any], pool: PoolOptions, spec: Any) -> di
     told = json.loads(batch["told"][0])
     if "error" not in told:
         try:
-            told = {"stats": ray.get(actors[shard % len(actors)].commit_shard.remote(spec, shard))}
+            told = {"stats": ray.get(actors[shard % len(actors)].call.remote(spec, "commit_shard", shard))}
         except EvolveError as error:
             told = {"error": pack(error)}
         except ray.exceptions.RayActorError as error:
@@ -179,6 +180,19 @@ def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[in
         if "error" in told:
             raise unpack(told["error"])
         on_shard(int(row["shard"]), told["stats"])
+
+
+def call_all(actors: list[Any], spec: Any, verb: str, *arguments: Any) -> list[Any]:
+    """What each actor of a pool answers to `verb`, in their order."""
+    import ray
+
+    return ray.get([actor.call.remote(spec, verb, *arguments) for actor in actors])
+
+
+def total(manifest: Manifest, num_shards: int, name: str) -> int:
+    """The sum of one count over the first shards of a committed sharded stage."""
+    found = [read_manifest(manifest.folder / shard_name(shard)) for shard in range(num_shards)]
+    return sum(part.stats[name] for part in found if part)
 
 
 def finish(stage: Stage, num_shards: int, num_in: int) -> Manifest:

@@ -236,7 +236,7 @@ class Run:
             file.write(line.encode("utf-8", "replace"))
 
     @contextlib.contextmanager
-    def timed(self, stage: str, iteration: int) -> Iterator[None]:
+    def timed(self, stage: str, iteration: int | None) -> Iterator[None]:
         """Events at the start and the end of a stage that has work to do."""
         start = time.monotonic()
         self.event("stage_start", stage=stage, iteration=iteration)

@@ -147,3 +147,14 @@ def place(tree: dict, keys: list[str], value: Any) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"command line: {'.'.join(keys)}: {'.'.join(keys[: depth + 1])} is a value, not a table")
     tree[keys[-1]] = value
+
+
+def pattern_fault(pattern: str, has_column: bool) -> str:
+    """What is wrong with an `answer_pattern`; "": nothing."""
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        return f"is not a regular expression: {error}"
+    if not groups:
+        return r"has no group; put the answer into one, for example '####\s*(.+)'"
+    return "" if has_column else "has no column to read; name it with answer_column beside it"

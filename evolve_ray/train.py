@@ -1,30 +1,23 @@
-"""Training: Ray Train workers with DeepSpeed ZeRO-3, from committed pairs to a committed Hugging Face checkpoint.
+"""Training: a Ray Train worker group with DeepSpeed ZeRO-3, from committed pairs to a committed Hugging Face checkpoint.
 
-The same worker group first computes the reference log-probabilities (the model it starts from is the reference, so no
-second model is ever in memory) and commits them, then trains. Every few steps all ranks save into a folder that is
-committed with a manifest; after a crash the worker group continues from the last committed step with the same pairs in
-the same order. A non-finite loss or gradient stops all ranks before the optimiser touches a weight.
+What a rank of the group does is in `rank.py`; here is what the driver hands to it, and how its errors come back.
 """
 
 import json
-import math
 import os
 import shutil
 import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from evolve_ray import config as options
-from evolve_ray import rows
-from evolve_ray.errors import EvolveError, NumericsError, UserError, pack, unpack
+from evolve_ray.errors import EvolveError, NumericsError, pack, unpack
 from evolve_ray.refine import Template
-from evolve_ray.schedule import batches, learning_rate, micro_batches, micro_steps
-from evolve_ray.store import Manifest, Run, Stage, commit, read_manifest, write_atomic
+from evolve_ray.schedule import micro_steps
+from evolve_ray.store import Manifest, Run, Stage, write_atomic
 
-VERSION = 1
-PROGRESS_S = 5.0  # seconds between two lines of progress
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -33,6 +26,8 @@ class TrainSpec:
 
     pairs: str
     model: str
+    reference_model: str
+    reference_hash: str
     dtype: str
     template: Template
     training: options.Training
@@ -129,8 +124,10 @@ def worker(config: dict) -> None:
     kept = Path(config["error"])
     if kept.exists():
         return
+    from evolve_ray.rank import Rank
+
     try:
-        Worker(config["spec"]).run()
+        Rank(config["spec"]).run()
     except RuntimeError:
         raise
     except Exception as error:
@@ -147,247 +144,6 @@ def raise_kept(path: Path) -> None:
         raise RuntimeError(told["traceback"]) if "traceback" in told else unpack(told)
 
 
-class Worker:
-    """A rank: model shards, this rank's share of the pairs, and the loop over steps."""
-
-    def __init__(self, spec: TrainSpec):
-        import deepspeed
-        import torch
-        from ray.train.torch import get_device
-        from transformers import AutoModelForCausalLM
-        from transformers.integrations import HfDeepSpeedConfig
-
-        from evolve_ray import objective
-        from evolve_ray.chat import Chat
-
-        self.torch, self.deepspeed = torch, deepspeed
-        self.spec, self.training = spec, spec.training
-        self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self.device = get_device()
-        self.objective = objective.find(spec.training)
-        self.total = objective.total
-        self.chat = Chat(spec.model)
-        self.pairs = rows.read_table(Path(spec.pairs))
-        self.batches = batches(len(self.pairs), spec.training, seed=spec.seed, iteration=spec.iteration)
-        deepspeed.init_distributed(
-            dist_backend="nccl" if spec.trainer.use_gpu else "gloo", auto_mpi_discovery=False, verbose=False
-        )
-        ds_config = deepspeed_config(spec)
-        self._keep = HfDeepSpeedConfig(ds_config)  # while it lives, from_pretrained loads straight into ZeRO-3 shards
-        model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=getattr(torch, spec.dtype), trust_remote_code=False)
-        if spec.trainer.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        model.train()
-        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config)
-
-    def run(self) -> None:
-        import ray.train
-
-        # Before a step is restored: the reference is the model that this phase started from, also if it must be made again.
-        reference = self.reference() if self.objective.reference else {}
-        start, log = self.restore()
-        told = time.monotonic()
-        for step in range(start, len(self.batches)):
-            log.append(self.update(step, reference))
-            if self.rank == 0 and time.monotonic() - told > PROGRESS_S:
-                self.spec.run.event("training", iteration=self.spec.iteration, num_steps=len(self.batches), **log[-1])
-                told = time.monotonic()
-            if (step + 1) % self.spec.trainer.checkpoint_steps == 0 and step + 1 < len(self.batches):
-                self.save(step + 1, log)
-        # Once: Ray Train takes reports at its polling interval and blocks the workers of a quicker loop.
-        ray.train.report({"num_steps": len(self.batches), **log[-1]})
-        self.export(log)
-
-    def logps(self, indices: list[int], needs: tuple[str, ...]) -> tuple[dict[str, Any], Any]:
-        """`{name: logps_B}` of the given pairs, and the response lengths of their chosen answers."""
-        from evolve_ray.logprobs import pair_sequences, sequence_logps
-
-        built = [pair_sequences(self.chat, self.spec.template, self.pairs[index], needs) for index in indices]
-        flat = [sequences[name] for sequences in built for name in needs]
-        logps_BN = sequence_logps(self.engine, flat, self.chat.pad_id, self.device).view(len(indices), len(needs))
-        first = needs[0]
-        lengths = self.torch.tensor([float(len(sequences[first].response)) for sequences in built], device=self.device)
-        return {name: logps_BN[:, position] for position, name in enumerate(needs)}, lengths.clamp(min=1)
-
-    def update(self, step: int, reference: dict[str, Any]) -> dict[str, float]:
-        """One optimiser update; returns its metrics, the same on every rank."""
-        torch = self.torch
-        batch = self.batches[step]
-        rate = learning_rate(step, len(self.batches), self.training)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
-        sums: dict[str, float] = {}
-        for micro in micro_batches(batch, self.rank, self.training, self.world):
-            indices = [row for row, _ in micro]
-            weights = torch.tensor([weight for _, weight in micro], device=self.device)
-            policy, lengths = self.logps(indices, self.objective.needs)
-            given = {name: values[indices].to(self.device) for name, values in reference.items()}
-            loss_B, metrics = self.total(self.objective, policy, given, lengths, self.training)
-            self.stop_if_not_finite(loss_B, step, indices)
-            # DeepSpeed divides by the number of micro-batches and averages over ranks; `weights` undo both.
-            self.engine.backward((loss_B * weights).sum())
-            self.engine.step()
-            real = weights > 0
-            for name, values in {"loss": loss_B, **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + values.detach()[real].double().sum().item()
-        if getattr(self.engine.optimizer, "overflow", False):
-            ids = [self.pairs[row]["pair_id"] for row in batch]
-            raise NumericsError(
-                f"training step {step}: the gradient is not finite, so no weight was changed; pairs {ids[:8]}; "
-                "lower learning_rate or look at these pairs, then submit again"
-            )
-        totals = torch.tensor([sums[name] for name in sorted(sums)], dtype=torch.float64)
-        self.all_reduce(totals)
-        means = {name: value / len(batch) for name, value in zip(sorted(sums), totals.tolist(), strict=True)}
-        norm = self.engine.get_global_grad_norm()
-        return {"step": step, "num_pairs": len(batch), "learning_rate": rate, "gradient_norm": float(norm or 0.0), **means}
-
-    def all_reduce(self, values: Any) -> None:
-        moved = values.to(self.device)
-        self.torch.distributed.all_reduce(moved)
-        values.copy_(moved)
-
-    def stop_if_not_finite(self, loss_B: Any, step: int, indices: list[int]) -> None:
-        """All ranks stop together, before the backward pass, if any rank's loss is not finite."""
-        bad = self.torch.tensor([float((~loss_B.isfinite()).any())], dtype=self.torch.float64)
-        own = bool(bad.item())
-        self.all_reduce(bad)
-        if bad.item():
-            who = f"rank {self.rank}" if own else f"another rank than {self.rank}"
-            ids = [
-                self.pairs[row]["pair_id"] for row, finite in zip(indices, loss_B.isfinite().tolist(), strict=True) if not finite
-            ]
-            raise NumericsError(
-                f"training step {step}: the loss is not finite on {who}, pairs {ids}; no weight was changed; "
-                "look at these pairs and their reference log-probabilities, then submit again"
-            )
-
-    def reference(self) -> dict[str, Any]:
-        """`{name: logps_P}` of all pairs under the model that this phase starts from: read if committed, else computed.
-
-        Computed with the very micro-batches of the training loop, through the same engine: before the first update the
-        policy's log-probabilities are these, bit by bit up to the order of a batched sum.
-        """
-        stage = self.spec.reference
-        assert stage is not None
-        names = self.objective.needs
-        manifest = stage.committed()
-        if manifest is None:
-            table = self.compute_reference(names)
-            if self.rank == 0:
-                work = stage.start()
-                filled = [{name: row.get(name) for name in rows.REFERENCE.names} for row in table]
-                rows.write_table(work / "reference.parquet", filled, rows.REFERENCE)
-                stage.commit(num_in=len(self.pairs), num_rows=len(table))
-            self.torch.distributed.barrier()
-            manifest = stage.committed()
-            assert manifest is not None
-        stored = rows.read_table(manifest.path("reference.parquet"))
-        if [row["pair_id"] for row in stored] != [pair["pair_id"] for pair in self.pairs]:
-            raise UserError(f"{stage.final}: belongs to other pairs; submit with --rerun-changed to compute it again")
-        return {name: self.torch.tensor([row[name] for row in stored], dtype=self.torch.float32) for name in names}
-
-    def compute_reference(self, names: tuple[str, ...]) -> list[dict]:
-        torch = self.torch
-        values = torch.zeros(len(self.pairs), len(names), dtype=torch.float64)
-        epoch = self.batches[: math.ceil(len(self.pairs) / self.training.batch_pairs)]
-        with torch.no_grad():
-            for batch in epoch:
-                for micro in micro_batches(batch, self.rank, self.training, self.world):
-                    indices = [row for row, _ in micro]
-                    logps, _ = self.logps(indices, names)
-                    for position, (row, weight) in enumerate(micro):
-                        if weight:
-                            values[row] = torch.stack([logps[name][position] for name in names]).double().cpu()
-        self.all_reduce(values)
-        for pair, row in zip(self.pairs, values.isfinite().all(dim=1).tolist(), strict=True):
-            if not row:
-                raise NumericsError(
-                    f"reference: the log-probability of pair {pair['pair_id']} is not finite; "
-                    f"look at prompt {pair['prompt_id']} and at the model {self.spec.model}"
-                )
-        return [
-            {"pair_id": pair["pair_id"], **dict(zip(names, row, strict=True))}
-            for pair, row in zip(self.pairs, values.tolist(), strict=True)
-        ]
-
-    def step_folder(self, step: int) -> Path:
-        return self.spec.checkpoint.work / "steps" / f"step-{step:06d}"
-
-    def save(self, step: int, log: list[dict]) -> None:
-        """All ranks write their shards aside; rank 0 commits the folder and removes the one before."""
-        aside = self.step_folder(step).with_name(f".step-{step:06d}")
-        if self.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        self.torch.distributed.barrier()
-        self.engine.save_checkpoint(str(aside), tag="state", save_latest=False)
-        self.torch.distributed.barrier()
-        if self.rank == 0:
-            (aside / "log.json").write_text(json.dumps(log), encoding="utf-8")
-            commit(aside, self.step_folder(step), stage="step", key=self.spec.checkpoint.key, step=step, world=self.world)
-            before = self.step_folder(step - self.spec.trainer.checkpoint_steps)
-            shutil.rmtree(before, ignore_errors=True)
-        self.torch.distributed.barrier()
-
-    def restore(self) -> tuple[int, list[dict]]:
-        """The last committed step whose bytes are what its manifest says, and the log up to it."""
-        interval = self.spec.trainer.checkpoint_steps
-        for step in range((len(self.batches) - 1) // interval * interval, 0, -interval):
-            manifest = read_manifest(self.step_folder(step), verify=True)
-            if manifest is None:
-                continue
-            if manifest.stats["world"] != self.world:
-                raise UserError(
-                    f"trainer.workers: is {self.world}, but {manifest.folder} was written by {manifest.stats['world']}; "
-                    f"resume with that many workers, or delete {manifest.folder} to start this training anew"
-                )
-            # DeepSpeed's shards are pickles: they are loaded only because their hashes are in our own manifest.
-            self.engine.load_checkpoint(str(manifest.folder), tag="state")
-            return step, json.loads(manifest.path("log.json").read_text(encoding="utf-8"))
-        return 0, []
-
-    def export(self, log: list[dict]) -> None:
-        """Gathers the parameters one by one and commits a Hugging Face folder."""
-        torch = self.torch
-        model = self.engine.module
-        state = {}
-        for name, parameter in model.named_parameters():
-            with self.deepspeed.zero.GatheredParameters([parameter]):
-                if self.rank == 0:
-                    state[name] = parameter.detach().to("cpu", copy=True)
-        if self.rank == 0:
-            for name, value in state.items():
-                if not value.isfinite().all():
-                    raise NumericsError(f"export: the parameter {name} is not finite; nothing was committed; lower learning_rate")
-            for name, buffer in model.named_buffers():
-                if name in model.state_dict():
-                    state[name] = buffer.detach().cpu()
-            stage = self.spec.checkpoint
-            work = stage.work
-            out = work.with_name(f"{work.name}-export")
-            shutil.rmtree(out, ignore_errors=True)
-            out.mkdir(parents=True)
-            model.save_pretrained(out, state_dict=state, safe_serialization=True)
-            self.chat.tokenizer.save_pretrained(out)
-            rows.write_jsonl(out / "training_log.jsonl", log)
-            (out / "README.md").write_text(model_card(self.spec, len(self.pairs), log), encoding="utf-8")
-            rows.write_jsonl(out / "rejected.jsonl", [])
-            commit(
-                out,
-                stage.final,
-                stage=stage.name,
-                key=stage.key,
-                inputs=stage.inputs,
-                num_in=len(self.pairs),
-                num_rows=len(self.pairs),
-                num_rejected=0,
-                num_steps=len(log),
-            )
-            shutil.rmtree(work, ignore_errors=True)
-        torch.distributed.barrier()
-
-
 def model_card(spec: TrainSpec, num_pairs: int, log: list[dict]) -> str:
     """README.md of the checkpoint: what it came from and how."""
     lines = [
@@ -398,6 +154,7 @@ def model_card(spec: TrainSpec, num_pairs: int, log: list[dict]) -> str:
         "# Model trained by evolve-ray",
         "",
         f"* objective: `{spec.training.objective}`, iteration {spec.iteration}",
+        f"* reference policy: `{spec.training.reference}`, content hash `{spec.reference_hash}`",
         f"* pairs: {num_pairs}, updates: {len(log)}, last loss: {log[-1]['loss']:.6f}" if log else f"* pairs: {num_pairs}",
         f"* options: `{json.dumps(options.resolved(spec.training))}`",
         "",

@@ -20,7 +20,7 @@ class FakeEngine:
     def reload(self, spec, chat):
         self.chat = chat
 
-    def submit(self, request_id, prompt_ids, seed):
+    def submit(self, request_id, prompt_ids, seed, *, logps=False):
         self.waiting.append((request_id, prompt_ids, seed))
 
     def step(self):
@@ -28,6 +28,24 @@ class FakeEngine:
         request_id, prompt_ids, seed = self.waiting.pop()
         letters = hashlib.sha256(str(seed).encode()).hexdigest()[:6]
         return [Completion(request_id, letters, 7, len(prompt_ids), 0, "stop" if seed % 5 else "length")]
+
+
+class ModelEngine(FakeEngine):
+    """Answers with three letters of `ab` that the model's hash, the request and its seed decide: often the same ones."""
+
+    def __init__(self, spec, chat):
+        super().__init__(spec, chat)
+        self.model = spec.model_hash
+
+    def reload(self, spec, chat):
+        super().reload(spec, chat)
+        self.model = spec.model_hash
+
+    def step(self):
+        request_id, prompt_ids, seed = self.waiting.pop()
+        drawn = hashlib.sha256(f"{self.model} {seed}".encode()).digest()
+        text = "".join("ab"[byte % 2] for byte in drawn[:3])
+        return [Completion(request_id, text, 3 + drawn[4] % 4, len(prompt_ids), 0, "stop" if drawn[3] % 8 else "length")]
 
 
 class DyingEngine(FakeEngine):
@@ -54,3 +72,10 @@ class LetterScorer:
 
     def __call__(self, prompts, answers, responses):
         return [sum(map(ord, response)) / (len(response) + 1) + len(response) / 100 for response in responses]
+
+
+class LongerIsBetter:
+    """A scorer that is easily hacked: the characters of a response."""
+
+    def __call__(self, prompts, answers, responses):
+        return [float(len(response)) for response in responses]

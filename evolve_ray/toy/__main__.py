@@ -17,7 +17,9 @@ def make_world(out: Path, toy: dict) -> None:
     splits = {"train": "num_train", "heldout": "num_heldout", "long": "num_out_of_domain", "desc": "num_out_of_domain"}
     for split, count in splits.items():
         write_jsonl(out / f"{split}.jsonl", task.make_prompts(split, toy[count], toy["seed"]))
-    write_jsonl(out / "triples.jsonl", task.make_triples(toy["num_triples"], toy["seed"]))
+    # Noisy answers leave room above; many ties, and a sibling task, so that keeping a good draft is learned beside mending.
+    noise = {"tie_fraction": 0.4, "tie_clean_fraction": 0.8, "clean_fraction": 0.5, "desc_fraction": 0.2}
+    write_jsonl(out / "triples.jsonl", task.make_triples(toy["num_triples"], toy["seed"], **noise))
     shape = {name: toy[name] for name in ("seed", "hidden", "layers", "heads")}
     build_base(out / "base", **shape, steps=toy["base_steps"], progress=say)
 

@@ -3,6 +3,8 @@
 import hashlib
 import random
 
+from rapidfuzz.distance import Levenshtein
+
 LETTERS = "abcdefghij"
 
 # split -> (verb of the prompt, shortest and longest letter string, the side of the hash that its strings come from)
@@ -71,34 +73,35 @@ def corrupt(answer: str, rng: random.Random) -> str:
             return "".join(letters)
 
 
-def make_triples(count: int, seed: int, tie_fraction: float = 0.25, clean_fraction: float = 0.65) -> list[dict]:
+def make_triples(
+    count: int,
+    seed: int,
+    tie_fraction: float = 0.25,
+    clean_fraction: float = 0.65,
+    desc_fraction: float = 0.0,
+    tie_clean_fraction: float | None = None,
+) -> list[dict]:
     """`count` rows `{prompt, answer, chosen, rejected}` on distinct train-side prompts, for activation SFT.
 
     `chosen` is right with probability `clean_fraction`, else 1 to 3 edits away. `rejected` is `chosen` after 1 to 3 more
     edits that lower its reward, or with probability `tie_fraction` `chosen` itself: a model that never sees a draft worth
-    keeping learns to change right ones.
+    keeping learns to change right ones. Of ties, `chosen` is right with probability `tie_clean_fraction`, where that is given:
+    1.0 shows only right drafts as worth keeping. A share `desc_fraction` of the prompts sorts downwards, the same letters.
     """
-    rng = random.Random(f"triples:{seed}")
+    rng, verbs = random.Random(f"triples:{seed}"), random.Random(f"triples-verbs:{seed}")
     rows = _draw_prompts("train", count, f"triples-prompts:{seed}")
     for row in rows:
+        if verbs.random() < desc_fraction:
+            letters = row["prompt"].partition(":")[2]
+            row |= {"prompt": f"desc:{letters}", "answer": solve("desc", letters)}
         row["chosen"] = row["answer"] if rng.random() < clean_fraction else corrupt(row["answer"], rng)
+        tie = rng.random() < tie_fraction
+        if tie and tie_clean_fraction is not None:
+            row["chosen"] = row["answer"] if rng.random() < tie_clean_fraction else corrupt(row["answer"], rng)
         row["rejected"] = row["chosen"]
-        if rng.random() >= tie_fraction:
-            while gold_reward(row["rejected"], row["answer"]) >= gold_reward(row["chosen"], row["answer"]):
-                row["rejected"] = corrupt(row["chosen"], rng)
+        while not tie and gold_reward(row["rejected"], row["answer"]) >= gold_reward(row["chosen"], row["answer"]):
+            row["rejected"] = corrupt(row["chosen"], rng)
     return rows
-
-
-def levenshtein(left: str, right: str) -> int:
-    """The fewest single-character insertions, deletions and substitutions that turn `left` into `right`."""
-    previous = list(range(len(right) + 1))
-    for row, left_character in enumerate(left, start=1):
-        current = [row]
-        for column, right_character in enumerate(right, start=1):
-            substitution = previous[column - 1] + (left_character != right_character)
-            current.append(min(previous[column] + 1, current[-1] + 1, substitution))
-        previous = current
-    return previous[-1]
 
 
 def gold_reward(response: str, answer: str) -> float:
@@ -106,7 +109,7 @@ def gold_reward(response: str, answer: str) -> float:
     response = response.strip()
     if response == answer:
         return 1.0
-    return 1.0 - levenshtein(response, answer) / max(len(response), len(answer))
+    return 1.0 - Levenshtein.distance(response, answer) / max(len(response), len(answer))
 
 
 class SortVerifier:

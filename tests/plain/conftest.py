@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-settings.register_profile("plain", derandomize=True, deadline=None, database=None, max_examples=150)
+settings.register_profile("plain", derandomize=True, deadline=None, database=None, max_examples=75)
 settings.load_profile("plain")
 
 RECIPE = """\

@@ -27,8 +27,20 @@ def test_every_shipped_recipe_is_valid(path):
     assert options.load(path).name
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_has_a_plan(path, tmp_path):
+    from evolve_ray.plan import plan
+    from evolve_ray.store import Run
+
+    config = options.load(path)
+    lines = plan(config, Run(tmp_path))
+    assert f"strategy   {config.strategy.name}" in lines
+    assert ("reward_model (to do)" in lines) == (config.refresh is not None)
+
+
 def test_recipes_are_shipped():
-    assert RECIPES
+    names = {"tiny", "tiny_iterative_dpo", "tiny_rule", "tiny_parallel", "tiny_reward_model", "llama31_8b"}
+    assert {path.stem for path in RECIPES} == names
 
 
 def test_unknown_option_is_refused_with_its_line_and_the_nearest_name(recipe):
@@ -41,7 +53,10 @@ def test_unknown_table_is_refused_with_its_line_and_the_nearest_name(recipe):
 
 
 def test_unknown_option_without_a_near_name_lists_the_known_ones(recipe):
-    assert refusal(recipe("[verifier]\nzzzzzz = 1\n")) == ":12: verifier.zzzzzz: unknown option; known here: name"
+    assert (
+        refusal(recipe("[verifier]\nzzzzzz = 1\n"))
+        == ":12: verifier.zzzzzz: unknown option; known here: name, pattern, tolerance"
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,7 +114,7 @@ def test_whole_number_serves_as_a_number(recipe):
 
 def test_unknown_choice_is_refused_with_the_nearest(recipe):
     path = recipe('[training]\nobjective = "dpoo"\n')
-    known = "one of sft, dpo, evolve or module:Name; did you mean 'dpo'?"
+    known = "one of sft, dpo, ipo, srpo, evolve, reward or module:Name; did you mean 'dpo'?"
     assert refusal(path) == f":12: training.objective: is 'dpoo', but must be {known}"
 
 
@@ -184,11 +199,36 @@ def test_unicode_line_separator_in_a_comment_does_not_shift_lines():
         (["verifier.name=exact"], "prompts.answer_column"),
         (["verifier.name=exact", "prompts.answer_column=a", "evaluation.splits.x=x.jsonl"], "evaluation.answer_column"),
         (["evaluation.splits.x=3"], "evaluation.splits.x"),
+        (["prompts.answer_pattern=x(", "prompts.answer_column=a"], "prompts.answer_pattern"),
+        (["prompts.answer_pattern=x", "prompts.answer_column=a"], "prompts.answer_pattern"),
+        (["evaluation.answer_pattern=(x)"], "evaluation.answer_pattern"),
         (["evaluation.splits.a/b=x.jsonl"], "evaluation.splits.a/b"),
         (["model.context_tokens=100", "sampling.max_tokens=50"], "sampling.max_tokens"),
         (["prompts.path=toy:train"], "toy"),
         (["activation.path=toy:triples"], "toy"),
         (["evaluation.splits.x=toy:long"], "toy"),
+        (["scorer.name=mean"], "scorer.members"),
+        (["scorer.members=['verifier']"], "scorer.members"),
+        (["scorer.name=mean", "scorer.members=['a reward model']"], "scorer.members"),
+        (["scorer.name=mean", "scorer.members=[3]"], "scorer.members"),
+        (["scorer.name=minimum", "scorer.members=['verifier']"], "verifier"),
+        (["scorer.name=mean", "scorer.members=['reward_model=toy:reward_model']"], "toy"),
+        (["verifier.name=regex", "prompts.answer_column=a"], "verifier.pattern"),
+        (["verifier.pattern=x", "prompts.answer_column=a"], "verifier.pattern"),
+        (["refresh.prompts=3"], "refresh"),
+        (["verifier.name=exact", "prompts.answer_column=a", "refresh.training.objective=dpo"], "refresh.training.objective"),
+        (["training.objective=reward"], "training.objective"),
+        (
+            ["activation.path=x", "activation.training.objective=sft", "activation.training.label_smoothing=0.1"],
+            "activation.training.label_smoothing",
+        ),
+        (["model.context_tokens=200", "sampling.max_tokens=50", "strategy.name=few_shot"], "sampling.max_tokens"),
+        (["controller.name=plateau"], "controller.name"),
+        (["controller.name=guard"], "controller.name"),
+        (["controller.split=x"], "controller.split"),
+        (["controller.split=y", "evaluation.splits.x=x.jsonl"], "controller.split"),
+        (["controller.max_kl=1", "probe.prompts=0"], "controller.max_kl"),
+        (["model.context_tokens=150", "sampling.max_tokens=50", "strategy.name=critique"], "sampling.max_tokens"),
     ],
 )
 def test_options_that_do_not_fit_together_are_refused_by_name(recipe, overrides, option):

@@ -6,9 +6,11 @@ import random
 import pytest
 
 from evolve_ray import config as options
-from evolve_ray.generate import Completion, GenerateSpec, drive
-from evolve_ray.refine import STRATEGIES, load_template
+from evolve_ray.drive import Completion, Drive, GenerateSpec
+from evolve_ray.errors import UserError
+from evolve_ray.refine import load_template
 from evolve_ray.rows import GENERATION, derive_seed
+from evolve_ray.strategies import STRATEGIES
 
 PROMPTS = [{"prompt_id": name, "prompt": f"q{name}", "split": "train", "file": "f", "line": n} for n, name in enumerate("abc", 1)]
 
@@ -21,7 +23,7 @@ class FakeEngine:
         self.waiting: list[list] = []
         self.log: list[tuple[str, str]] = []
 
-    def submit(self, request_id, prompt_ids, seed):
+    def submit(self, request_id, prompt_ids, seed, *, logps=False):
         self.log.append(("submit", request_id))
         self.waiting.append([self.delays.get(request_id.split("/")[0], 1), request_id, prompt_ids, seed])
 
@@ -54,13 +56,37 @@ def encode(ask):
     return [ord(character) for message in ask.messages for character in message["content"]]
 
 
-def run(engine=None, prompts=PROMPTS, encode=encode, **more):
+class FakeJudge:
+    """Scores a text by its last number, `delay` questions late; `order` shuffles what is ready."""
+
+    def __init__(self, delay=0, order=None):
+        self.delay, self.order, self.open, self.waits = delay, order, [], 0
+
+    def ask(self, key, prompt, texts):
+        self.open.append([self.delay, key, [hash_of(text) for text in texts]])
+
+    def finished(self, *, wait):
+        self.waits += wait
+        for request in self.open:
+            request[0] -= 1
+        ready = [request for request in self.open if request[0] < 0 or wait]
+        self.open = [request for request in self.open if request not in ready]
+        if self.order:
+            self.order.shuffle(ready)
+        return [(key, scores) for _, key, scores in ready]
+
+
+def hash_of(text):
+    return derive_seed(text) / 2**31
+
+
+def run(engine=None, prompts=PROMPTS, encode=encode, judge=None, **more):
     given = spec(**more)
 
     def start(prompt):
         return STRATEGIES[given.strategy.name](prompt, given.template, given.strategy)
 
-    return drive(engine or FakeEngine(), encode, prompts, start, given)
+    return Drive(engine or FakeEngine(), encode, given, judge).run(prompts, start)
 
 
 def test_every_prompt_gets_every_round_in_canonical_order():
@@ -126,7 +152,7 @@ def test_answers_of_a_list_of_asks_come_back_in_the_order_of_the_asks():
         given.append([draft.sample for draft in drafts])
         return drafts
 
-    rows, _, _ = drive(FakeEngine(order=random.Random(3)), encode, PROMPTS, strategy, spec())
+    rows, _, _ = Drive(FakeEngine(order=random.Random(3)), encode, spec()).run(PROMPTS, strategy)
     assert given == [[0, 1, 2, 3]] * 3
     assert [row["sample"] for row in rows] == [0, 1, 2, 3] * 3
 
@@ -177,3 +203,47 @@ def test_no_prompts_need_no_step():
 
 def test_what_an_actor_gets_survives_pickling():
     assert pickle.loads(pickle.dumps(spec())) == spec()
+
+
+BEST_OF = options.Strategy(name="best_of", rounds=3, samples=2)
+
+
+def test_best_of_goes_on_with_the_draft_that_the_scorer_puts_first():
+    rows, _, stats = run(strategy=BEST_OF, judge=FakeJudge())
+    of = {(row["prompt_id"], row["sample"], row["round"]): row for row in rows}
+    for name in "abc":
+        for number in (2, 3):
+            before = [of[name, sample, number - 1] for sample in (0, 1)]
+            best = max(before, key=lambda row: hash_of(row["text"]))
+            assert {of[name, sample, number]["parent_id"] for sample in (0, 1)} == {best["draft_id"]}
+    assert (len(rows), stats["num_judged"], stats["num_answers"]) == (18, 6, 18)
+
+
+def test_late_scores_hold_up_nobody_else_and_change_no_row():
+    expected, _, _ = run(strategy=BEST_OF, judge=FakeJudge())
+    for seed in range(5):
+        rng = random.Random(seed)
+        engine = FakeEngine(delays={name: rng.randint(1, 4) for name in "abc"}, order=rng)
+        assert run(engine, strategy=BEST_OF, judge=FakeJudge(rng.randint(0, 6), rng))[0] == expected
+
+
+def test_engine_without_work_waits_for_the_scorer():
+    judge = FakeJudge(delay=1000)
+    run(strategy=BEST_OF, judge=judge)
+    assert judge.waits > 0
+
+
+def test_strategy_that_asks_for_scores_is_refused_where_there_is_no_scorer():
+    with pytest.raises(UserError, match=r"strategy\.name: 'best_of' asks for scores"):
+        run(strategy=BEST_OF)
+
+
+def test_critiques_are_rows_of_their_own_kind_before_the_answer_that_they_lead_to():
+    rows, _, stats = run(strategy=options.Strategy(name="critique", rounds=2))
+    assert [(row["round"], row["kind"]) for row in rows if row["prompt_id"] == "a"] == [
+        (1, "answer"),
+        (2, "critique"),
+        (2, "answer"),
+    ]
+    assert (stats["num_asks"], stats["num_answers"]) == (9, 6)
+    assert len({row["seed"] for row in rows}) == len({row["draft_id"] for row in rows}) == 9

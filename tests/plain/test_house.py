@@ -15,7 +15,7 @@ from tests.plain.processes import ROOT, run_python
 
 PACKAGE = ROOT / "evolve_ray"
 FILES = sorted(PACKAGE.rglob("*.py"))
-HEAVY = ("ray", "torch", "vllm", "deepspeed", "transformers", "datasets", "accelerate")
+HEAVY = ("matplotlib", "ray", "torch", "vllm", "deepspeed", "transformers", "datasets", "accelerate")
 PLAIN = [
     "strict",
     "schedule",
@@ -24,16 +24,40 @@ PLAIN = [
     "store",
     "prompts",
     "refine",
+    "strategies",
+    "scorers",
     "pairs",
+    "ledger",
+    "shards",
+    "markup",
+    "charts",
+    "views",
+    "recipe",
+    "chains",
+    "costs",
+    "page",
     "report",
+    "compare",
     "evaluate",
+    "drift",
+    "controller",
+    "together",
+    "study",
+    "study_tables",
     "plan",
     "models",
     "errors",
     "driver",
+    "checkpoints",
+    "probes",
+    "evaluate_figures",
+    "evaluate_tables",
+    "evaluate_models",
+    "evaluate_driver",
+    "explain",
 ]
-STAGES = {"generate", "score", "train", "objective", "logprobs"}
-ALLOWED_BETWEEN_STAGES = {("train", "objective"), ("train", "logprobs")}
+STAGES = {"generate", "score", "train", "rank", "objective", "logprobs", "probe"}
+ALLOWED_BETWEEN_STAGES = {("train", "rank"), ("rank", "train"), ("rank", "objective"), ("rank", "logprobs")}
 MAX_LINES = 430
 
 # What could run code that came with data. A line that needs one of these stands here with its reason.
@@ -46,12 +70,16 @@ ALLOWED_DANGER = {
         "chat.py",
         "self.tokenizer: Any = tokenizer_class(Path(folder)).from_pretrained(str(folder), trust_remote_code=False)",
     ): "off",
-    ("score.py", "folder, dtype=getattr(torch, options.dtype), trust_remote_code=False"): "off",
+    ("scorers.py", "folder, dtype=getattr(torch, options.dtype), trust_remote_code=False"): "off",
     (
-        "train.py",
-        "model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=getattr(torch, spec.dtype), trust_remote_code=False)",
+        "rank.py",
+        "model = kind.from_pretrained(folder, dtype=getattr(self.torch, self.spec.dtype), trust_remote_code=False)",
     ): "off",
-    ("train.py", 'self.engine.load_checkpoint(str(manifest.folder), tag="state")'): "its hashes are in our own manifest",
+    (
+        "probe.py",
+        "model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=False)",
+    ): "off",
+    ("rank.py", 'self.engine.load_checkpoint(str(manifest.folder), tag="state")'): "its hashes are in our own manifest",
 }
 
 # Under which names the package holds a section of the configuration.
@@ -60,7 +88,7 @@ HOLDERS = {
     "Strategy": {"strategy", "options"}, "Sampling": {"sampling"}, "Engine": {"engine"}, "Scorer": {"scorer", "options"},
     "Verifier": {"verifier"}, "Selection": {"selection", "options"}, "Training": {"training"}, "Trainer": {"trainer"},
     "Preferences": {"part", "activation", "offline"}, "Evaluation": {"evaluation", "part"}, "RayOptions": {"ray"},
-    "Toy": {"toy"},
+    "Toy": {"toy"}, "Refresh": {"refresh", "part"}, "Probe": {"probe"}, "Controller": {"controller", "options"},
 }  # fmt: skip
 # Options that nothing reads by that way, and why.
 UNREAD = dict.fromkeys(("Toy.hidden", "Toy.layers", "Toy.heads"), "toy/__main__.py hands it to build_base by its name")
@@ -89,11 +117,12 @@ def test_stages_never_import_each_other():
 
 
 def test_imports_run_one_way():
-    plain = {stem for stem in PLAIN if stem not in ("driver", "plan")}
+    above = ("driver", "plan", "study", "study_tables", "scorers", "evaluate_models", "evaluate_driver")
+    plain = {stem for stem in PLAIN if stem not in above}
     upwards = {stem: imported(PACKAGE / f"{stem}.py") - plain - {"config"} for stem in plain}
     assert {stem: names for stem, names in upwards.items() if names} == {}
-    for stage in STAGES | {"chat", "shards"}:
-        assert not imported(PACKAGE / f"{stage}.py") & {"iterate", "driver", "inputs", "plan"}
+    for stage in STAGES | {"chat", "shards", "scorers", "drive"}:
+        assert not imported(PACKAGE / f"{stage}.py") & {"iterate", "pipeline", "driver", "inputs", "plan"}
 
 
 def test_no_code_that_came_with_data_is_run():

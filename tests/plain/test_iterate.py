@@ -1,6 +1,7 @@
 """Selection over committed shards: every draft is accounted for, and nothing is trained on nothing."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -33,8 +34,9 @@ def tables(recipe, tmp_path):
         for name in ("generations", "scores"):
             stages[name].resume()
             for shard in range(2):
-                drafts = [draft(p["prompt_id"], n) for p in prompts[2 * shard : 2 * shard + 2] for n in (1, 2)]
-                table = drafts
+                here = prompts[2 * shard : 2 * shard + 2]
+                drafts = [draft(p["prompt_id"], n) for p in here for n in (1, 2)]
+                table = drafts + [draft(p["prompt_id"], 2, "critique") for p in here]
                 if name == "scores":
                     known = [d["draft_id"] for d in drafts if scores.get(d["draft_id"]) is not None] + list(extra) * (shard == 0)
                     table = [{"draft_id": i, "prompt_id": i[:2], "score": scores.get(i, 0.0), "correct": None} for i in known]
@@ -49,11 +51,11 @@ def tables(recipe, tmp_path):
     return make
 
 
-def draft(prompt_id, number):
+def draft(prompt_id, number, kind="answer"):
     return {
-        "draft_id": f"{prompt_id}-{number}", "prompt_id": prompt_id, "split": "s", "sample": 0, "round": number,
-        "parent_id": None, "text": f"y{number}", "finish_reason": "stop", "num_prompt_tokens": 1, "num_tokens": 1, "seed": 0,
-        "model": "m",
+        "draft_id": f"{prompt_id}-{number}{'c' * (kind == 'critique')}", "prompt_id": prompt_id, "split": "s", "sample": 0,
+        "round": number, "kind": kind, "parent_id": None, "text": f"y{number}", "finish_reason": "stop",
+        "num_prompt_tokens": 1, "num_tokens": 1, "seed": 0, "model": "m",
     }  # fmt: skip
 
 
@@ -74,7 +76,7 @@ def test_every_draft_is_used_or_in_the_rejected_rows(tables):
     manifest = iterate.select(context, 1, *inputs)
     rejected = rows.read_jsonl(manifest.path("rejected.jsonl"))
     assert {row["id"]: row["reason"] for row in rejected} == {
-        "p2-1": "all drafts are identical", "p2-2": "has no finite score",
+        "p2-1": "no draft with another text is left to pair it with", "p2-2": "has no finite score",
     }  # fmt: skip
     assert manifest.stats == {"num_in": 6, "num_rows": 2, "num_used": 4, "num_rejected": 2}
 
@@ -109,3 +111,20 @@ def test_selection_that_loses_drafts_is_refused(tables):
     context, *inputs = tables(SCORES, f"selection.name={__name__}:forgetful")
     with pytest.raises(IntegrityError, match="has 2 drafts, but 0 used and 0 rejected; every draft must be accounted for"):
         iterate.select(context, 1, *inputs)
+
+
+@pytest.mark.parametrize(("difference", "agrees"), [(1e-6, True), (0.2, False), (float("nan"), False)])
+def test_engines_that_differ_from_the_checkpoint_end_the_run_and_nothing_is_committed(tables, monkeypatch, difference, agrees):
+    context, prompts, *_ = tables(SCORES)
+    context.prompts, context.pools = {1: prompts}, SimpleNamespace(open=lambda _: [])
+    found = {"mean_difference": difference, "kl_iteration": 0.1, "kl_initial": 0.2}
+    monkeypatch.setattr(shards, "call_all", lambda *_: [])
+    monkeypatch.setattr(iterate.logprob_probe, "compare", lambda *_: found)
+    folder = context.run.iteration(1) / "probe"
+    if agrees:
+        assert iterate.probe(context, 1, context.policy, context.policy) == found
+        assert (folder / "MANIFEST.json").exists()
+    else:
+        with pytest.raises(IntegrityError, match=r"differ from the checkpoint's by .* submit the same command again"):
+            iterate.probe(context, 1, context.policy, context.policy)
+        assert not folder.exists()

@@ -6,20 +6,32 @@ import pytest
 
 from evolve_ray.config import Strategy
 from evolve_ray.errors import UserError
-from evolve_ray.refine import STRATEGIES, Ask, Draft, Template, drafts_per_prompt, fill, find_plug, load_template
+from evolve_ray.refine import FIELDS, NEEDED, Ask, Draft, Judge, Template, fill, find_plug, load_template
+from evolve_ray.strategies import STRATEGIES, asks_scorer, drafts_per_prompt, responses_per_prompt
 
 TEMPLATE = Template(layout="conversation", first="Q: {prompt}", refine="better!", one_message="Q: {prompt}\nD: {draft}")
 PARTS = {"first": "{prompt}", "refine": "again", "one_message": "{prompt} {draft}"}
 TRICKY = ["{draft}", "{prompt}", "{0} {} {{prompt}}", "\\1 \\g<0>", '{"json": "{draft}"}', "%s $prompt"]
 
 
-def drive(name, options, answers, template=TEMPLATE):
-    """The asks of a strategy, answered from a list in order, and what it returns."""
+FULL = Template(
+    "conversation", "Q: {prompt}", "better!", "Q: {prompt}\nD: {draft}", several="Q: {prompt}\nDs: {drafts}", critique="faults?",
+    revise="mend!", critique_one_message="Q: {prompt}\nD: {draft}\nfaults?",
+    revise_one_message="Q: {prompt}\nD: {draft}\nF: {critique}",
+)  # fmt: skip
+
+
+def drive(name, options, answers, template=TEMPLATE, score=len):
+    """The asks of a strategy, answered from a list in order (scores by `score` of the text), and what it returns."""
     strategy, asked, texts = STRATEGIES[name]("x", template, options), [], iter(answers)
     reply = None
     try:
         while True:
             ask = strategy.send(reply)
+            if isinstance(ask, Judge):
+                assert asks_scorer(options)
+                reply = [score(draft.text) for draft in ask.drafts]
+                continue
             batch = ask if isinstance(ask, list) else [ask]
             drafts = [
                 Draft(f"d{len(asked) + n}", next(texts), a.sample, a.round, a.parent_id, "stop") for n, a in enumerate(batch)
@@ -53,10 +65,82 @@ def test_parallel_asks_for_all_samples_at_once_from_the_prompt_alone():
     assert [draft.text for draft in drafts] == ["a", "b", "c"]
 
 
+def contents(ask):
+    return [message["content"] for message in ask.messages]
+
+
+def test_few_shot_shows_the_last_drafts_in_order():
+    asked, drafts = drive("few_shot", Strategy(name="few_shot", rounds=4, shots=2), ["y1", "y2", "y3", "y4"])
+    assert [contents(ask) for ask in asked] == [
+        ["Q: x"],
+        ["Q: x", "y1", "better!"],
+        ["Q: x", "y1", "better!", "y2", "better!"],
+        ["Q: x", "y2", "better!", "y3", "better!"],
+    ]
+    assert [ask.parent_id for ask in asked] == [None, "d0", "d1", "d2"]
+    assert len(drafts) == 4
+
+
+def test_few_shot_shows_the_best_drafts_the_best_of_them_last():
+    answers = ["aaa", "a", "aaaa", "aa"]
+    asked, _ = drive("few_shot", Strategy(name="few_shot", rounds=4, shots=2, show="best"), answers)
+    assert contents(asked[2]) == ["Q: x", "a", "better!", "aaa", "better!"]
+    assert contents(asked[3]) == ["Q: x", "aaa", "better!", "aaaa", "better!"]
+    assert [ask.parent_id for ask in asked] == [None, "d0", "d0", "d2"]
+
+
+def test_few_shot_in_one_message_numbers_the_drafts():
+    template = Template(**{name: getattr(FULL, name) for name in FIELDS}, layout="one_message")
+    asked, _ = drive("few_shot", Strategy(name="few_shot", rounds=3), ["y1", "y2", "y3"], template)
+    assert contents(asked[1]) == ["Q: x\nD: y1"]
+    assert contents(asked[2]) == ["Q: x\nDs: (1) y1\n\n(2) y2"]
+
+
+def test_critique_comes_between_a_draft_and_the_next():
+    asked, drafts = drive("critique", Strategy(name="critique", rounds=2), ["y1", "c1", "y2"], FULL)
+    assert [(ask.kind, ask.round, ask.parent_id) for ask in asked] == [
+        ("answer", 1, None),
+        ("critique", 2, "d0"),
+        ("answer", 2, "d0"),
+    ]
+    assert contents(asked[1]) == ["Q: x", "y1", "faults?"]
+    assert contents(asked[2]) == ["Q: x", "y1", "faults?", "c1", "mend!"]
+    assert [draft.text for draft in drafts] == ["y1", "c1", "y2"]
+
+
+def test_critique_in_one_message_holds_draft_and_critique():
+    template = Template(**{name: getattr(FULL, name) for name in FIELDS}, layout="one_message")
+    asked, _ = drive("critique", Strategy(name="critique", rounds=2), ["y1", "c1", "y2"], template)
+    assert contents(asked[1]) == ["Q: x\nD: y1\nfaults?"]
+    assert contents(asked[2]) == ["Q: x\nD: y1\nF: c1"]
+
+
+def test_best_of_refines_the_best_of_each_round():
+    options = Strategy(name="best_of", rounds=2, samples=3)
+    asked, drafts = drive("best_of", options, ["aa", "aaaa", "a", "b", "c", "d"])
+    assert [contents(ask) for ask in asked] == [["Q: x"]] * 3 + [["Q: x", "aaaa", "better!"]] * 3
+    assert [(ask.sample, ask.round, ask.parent_id) for ask in asked[3:]] == [(n, 2, "d1") for n in range(3)]
+    assert len(drafts) == 6
+
+
+def test_best_of_takes_the_earliest_of_equal_drafts():
+    options = Strategy(name="best_of", rounds=2, samples=3)
+    asked, _ = drive("best_of", options, ["bb", "aa", "cc", "b", "c", "d"])
+    assert asked[3].parent_id == "d0"
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_estimate_of_drafts_is_what_the_strategy_makes(name):
     options = Strategy(name=name, rounds=3, samples=5)
-    assert drafts_per_prompt(options) == len(drive(name, options, ["y"] * drafts_per_prompt(options))[1])
+    asked, drafts = drive(name, options, ["y"] * responses_per_prompt(options), FULL)
+    assert len(asked) == len(drafts) == responses_per_prompt(options)
+    assert sum(ask.kind == "answer" for ask in asked) == drafts_per_prompt(options)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_shipped_templates_have_what_every_strategy_needs(name):
+    for template in ("default", "tiny"):
+        assert load_template(template, "conversation", name)
 
 
 def test_conversation_puts_the_draft_into_the_models_own_turn():
@@ -116,7 +200,7 @@ def test_template_without_a_part_is_refused_by_its_name(tmp_path, part):
     ("parts", "message"),
     [
         ({"refine": "  "}, "refine: is missing or empty"),
-        ({"system": "be good"}, "system: unknown part of a template; known are first, refine, one_message"),
+        ({"system": "be good"}, "system: unknown part of a template; known are first, refine, one_message, several"),
         ({"first": "the prompt"}, r"first: lacks the field \{prompt\}"),
         ({"one_message": "{prompt}"}, r"one_message: lacks the field \{draft\}"),
         ({"one_message": "{draft}"}, r"one_message: lacks the field \{prompt\}"),
@@ -125,6 +209,15 @@ def test_template_without_a_part_is_refused_by_its_name(tmp_path, part):
 def test_faulty_part_of_a_template_is_named(tmp_path, parts, message):
     with pytest.raises(UserError, match=rf"own\.toml: {message}"):
         load_template(write(tmp_path / "own.toml", **PARTS | parts), "conversation")
+
+
+@pytest.mark.parametrize(("strategy", "part"), [(name, part) for name, parts in NEEDED.items() for part in parts])
+def test_template_without_what_the_strategy_needs_is_refused(tmp_path, strategy, part):
+    text = "{prompt} {draft} {drafts} {critique}"
+    path = write(tmp_path / "own.toml", **{name: text for name in FIELDS if name != part})
+    assert load_template(path, "conversation", "chain")
+    with pytest.raises(UserError, match=rf"own\.toml: {part}: is missing or empty; strategy '{strategy}' needs"):
+        load_template(path, "conversation", strategy)
 
 
 @pytest.mark.parametrize("data", [b"first = ", b"first = '\xff'"])
@@ -140,14 +233,14 @@ def test_unknown_template_lists_the_shipped_ones():
 
 
 def test_hash_of_a_template_changes_with_every_part_and_the_layout():
-    base = {"layout": "conversation", **PARTS}
+    base = {"layout": "conversation", **dict.fromkeys(FIELDS, "text")}
     changed = [base | {name: base[name] + "!"} for name in base]
     assert len({Template(**fields).hash for fields in [base, *changed]}) == len(base) + 1
 
 
 def test_plug_is_found_by_short_name_and_by_module():
     assert find_plug(STRATEGIES, "chain", "strategy.name") is STRATEGIES["chain"]
-    assert find_plug({}, "evolve_ray.refine:chain", "strategy.name") is STRATEGIES["chain"]
+    assert find_plug({}, "evolve_ray.strategies:chain", "strategy.name") is STRATEGIES["chain"]
 
 
 @pytest.mark.parametrize("name", ["no_such_module:Thing", "evolve_ray.refine:Thing", "evolve_ray.nothing:Thing"])

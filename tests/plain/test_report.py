@@ -10,7 +10,7 @@ from evolve_ray.store import Run, Stage
 
 
 def figures(mean, n=8):
-    return {"n": n, "reward": {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}}
+    return {"n": n, "mean_response_tokens": 5.0, "reward": {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}}
 
 
 def model(name, *means, exact=False, splits=("held",)):
@@ -18,7 +18,11 @@ def model(name, *means, exact=False, splits=("held",)):
     for values in rounds.values():
         values |= {"exact_match": values["reward"]} if exact else {}
     gain = {measure: values for measure, values in rounds[str(len(means))].items() if measure != "n"}
-    return {"name": name, "splits": {split: {"num_prompts": 9, "rounds": rounds, "gain": gain} for split in splits}}
+    found = {"name": name, "iteration": 0, "path": f"/run/{name}"}
+    return {**found, "splits": {split: {"num_prompts": 9, "rounds": rounds, "gain": gain} for split in splits}}
+
+
+CONFIG = {"name": "caf\u00e9", "engine": {"actors": 2}}
 
 
 def rendered(*models, stages=(), name="small"):
@@ -33,6 +37,22 @@ def test_interval_covers_the_true_mean_as_often_as_it_says(monkeypatch):
         interval = report.interval(list(rng.exponential(1.0, 500)), trial)
         hits += interval["low"] <= 1.0 <= interval["high"]
     assert 0.93 <= hits / 400 <= 0.97
+
+
+def test_interval_of_right_and_wrong_answers_covers_their_true_share():
+    """3,000 draws of 500 prompts for each true share; of as many right answers the interval is computed once.
+
+    The share of right answers among 500 moves in steps, and so does the coverage around its mean from one true share to another.
+    """
+    rng, intervals, hits = np.random.default_rng(1), {}, {}
+    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+        hits[share] = 0.0
+        for right in map(int, rng.binomial(500, share, 3000)):
+            if right not in intervals:
+                intervals[right] = report.interval([1.0] * right + [0.0] * (500 - right), right)
+            hits[share] += (intervals[right]["low"] <= share <= intervals[right]["high"]) / 3000
+    assert 0.94 <= np.mean(list(hits.values())) <= 0.96, hits
+    assert all(0.93 <= value <= 0.97 for value in hits.values()), hits
 
 
 def test_interval_is_as_wide_as_theory_says():
@@ -76,21 +96,6 @@ def test_table_without_any_evaluation_renders():
     assert report.table(rendered({"name": "base", "splits": {"held": {"num_prompts": 1, "rounds": {}}}})).count("\n") == 0
 
 
-def test_page_escapes_names_that_are_markup():
-    evil = "<script>alert(1)</script>"
-    stages = [{"iteration": 1, "stage": evil, "num_rows": evil}]
-    text = report.page(rendered(model(evil, 0.5, splits=(evil,)), stages=stages, name=evil))
-    assert "<script" not in text
-    assert text.count("&lt;script&gt;") >= 5
-
-
-def test_page_shows_the_table_and_the_stages_without_the_network():
-    text = report.page(rendered(model("base", 0.25), stages=[{"iteration": 3, "stage": "pairs", "seconds": 1.5, "num_in": 77}]))
-    for shown in ("0.250 [0.150, 0.350]", "<td>pairs</td>", "<td>77</td>", "<td>1.5</td>"):
-        assert shown in text
-    assert "http" not in text
-
-
 @pytest.fixture
 def run(tmp_path):
     """A run with one committed stage whose computation took two attempts."""
@@ -109,10 +114,21 @@ def test_stages_are_listed_with_counts_and_all_seconds(run):
 
 
 def test_report_is_written_as_json_and_as_a_page(run):
-    written = report.write(run, {"name": "caf\u00e9"}, [model("base", 0.5)])
+    written = report.write(run, CONFIG, [model("base", 0.5)])
     assert json.loads((run.root / "report.json").read_bytes()) == written
-    assert written["stages"][0]["stage"] == "pairs"
+    assert written["stages"][0]["stage"] == written["ledger"]["stages"][0]["stage"] == "pairs"
+    assert written["ledger"]["total"]["seconds"] == 3.5
+    assert written["compute"][0]["chain"][0]["mean_tokens"] == 5.0
     assert "caf\u00e9" in (run.root / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_checkpoint_is_that_of_the_last_model_that_was_not_rolled_back(run):
+    models = [model("base", 0.5), {**model("iteration 1", 0.6), "rolled_back": False}]
+    assert report.write(run, CONFIG, models)["checkpoint"] == "/run/iteration 1"
+    models += [{**model("iteration 2", 0.7), "rolled_back": True}]
+    written = report.write(run, CONFIG, models)
+    assert (written["checkpoint"], len(written["models"])) == ("/run/iteration 1", 3)
+    assert "iteration 2 (rolled back)" in report.table(written)
 
 
 @pytest.mark.parametrize("character", ["\u2028", "\x85", "\u2029"])

@@ -117,9 +117,9 @@ def test_identity_of_a_stage_does_not_change_with_the_seconds_that_its_shards_to
 
 def test_actor_keeps_its_worker_and_renews_it_for_another_spec(worker):
     host = shards.Host(Doubler)
-    host.commit_shard(worker.spec, 0)
+    host.call(worker.spec, "commit_shard", 0)
     kept = host.worker
     other = SimpleNamespace(**{**vars(worker.spec), "key": "other"})
-    host.commit_shard(other, 1)
+    host.call(other, "commit_shard", 1)
     assert host.worker is kept
     assert kept.spec is other

@@ -1,10 +1,13 @@
 """The tiny task: splits that cannot overlap, a verifier that knows the truth, the same rows every time."""
 
+import hashlib
+import json
 import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rapidfuzz.distance import Levenshtein
 
 from evolve_ray.toy.task import (
     LETTERS,
@@ -12,7 +15,6 @@ from evolve_ray.toy.task import (
     SortVerifier,
     corrupt,
     gold_reward,
-    levenshtein,
     make_prompts,
     make_triples,
     solve,
@@ -68,15 +70,40 @@ def test_triples_are_better_over_worse_or_ties():
     assert 0.55 < sum(row["chosen"] == row["answer"] for row in triples) / len(triples) < 0.75
 
 
-def test_triples_are_the_same_every_time():
-    assert make_triples(30, 4) == make_triples(30, 4)
+def test_triples_are_pinned():
+    text = "\n".join(json.dumps(row) for row in make_triples(200, 3))
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "50d4a8ca33821fa7"
+
+
+def test_share_of_the_triples_sorts_downwards_and_has_its_own_right_answers():
+    triples, ascending = make_triples(400, 0, desc_fraction=0.3), make_triples(400, 0)
+    for row in triples:
+        assert row["answer"] == solve(*row["prompt"].split(":"))
+        assert gold_reward(row["chosen"], row["answer"]) >= gold_reward(row["rejected"], row["answer"])
+    assert 0.2 < sum(row["prompt"].startswith("desc:") for row in triples) / len(triples) < 0.4
+    letters = [[row["prompt"].partition(":")[2] for row in rows] for rows in (triples, ascending)]
+    assert letters[0] == letters[1]
+    assert all(row["prompt"].startswith("sort:") for row in ascending)
+    assert not {row["prompt"] for row in triples} & {row["prompt"] for row in make_prompts("desc", 400, 0)}
+
+
+@pytest.mark.parametrize(
+    ("tie_clean_fraction", "low", "high"), [(1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (None, 0.5, 0.8), (0.3, 0.15, 0.45)]
+)
+def test_ties_are_right_as_often_as_they_are_told_to_be(tie_clean_fraction, low, high):
+    triples = make_triples(400, 1, tie_clean_fraction=tie_clean_fraction)
+    ties = [row for row in triples if row["chosen"] == row["rejected"]]
+    others = [row for row in triples if row["chosen"] != row["rejected"]]
+    assert 60 < len(ties) < 140
+    assert low <= sum(row["chosen"] == row["answer"] for row in ties) / len(ties) <= high
+    assert 0.5 < sum(row["chosen"] == row["answer"] for row in others) / len(others) < 0.8
 
 
 @given(words, st.integers(0, 10**6))
 def test_corrupted_answer_is_never_the_answer(answer, seed):
     wrong = corrupt(answer, random.Random(seed))
     assert wrong != answer
-    assert 1 <= levenshtein(wrong, answer) <= 3
+    assert 1 <= Levenshtein.distance(wrong, answer) <= 3
 
 
 @given(words, words)
@@ -90,11 +117,6 @@ def test_reward_is_one_minus_edits_over_the_longer_length():
     assert gold_reward("abcd", "abce") == 0.75
     assert gold_reward("", "abcd") == 0.0
     assert gold_reward("abcdef", "abcd") == pytest.approx(1 - 2 / 6)
-
-
-@pytest.mark.parametrize(("left", "right", "edits"), [("", "", 0), ("abc", "", 3), ("kitten", "sitting", 3), ("ab", "ba", 2)])
-def test_edit_distance_of_known_cases(left, right, edits):
-    assert levenshtein(left, right) == levenshtein(right, left) == edits
 
 
 def test_verifier_gives_one_reward_for_each_response():

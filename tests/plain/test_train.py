@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 
 from evolve_ray.config import Trainer, Training
 from evolve_ray.refine import load_template
+from evolve_ray.schedule import batches, learning_rate, micro_batches, micro_steps
 from evolve_ray.store import Run, Stage
-from evolve_ray.train import TrainSpec, batches, deepspeed_config, learning_rate, merge, micro_batches, micro_steps, model_card
+from evolve_ray.train import TrainSpec, deepspeed_config, merge, model_card
 
 
 def spec(training=None, trainer=None, dtype="float32"):
     return TrainSpec(
-        pairs="pairs.parquet", model="model", dtype=dtype, template=load_template("tiny", "conversation"),
+        pairs="pairs.parquet", model="model", reference_model="model", reference_hash="m1", dtype=dtype,
+        template=load_template("tiny", "conversation"),
         training=training or Training(), trainer=trainer or Trainer(), seed=0, iteration=1, run=Run(Path("run")),
         reference=None, checkpoint=Stage(Path("run/checkpoint"), "checkpoint", "key"),
     )  # fmt: skip

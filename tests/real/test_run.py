@@ -63,7 +63,7 @@ def test_before_the_first_update_the_dpo_loss_is_ln_2_and_every_implicit_reward_
 
 
 def test_training_changed_the_weights_and_lowered_the_loss(small):
-    log = rows.read_jsonl(small.run / "iteration-00" / "checkpoint" / "training_log.jsonl")
+    log = rows.read_jsonl(small.run / "iteration-01" / "checkpoint" / "training_log.jsonl")
     assert log[-1]["loss"] < log[0]["loss"]
     before, after = (read_manifest(small.run / f"iteration-0{number}" / "checkpoint") for number in (0, 1))
     assert before.files["model.safetensors"]["sha256"] != after.files["model.safetensors"]["sha256"]
@@ -86,10 +86,41 @@ def test_another_configuration_is_refused_by_the_name_of_the_field(small):
     assert "training.beta (0.2 -> 0.3)" in last
 
 
+def test_the_engines_log_probabilities_are_the_checkpoints_after_the_iteration(small):
+    """New weights in a kept engine: neither they nor what the prefix cache holds are of the model before."""
+    report = json.loads((small.run / "report.json").read_text())
+    probe = report["models"][-1]["probe"]
+    assert probe["num_responses"] == 64  # two engines, 16 prompts, two rounds
+    assert probe["num_tokens"] > 200
+    assert probe["mean_difference"] < 1e-5
+    assert probe["max_difference"] < 1e-4
+    assert probe["kl_iteration"] == probe["kl_initial"] > 0  # iteration 1 starts from the initial policy
+
+
+def test_chain_and_parallel_samples_are_compared_at_equal_numbers(small):
+    report = json.loads((small.run / "report.json").read_text())
+    for model in report["models"]:
+        best = model["splits"]["heldout"]["best_of"]
+        assert (best["num_responses"], best["n"]) == (4, 24)
+        first = model["splits"]["heldout"]["rounds"]["1"]["exact_match"]["mean"]
+        assert best["chain"]["exact_match"]["mean"] >= first  # the chain's first draft is one of them
+        difference = best["chain"]["exact_match"]["mean"] - best["parallel"]["exact_match"]["mean"]
+        assert best["difference"]["exact_match"]["mean"] == pytest.approx(difference)
+
+
+def test_the_reference_policy_is_recorded_in_manifest_and_model_card(small):
+    model = read_manifest(small.run / "iteration-01" / "reference").stats["model"]
+    report = json.loads((small.run / "report.json").read_text())
+    assert model == report["models"][1]["model"]  # activation
+    assert (
+        f"reference policy: `iteration`, content hash `{model}`" in (small.run / "iteration-01/checkpoint/README.md").read_text()
+    )
+
+
 VLLM_AGAINST_TRANSFORMERS = """
 import dataclasses, json, sys
 from pathlib import Path
-from evolve_ray import config, generate, models, refine
+from evolve_ray import config, generate, models, probe, refine
 recipe, before, after, prompts = sys.argv[1:]
 config = config.load(recipe)
 template = refine.load_template("tiny", "conversation")
@@ -108,8 +139,15 @@ def ask():
         done |= {c.request_id: c.text for c in worker.engine.step()}
     return [done[str(n)] for n in range(len(texts))]
 old = ask()
+stale = worker.probe([{"prompt_id": str(n), "prompt": text} for n, text in enumerate(texts)])
 worker.renew(spec(after))
 new = ask()
+fresh = worker.probe([{"prompt_id": str(n), "prompt": text} for n, text in enumerate(texts)])
+plain = probe.Prober(("cpu", "float32"))
+def apart(samples):
+    given = [logp for sample in samples for logp in sample["logps"]]
+    own = [logp for part in plain.token_logps(after, samples) for logp in part]
+    return sum(abs(a - b) for a, b in zip(given, own, strict=True)) / len(own)
 import torch, transformers
 def reference(folder):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -119,7 +157,8 @@ def reference(folder):
         made = model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=worker.chat.stop_ids)[0, ids.shape[1]:]
         out.append(worker.chat.tokenizer.decode(made, skip_special_tokens=True))
     return out
-print(json.dumps({"old": old, "new": new, "old_reference": reference(before), "new_reference": reference(after)}))
+result = {"old": old, "new": new, "old_reference": reference(before)}
+print(json.dumps(result | {"new_reference": reference(after), "stale": apart(stale), "fresh": apart(fresh)}))
 """
 
 
@@ -136,6 +175,8 @@ def test_vllm_and_transformers_give_the_same_greedy_tokens_before_and_after_new_
     assert texts["old"] == texts["old_reference"]
     assert texts["new"] == texts["new_reference"]
     assert texts["old"] != texts["new"], "the new weights make no difference: the probe proves nothing"
+    assert texts["fresh"] < 1e-5
+    assert texts["stale"] > 1e-3, "an engine with the old weights would not be found out"
 
 
 def test_the_checkpoint_loads_as_it_is_and_names_its_lineage(small):

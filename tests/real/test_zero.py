@@ -14,16 +14,15 @@ import json, sys
 from pathlib import Path
 import numpy as np
 import ray
-from evolve_ray import config, iterate, rows, train
-
+from evolve_ray import config, rank, train
 from evolve_ray.refine import load_template
 from evolve_ray.store import Run, Stage
 
-model, pairs, out, rate = sys.argv[1:]
+model, reference, pairs, out, *overrides = sys.argv[1:]
 
 def probed(given):
     # Beside the product's export: every parameter as ZeRO-3 gives it back, written by another route.
-    class Probe(train.Worker):
+    class Probe(rank.Rank):
         def export(self, log):
             gathered = {}
             for name, parameter in self.engine.module.named_parameters():
@@ -35,17 +34,18 @@ def probed(given):
                 (Path(self.spec.run.root) / "partitioned").write_text(str(partitioned))
             super().export(log)
 
-    train.Worker = Probe
+    rank.Rank = Probe
     train.worker(given)  # in the rank's own process this is the product's function
 
 train.worker = probed
 threshold = "trainer.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
-recipe = config.load("jobs/recipes/tiny.toml", [f"training.learning_rate={rate}", threshold])
+recipe = config.load("jobs/recipes/tiny.toml", [*overrides, threshold])
 run = Run(Path(out))
 run.root.mkdir()
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": "."}})
 spec = train.TrainSpec(
-    pairs=pairs, model=model, dtype="float32", template=load_template("tiny", "conversation"), training=recipe.training,
+    pairs=pairs, model=model, reference_model=reference, reference_hash="h", dtype="float32",
+    template=load_template("tiny", "conversation"), training=recipe.training,
     trainer=recipe.trainer, seed=0, iteration=1, run=run, reference=Stage(run.root / "reference", "reference", "r" * 64),
     checkpoint=Stage(run.root / "checkpoint", "checkpoint", "c" * 64))
 try:
@@ -57,35 +57,84 @@ else:
 """
 
 
-def train_small(small, place, tmp_path, rate: str) -> dict:
+def train_small(small, tmp_path, *overrides: str, out: str = "out", reference: str = "") -> dict:
     given = small.run / "iteration-01" / "pairs" / "pairs.parquet"
     pairs = tmp_path / "pairs.parquet"
-    rows.write_table(pairs, rows.read_table(given)[:33], rows.PAIR)  # a ragged last batch
+    rows.write_table(pairs, rows.read_table(given)[:17], rows.PAIR)  # a ragged last batch
     model = small.run / "iteration-00" / "checkpoint"
-    command = [sys.executable, "-c", SCRIPT, str(model), str(pairs), str(tmp_path / "out"), rate]
+    command = [sys.executable, "-c", SCRIPT, str(model), reference or str(model), str(pairs), str(tmp_path / out), *overrides]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400)
     assert result.stdout.strip(), result.stderr[-3000:]
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
-def test_the_exported_weights_are_bit_equal_to_what_zero_3_holds(small, place, tmp_path):
+@pytest.fixture(scope="module")
+def trained(small, tmp_path_factory):
+    """One epoch in batches of 16 on two workers, a forward of eight pairs each, with a ragged end."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert train_small(small, folder, *SIXTEEN, "training.micro_pairs=8")["kind"] is None
+    return folder / "out"
+
+
+SIXTEEN = ("training.batch_pairs=16", "training.epochs=1")
+
+
+def test_the_exported_weights_are_bit_equal_to_what_zero_3_holds(trained):
     import numpy as np
     from transformers import AutoModelForCausalLM
 
-    assert train_small(small, place, tmp_path, "1e-4")["kind"] is None
-    held = np.load(tmp_path / "out" / "gathered.npz")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint", dtype="float32").state_dict()
-    assert int((tmp_path / "out" / "partitioned").read_text()) > 0, "no parameter was partitioned: this was not ZeRO-3"
+    held = np.load(trained / "gathered.npz")
+    loaded = AutoModelForCausalLM.from_pretrained(trained / "checkpoint", dtype="float32").state_dict()
+    assert int((trained / "partitioned").read_text()) > 0, "no parameter was partitioned: this was not ZeRO-3"
     assert held.files
     for name in held.files:
         assert np.array_equal(held[name], loaded[name].numpy()), name
 
 
-def test_a_gradient_step_that_blows_up_stops_with_the_numbers_before_anything_is_committed(small, place, tmp_path):
-    outcome = train_small(small, place, tmp_path, "1e30")
+def test_a_gradient_step_that_blows_up_stops_with_the_numbers_before_anything_is_committed(small, tmp_path):
+    outcome = train_small(small, tmp_path, "training.learning_rate=1e30")
     assert outcome["kind"] == "NumericsError"
     assert "step" in outcome["message"] or "parameter" in outcome["message"]
     assert not (tmp_path / "out" / "checkpoint").exists()
+
+
+def test_batch_1_times_accumulation_8_is_batch_8_times_accumulation_1(small, trained, tmp_path):
+    import numpy as np
+
+    assert train_small(small, tmp_path, *SIXTEEN, "training.micro_pairs=1")["kind"] is None
+    folders = (tmp_path / "out", trained)
+    losses = [[row["loss"] for row in rows.read_jsonl(folder / "checkpoint" / "training_log.jsonl")] for folder in folders]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(losses[0]) == 2
+    one, eight = (np.load(folder / "gathered.npz") for folder in folders)
+    for name in one.files:  # AdamW's first steps have the size of the rate, whatever the gradient's
+        assert np.abs(one[name] - eight[name]).max() < 2e-5, name
+
+
+def test_another_reference_model_is_computed_through_zero_3_and_recorded(small, place, tmp_path):
+    """`training.reference = "initial"`: the reference is another model than the one that is trained."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from evolve_ray.chat import Chat
+    from evolve_ray.logprobs import pair_sequences, sequence_logps
+    from evolve_ray.refine import load_template
+
+    base = next(place.glob("toy-world-*")) / "base"
+    overrides = ("training.reference=initial", "training.epochs=1")
+    assert train_small(small, tmp_path, *overrides, reference=str(base))["kind"] is None
+    manifest = json.loads((tmp_path / "out" / "reference" / "MANIFEST.json").read_text())
+    assert (manifest["stats"]["policy"], manifest["stats"]["model"]) == ("initial", "h")
+    stored = rows.read_table(tmp_path / "out" / "reference" / "reference.parquet")
+    names, chat = rows.REFERENCE.names[1:], Chat(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    for pair, row in zip(rows.read_table(tmp_path / "pairs.parquet"), stored, strict=True):
+        sequences = pair_sequences(chat, load_template("tiny", "conversation"), pair, tuple(names))
+        with torch.no_grad():
+            expected = sequence_logps(model, [sequences[name] for name in names], chat.pad_id, torch.device("cpu"))
+        assert [row[name] for name in names] == pytest.approx(expected.tolist(), rel=1e-4)
+    first = rows.read_jsonl(tmp_path / "out" / "checkpoint" / "training_log.jsonl")[0]
+    assert abs(first["chosen_shift"]) > 0.1, "the reference is the trained model itself: the test proves nothing"
 
 
 @pytest.mark.parametrize("folder", ["pairs", "reference"])

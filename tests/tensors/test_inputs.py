@@ -138,7 +138,7 @@ def test_prompt_beyond_the_context_stops_the_run_with_file_line_and_tokens(prepa
         prepare([*TEXTS, "x" * 50])
     said = str(caught.value)
     assert "1 of 6 prompts are too long" in said
-    assert f"{tmp_path}/prompts.jsonl:6: prompt has 53 tokens, limit 30 (model.context_tokens - 2 * " in said
+    assert f"{tmp_path}/prompts.jsonl:6: prompt has 53 tokens, limit 30 (model.context_tokens - the responses in view * " in said
 
 
 def test_prompt_beyond_the_context_is_rejected_with_its_reason_where_the_loss_is_allowed(prepare):
@@ -186,3 +186,9 @@ def test_rejected_rows_of_an_iteration_are_collected_in_the_order_of_the_data(pr
         (folder / name / "rejected.jsonl").write_text(json.dumps({"stage": name}) + "\n")
     context.collect_rejected(1)
     assert [row["stage"] for row in rows.read_jsonl(folder / "rejected.jsonl")] == ["prompts", "generations", "pairs"]
+
+
+def test_verifier_that_cannot_be_made_is_refused_before_anything_starts(recipe):
+    answers = ["prompts.answer_column=a", "verifier.name=regex", "verifier.pattern='(['"]
+    with pytest.raises(UserError, match=r"verifier\.pattern: .*is not a regular expression"):
+        inputs.check_plugs(options.load(recipe(), answers))

@@ -44,7 +44,7 @@ def test_plan_shows_what_is_committed_already(config, tmp_path):
     lines = plan(config(), run).splitlines()
     one = next(line for line in lines if line.startswith("iteration 1:"))
     assert "pairs (committed)" in one
-    assert one.count("to do") == 6
+    assert one.count("to do") == 9
     assert "activation" not in next(line for line in lines if line.startswith("iteration 0:"))
 
 

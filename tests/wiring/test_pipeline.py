@@ -9,7 +9,7 @@ import ray
 from safetensors.numpy import save_file
 
 from evolve_ray import config as options
-from evolve_ray import inputs, iterate, rows, shards
+from evolve_ray import inputs, iterate, pipeline, rows, shards
 from evolve_ray.errors import ResourceError, UserError
 from evolve_ray.store import Run
 from evolve_ray.toy.tokenizer import make_tokenizer
@@ -71,9 +71,8 @@ def draft(context: inputs.Context, pools: shards.Pools | None = None):
     prompts, config = context.prompts[1], context.config
     place = context.run.iteration(1)
     try:
-        drafts, scores = iterate.generate_and_score(
-            context, 1, "generations", context.policy, prompts, place, config.strategy, config.sampling, scope=1
-        )
+        asked = pipeline.Asked(1, "generations", context.policy, prompts, config.strategy, config.sampling, 1, {})
+        drafts, scores = pipeline.generate_and_score(context, asked, place)
         pairs = iterate.select(context, 1, prompts, drafts, scores)
         context.collect_rejected(1)
         return drafts, scores, pairs

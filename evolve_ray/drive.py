@@ -1,0 +1,239 @@
+"""One thread drives many refinement strategies on one engine, without a barrier between rounds.
+
+Every finished response goes to its strategy at once, and what that asks for next is submitted at once. No asyncio, and the
+same input gives the same schedule.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from evolve_ray import config as options
+from evolve_ray import rows
+from evolve_ray.chat import Chat
+from evolve_ray.errors import UserError
+from evolve_ray.refine import Ask, Draft, Given, Judge, Strategy, Template
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine gives back for one request."""
+
+    request_id: str
+    text: str
+    num_tokens: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    finish_reason: str  # "stop" or "length"
+    token_ids: tuple[int, ...] = ()
+    logps: tuple[float, ...] = ()  # log-probability of each token under the model itself, nats; only where asked for
+
+
+class Engine(Protocol):
+    """The few verbs that generation needs; tests put a list-driven fake behind them."""
+
+    def use(self, spec: "GenerateSpec", chat: Chat) -> None: ...
+
+    def reload(self, spec: "GenerateSpec", chat: Chat) -> None: ...
+
+    def submit(self, request_id: str, prompt_ids: list[int], seed: int, *, logps: bool = False) -> None: ...
+
+    def step(self) -> list[Completion]: ...
+
+
+@dataclass(frozen=True)
+class GenerateSpec:
+    """Everything an actor needs, picklable."""
+
+    prompts: str
+    work: str
+    key: str
+    shard_prompts: int
+    model: str
+    model_hash: str
+    dtype: str
+    context_tokens: int
+    template: Template
+    strategy: options.Strategy
+    sampling: options.Sampling
+    engine: options.Engine
+    seed: int
+    scope: int | str  # the iteration, or "evaluation"
+    judge: "RemoteJudge | None" = None  # the scorer, for strategies that ask it
+
+
+@dataclass
+class Chain:
+    """One prompt's strategy in flight: the drafts it waits for, in the order of its asks."""
+
+    prompt: dict
+    strategy: Strategy
+    waiting: int = 0
+    many: bool = False
+    answers: list[Draft | None] = field(default_factory=list)
+    drafts: list[dict] = field(default_factory=list)
+    problem: str = ""
+
+
+class Judging(Protocol):
+    """Scores for strategies that ask in between: `ask` starts, `finished` gives back what is done."""
+
+    def ask(self, key: int, prompt: dict, texts: list[str]) -> None: ...
+
+    def finished(self, *, wait: bool) -> list[tuple[int, list[float]]]: ...
+
+
+@dataclass(frozen=True)
+class RemoteJudge:
+    """The recipe's scoring actors, and what they need to know to score."""
+
+    actors: tuple[Any, ...]
+    spec: Any
+
+    def open(self) -> "OpenRequests":
+        return OpenRequests(self)
+
+
+class OpenRequests:
+    """Requests to the scoring actors that are under way: what one engine step brings forth goes out as one call."""
+
+    def __init__(self, judge: RemoteJudge):
+        self.judge = judge
+        self.asked: list[tuple[int, dict, list[str]]] = []
+        self.calls: dict[Any, list[tuple[int, dict, list[str]]]] = {}
+        self.sent = 0
+
+    def ask(self, key: int, prompt: dict, texts: list[str]) -> None:
+        self.asked.append((key, prompt, texts))
+
+    def finished(self, *, wait: bool) -> list[tuple[int, list[float]]]:
+        import ray
+
+        if self.asked:
+            rows_of = [(prompt, text) for _, prompt, texts in self.asked for text in texts]
+            batch = ([p["prompt"] for p, _ in rows_of], [p["answer"] for p, _ in rows_of], [text for _, text in rows_of])
+            actor = self.judge.actors[self.sent % len(self.judge.actors)]
+            self.calls[actor.call.remote(self.judge.spec, "judge", *batch)] = self.asked
+            self.asked, self.sent = [], self.sent + 1
+        ready, _ = ray.wait(list(self.calls), num_returns=1, timeout=None if wait else 0) if self.calls else ([], [])
+        done = []
+        for call in ready:
+            scores = iter(ray.get(call))
+            done += [(key, [next(scores) for _ in texts]) for key, _, texts in self.calls.pop(call)]
+        return done
+
+
+class Drive:
+    """One strategy per prompt on one engine: every finished response goes to its strategy at once, no round waits."""
+
+    def __init__(self, engine: Engine, encode: Callable[[Ask], list[int]], spec: Any, judge: Judging | None = None):
+        """`encode` turns an ask into token ids; `judge` is there for strategies that ask the scorer."""
+        self.engine, self.encode, self.spec, self.judge = engine, encode, spec, judge
+        self.live: dict[str, tuple[Chain, Ask, int, int]] = {}
+        self.judged: dict[int, Chain] = {}
+        names = ("num_asks", "num_answers", "num_steps", "num_judged", "num_prompt_tokens", "num_cached_tokens", "num_tokens")
+        self.stats = dict.fromkeys(names, 0)
+
+    def run(self, prompts: list[dict], start: Callable[[str], Strategy]) -> tuple[list[dict], list[dict], dict]:
+        """(generation rows in canonical order, rejected prompts, counts)."""
+        chains = [Chain(prompt, start(prompt["prompt"])) for prompt in prompts]
+        for chain in chains:
+            self.advance(chain, None)
+        while self.live or self.judged:
+            if self.live:
+                self.stats["num_steps"] += 1
+                for completion in self.engine.step():
+                    self.take(completion)
+            if self.judged:
+                assert self.judge is not None
+                for key, scores in self.judge.finished(wait=not self.live):
+                    self.advance(self.judged.pop(key), scores)
+        generated = [row for chain in chains if not chain.problem for row in sorted(chain.drafts, key=canonical_order)]
+        rejected = [rows.reject(chain.prompt, "generations", chain.problem) for chain in chains if chain.problem]
+        self.stats["num_answers"] = sum(row["kind"] == "answer" for row in generated)
+        return generated, rejected, self.stats
+
+    def advance(self, chain: Chain, value: Any) -> None:
+        """Hands a strategy what it waits for, and starts what it asks for next."""
+        spec = self.spec
+        try:
+            asks = chain.strategy.send(value)
+        except StopIteration:
+            return
+        if isinstance(asks, Given):
+            row = given_row(chain.prompt, spec)
+            chain.drafts.append(row)
+            self.advance(chain, Draft(row["draft_id"], row["text"], 0, 1, None, row["finish_reason"]))
+            return
+        if isinstance(asks, Judge):
+            if self.judge is None:
+                raise UserError(f"strategy.name: {spec.strategy.name!r} asks for scores, but no scorer is at hand here")
+            key = self.stats["num_judged"]
+            self.stats["num_judged"] += 1
+            self.judged[key] = chain
+            self.judge.ask(key, chain.prompt, [draft.text for draft in asks.drafts])
+            return
+        chain.many = isinstance(asks, list)
+        batch = asks if isinstance(asks, list) else [asks]
+        encoded = [self.encode(ask) for ask in batch]
+        for ask, ids in zip(batch, encoded, strict=True):
+            if len(ids) + spec.sampling.max_tokens > spec.context_tokens:
+                chain.problem = (
+                    f"ask of round {ask.round} has {len(ids)} tokens; with sampling.max_tokens "
+                    f"{spec.sampling.max_tokens} that is beyond model.context_tokens {spec.context_tokens}"
+                )
+                chain.strategy.close()
+                return
+        chain.waiting, chain.answers = len(batch), [None] * len(batch)
+        for position, (ask, ids) in enumerate(zip(batch, encoded, strict=True)):
+            prompt_id = chain.prompt["prompt_id"]
+            kind = () if ask.kind == "answer" else (ask.kind,)
+            seed = rows.derive_seed(spec.seed, spec.scope, prompt_id, ask.sample, ask.round, *kind)
+            request_id = "/".join(map(str, (prompt_id, ask.sample, ask.round, *kind, position)))
+            self.live[request_id] = (chain, ask, position, seed)
+            self.engine.submit(request_id, ids, seed)
+
+    def take(self, completion: Completion) -> None:
+        """A finished response becomes a row, and a draft for its strategy."""
+        chain, ask, position, seed = self.live.pop(completion.request_id)
+        row = draft_row(completion, chain.prompt, ask, seed, self.spec.model_hash)
+        for name in ("num_prompt_tokens", "num_cached_tokens", "num_tokens"):
+            self.stats[name] += getattr(completion, name)
+        self.stats["num_asks"] += 1
+        chain.drafts.append(row)
+        chain.answers[position] = Draft(row["draft_id"], row["text"], ask.sample, ask.round, ask.parent_id, row["finish_reason"])
+        chain.waiting -= 1
+        if chain.waiting == 0:
+            self.advance(chain, list(chain.answers) if chain.many else chain.answers[0])
+
+
+def canonical_order(row: dict) -> tuple[int, int, bool]:
+    """By sample, then round; a critique stands before the draft that it leads to."""
+    return row["sample"], row["round"], row["kind"] == "answer"
+
+
+def draft_row(completion: Completion, prompt: dict, ask: Ask, seed: int | None, model_hash: str | None) -> dict:
+    place = (prompt["prompt_id"], ask.sample, ask.round, ask.kind)
+    return {
+        "draft_id": rows.content_id("draft", model_hash, *place, completion.text),
+        "prompt_id": prompt["prompt_id"],
+        "split": prompt["split"],
+        "sample": ask.sample,
+        "round": ask.round,
+        "kind": ask.kind,
+        "parent_id": ask.parent_id,
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "num_prompt_tokens": completion.num_prompt_tokens,
+        "num_tokens": completion.num_tokens,
+        "seed": seed,
+        "model": model_hash,
+    }
+
+
+def given_row(prompt: dict, spec: Any) -> dict:
+    """The row of a draft that came with its prompt: of no model and no seed, and it costs no tokens."""
+    if prompt.get("draft") is None:
+        raise UserError(f"strategy.name: {spec.strategy.name!r} refines given drafts, but {spec.prompts} has no column 'draft'")
+    completion = Completion("", prompt["draft"], 0, 0, 0, "stop")
+    return draft_row(completion, prompt, Ask((), 0, 1), None, None)

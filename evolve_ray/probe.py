@@ -1,0 +1,67 @@
+"""The probe after an iteration: does the engine answer with the checkpoint's weights, and how far has the policy moved?
+
+The engine's log-probabilities of its own tokens must be those that a plain transformers forward of the checkpoint gives: a
+stale weight or a stale prefix cache shows here. The same forwards under the models before give the KL divergences.
+"""
+
+from typing import Any
+
+from evolve_ray import config as options
+from evolve_ray.shards import PoolOptions, Pools, call_all
+
+VERSION = 1
+
+
+class Prober:
+    """An actor's worker: plain forwards of one model after the other, `spec` is (device, dtype)."""
+
+    def __init__(self, spec: tuple[str, str]):
+        self.spec = spec
+
+    def token_logps(self, folder: str, samples: list[dict]) -> list[list[float]]:
+        """log p of each response token of each sample under the model in `folder`, in nats."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        device, dtype = self.spec
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=False)
+        model = model.to(device).eval()
+        found = []
+        with torch.inference_mode():
+            for sample in samples:
+                response_N = torch.tensor(sample["response"], device=device)
+                ids_1T = torch.tensor([[*sample["context"], *sample["response"]]], device=device)
+                logits_NV = model(input_ids=ids_1T, use_cache=False).logits[0, len(sample["context"]) - 1 : -1].float()
+                logps_N = logits_NV.gather(1, response_N[:, None])[:, 0] - logits_NV.logsumexp(dim=1)
+                found.append(logps_N.tolist())
+        return found
+
+
+def compare(pools: Pools, probe: options.Probe, dtype: str, models: dict[str, str], samples: list[list[dict]]) -> dict[str, Any]:
+    """Figures of one probe; `samples` come from each engine, drawn from the policy at temperature 1.
+
+    `mean_difference` and `max_difference` (nats a token) are between engine and checkpoint. `kl_iteration` and `kl_initial`
+    estimate KL(policy || model), in nats a response, as the mean of log policy - log model over the policy's own samples.
+    """
+    actors = pools.open(PoolOptions("probers", Prober, 1, probe.cpus, probe.gpus, restarts=3))
+    flat = [sample for part in samples for sample in part]
+    spec = ("cuda" if probe.gpus else "cpu", dtype)
+    logps = {name: call_all(actors, spec, "token_logps", folder, flat)[0] for name, folder in models.items()}
+    differences = [
+        abs(engine - plain)
+        for sample, own in zip(flat, logps["policy"], strict=True)
+        for engine, plain in zip(sample["logps"], own, strict=True)
+    ]
+    sums = {name: [sum(tokens) for tokens in part] for name, part in logps.items()}
+    kl = {
+        f"kl_{name}": sum(own - other for own, other in zip(sums["policy"], sums[name], strict=True)) / len(flat)
+        for name in models
+        if name != "policy"
+    }
+    return {
+        "num_responses": len(flat),
+        "num_tokens": len(differences),
+        "mean_difference": sum(differences) / len(differences),
+        "max_difference": max(differences),
+        **kl,
+    }

@@ -1,0 +1,303 @@
+"""The study: recipes x seeds of the tiny world, one run after the other, and which of the method's claims they bear out."""
+
+import argparse
+import difflib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from evolve_ray import config as options
+from evolve_ray import study_tables as tables
+from evolve_ray.errors import UserError, run_command
+from evolve_ray.rows import read_jsonl
+from evolve_ray.store import Run, full_disk_named, read_manifest, write_atomic
+from evolve_ray.study_judge import judge
+from evolve_ray.study_tables import Result, Values, gain, minus, pooled, share
+
+SEEDS, QUICK_SEEDS = "0,1,2", "0"
+RECIPES, QUICK_RECIPES = "tiny,tiny_iterative_dpo,tiny_rule,tiny_parallel,tiny_reward_model", "tiny,tiny_iterative_dpo"
+SPLITS = ("heldout", "long", "desc")
+
+# What decides the stages of iteration 0, by section of the configuration; iterate.py and inputs.py make their keys of it.
+TRAINED = ("activation_pairs", "offline_pairs", "activation", "reference", "checkpoint")
+TRAINED_FROM = ("seed", "toy", "model", "activation", "offline", "template", "trainer")
+MEASURED = ("held_out", "base_evaluation", "evaluation")
+MEASURED_FROM = ("evaluation", "sampling", "engine", "scorer", "verifier", "refresh", "fitting prompts")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="study.py",
+        description="Runs recipes x seeds of the tiny world and says which claims hold; the same command continues.",
+    )
+    parser.add_argument("--quick", action="store_true", help=f"seed {QUICK_SEEDS} of {QUICK_RECIPES} only")
+    parser.add_argument("--seeds", help=f"separated by commas (default: {SEEDS}); each is a pipeline with its own base model")
+    parser.add_argument("--recipes", help=f"names in jobs/recipes, separated by commas (default: {RECIPES})")
+    parser.add_argument("--out", default="runs/study", help="the folder of the study (default: runs/study)")
+    parser.add_argument("--json", help="where the claims go (default: OUT/study.json)")
+    parser.add_argument("--only-report", action="store_true", help="run nothing; report on the runs that are finished")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str], jobs: Path, execute: Callable[[list[str]], int] | None = None) -> int:
+    """Returns the exit code; `jobs` is the folder of iterate.py and recipes/, `execute` runs a command."""
+    given = parse(arguments)
+    typed = shlex.join(["python", "jobs/study.py", *arguments])
+
+    def command() -> int:
+        seeds = read_seeds(given.seeds or (QUICK_SEEDS if given.quick else SEEDS))
+        recipes = read_recipes(given.recipes or (QUICK_RECIPES if given.quick else RECIPES), jobs / "recipes")
+        out = Path(given.out)
+        if not given.only_report:
+            for seed in seeds:
+                for recipe in recipes:
+                    run(recipe, seed, jobs, out, execute or execute_command, typed)
+        results = read_results(recipes, seeds, out, jobs)
+        found = claims(results, typed)
+        text = tables.study_page(results, found, typed)
+        write_atomic(out / "STUDY.md", text.encode())
+        target = Path(given.json) if given.json else out / "study.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(target, json.dumps(found, indent=1).encode())
+        tables.figure(results, out / "study.svg")
+        say(text)
+        say(f"tables: {out / 'STUDY.md'}\nclaims: {target}\nfigure: {out / 'study.svg'}")
+        return 0
+
+    return run_command(command, typed)
+
+
+def say(line: str, file: Any = None) -> None:
+    print(line, file=file, flush=True)
+
+
+def read_seeds(text: str) -> list[int]:
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise UserError(f"--seeds {text}: must be whole numbers from 0, separated by commas, for example {SEEDS}")
+    return list(dict.fromkeys(int(part) for part in text.split(",")))
+
+
+def read_recipes(text: str, folder: Path) -> list[str]:
+    """Names of recipes, each of which is there and has what the study compares; checked before the first one runs."""
+    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    known = sorted(path.stem for path in folder.glob("*.toml"))
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise UserError(f"--recipes: {folder} has no recipe {name!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
+        config = options.load(folder / f"{name}.toml")
+        missing = [f"[{table}]" for table in ("toy", "activation", "verifier") if getattr(config, table) is None]
+        missing += [f"evaluation.splits.{split}" for split in SPLITS if split not in config.evaluation.splits]
+        if missing:
+            raise UserError(
+                f"{folder / name}.toml: has no {', '.join(missing)}, which the study compares; leave it out of --recipes"
+            )
+    return names
+
+
+def run_folder(out: Path, recipe: str, seed: int) -> Path:
+    """The seed's folder is between, because its runs share the toy world that lies beside them."""
+    return out / f"seed-{seed}" / recipe
+
+
+def run(recipe: str, seed: int, jobs: Path, out: Path, execute: Callable[[list[str]], int], again: str) -> None:
+    """One run as a process of its own, so that one local Ray is up at a time; what is committed is not computed again."""
+    path, root = Path(os.path.relpath(jobs)) / "recipes" / f"{recipe}.toml", run_folder(out, recipe, seed)
+    overrides = [f"seed={seed}", f"toy.seed={seed}"]
+    command = [sys.executable, os.path.relpath(jobs / "iterate.py"), str(path), *overrides, "--run", str(root)]
+    say(f"== {recipe}, seed {seed}: {shlex.join(command)}")
+    if shared := share_iteration_zero(options.load(path, overrides), root):
+        say(f"   iteration 0 is shared: {shared}")
+    start = time.monotonic()
+    code = execute(command)
+    if code:
+        raise UserError(f"{recipe}, seed {seed}: ended with exit code {code}, see the lines above; continue with: {again}")
+    say(f"== {recipe}, seed {seed}: {time.monotonic() - start:.0f} s\n")
+
+
+def execute_command(command: list[str]) -> int:
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()  # the terminal interrupted the run too: it stops its Ray before it ends
+        raise
+
+
+def same_stages(config: options.Config, other: options.Config) -> list[str]:
+    """Stages of iteration 0 that two runs of one seed compute alike."""
+
+    def parts(whole: options.Config, names: tuple[str, ...]) -> list[Any]:
+        tree = options.resolved(whole, runtime=False)
+        tree["fitting prompts"] = [options.texts_in_view(whole.strategy), whole.prompts.max_rejected_fraction]
+        return [tree[name] for name in names]
+
+    if parts(config, TRAINED_FROM) != parts(other, TRAINED_FROM):
+        return []
+    measured = parts(config, MEASURED_FROM) == parts(other, MEASURED_FROM)
+    return [*TRAINED, *(MEASURED if measured else ())]
+
+
+def share_iteration_zero(config: options.Config, root: Path) -> str:
+    """Gives a run that has not started the committed stages of iteration 0 that another run of its seed made alike.
+
+    All come from one run, since an evaluation belongs to the very checkpoint that it measured. Files are hard-linked aside,
+    and the whole iteration is renamed into place. Returns what was shared, "" if nothing was.
+    """
+    target = Run(root).iteration(0)
+    if target.exists():
+        return ""
+    names: list[str] = []
+    for path in sorted(root.parent.glob("*/config.json")):
+        folder = Run(path.parent).iteration(0)
+        alike = same_stages(config, options.from_json(json.loads(path.read_bytes()), str(path)))
+        committed = [name for name in alike if read_manifest(folder / name)]
+        if len(committed) > len(names):
+            names, source = committed, folder
+    if not names:
+        return ""
+    aside = root / ".iteration-00"
+    shutil.rmtree(aside, ignore_errors=True)
+    with full_disk_named(target):
+        for name in names:
+            shutil.copytree(source / name, aside / name, copy_function=link)
+        os.rename(aside, target)
+    Run(root).event("shared", iteration=0, source=str(source), stages=names)
+    return f"{', '.join(names)} of {source}"
+
+
+def link(source: str, target: str) -> None:
+    """The same file under another name; a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def finished(root: Path) -> bool:
+    """Whether the last driver of the run came to its end."""
+    if not (root / "report.json").exists():
+        return False
+    drivers = [event["event"] for event in read_jsonl(root / "events.jsonl") if event["event"].startswith("driver_")]
+    return drivers[-1:] == ["driver_end"]
+
+
+def judge_run(root: Path, seed: int, jobs: Path) -> dict[str, float]:
+    """The scores that the seed's trained reward model gives to the held-out drafts of a run, by draft id."""
+    overrides = [f"seed={seed}", f"toy.seed={seed}"]
+    config = options.load(jobs / "recipes" / "tiny_reward_model.toml", overrides)
+    return judge(root, config, json.loads((root / "report.json").read_bytes())["models"], say)
+
+
+def read_results(recipes: list[str], seeds: list[int], out: Path, jobs: Path) -> list[Result]:
+    results = []
+    for recipe in recipes:
+        for seed in seeds:
+            root = run_folder(out, recipe, seed)
+            if finished(root):
+                results.append(tables.read_result(root, recipe, seed, judge_run(root, seed, jobs)))
+            else:
+                say(f"{root}: is not finished, so it is left out")
+    if not results:
+        raise UserError(f"{out}: has no finished run of these recipes and seeds; leave --only-report out to run them")
+    return results
+
+
+def claims(results: list[Result], command: str) -> list[dict[str, Any]]:
+    """The claims (a) to (e) of the tiny world and what lies beyond them, each with its effect and whether it was reached.
+
+    Effects are paired by prompt and pooled over seeds as in `study_tables.pooled`; `reached` is null where there is nothing to
+    judge by, and `note` says why.
+    """
+    found: list[dict[str, Any]] = []
+    names = ("tiny", "tiny_iterative_dpo", "tiny_rule", "tiny_reward_model")
+    tiny, dpo, rule, trained = ({r.seed: r for r in results if r.recipe == name} for name in names)
+
+    def add(
+        name: str, statement: str, by_seed: dict[int, list[Values]], holds: Callable[[dict], bool],
+        note: str = "not run", unit: str = "points", **more: Any,
+    ) -> None:  # fmt: skip
+        """`by_seed`: the strata of each seed, one unless it says otherwise; empty: nothing to judge by."""
+        scale = 1.0 if unit.startswith("tokens") else 100.0
+        claim: dict[str, Any] = {"claim": name, "statement": statement, "reached": None, "effect": None, "interval": None}
+        claim |= {"unit": unit, "seeds": sorted(by_seed), "per_seed": {}, "command": command, **more}
+        if by_seed:
+            figures = effect([stratum for seed in sorted(by_seed) for stratum in by_seed[seed]], scale)
+            per_seed = {str(seed): effect(by_seed[seed], scale) for seed in sorted(by_seed)}
+            claim |= {**figures, "reached": bool(holds(figures)), "per_seed": per_seed}
+        else:
+            claim["note"] = note
+        found.append(claim)
+
+    def above_zero(figures: dict) -> bool:
+        return figures["interval"][0] > 0
+
+    def ten_points(figures: dict) -> bool:
+        return figures["effect"] >= 10 and above_zero(figures)
+
+    def growth(result: Result, other: Result, model: str) -> list[Values]:
+        """The last round of a run's last model minus that of another one's `model`."""
+        return [minus(result.outcomes("last").y(-1), other.outcomes(model).y(-1))]
+
+    base = {seed: [gain(result.outcomes("base"))] for seed, result in tiny.items()}
+    add("a", "before training, refining does not help (base: y4 - y1)", base, lambda figures: not above_zero(figures))
+    iterations = [
+        {"model": model, **effect([gain(result.outcomes(model)) for result in having], 100.0)}
+        for recipe, model, having in tables.grouped(results)
+        if recipe == "tiny" and model.startswith("iteration ")
+    ]
+    last = {seed: [gain(result.outcomes("last"))] for seed, result in tiny.items()}
+    statement = "after training, refining helps (y4 - y1, interval above 0 in at least two iterations; effect: the last one)"
+    add("b", statement, last, lambda _: sum(map(above_zero, iterations)) >= 2, iterations=iterations)
+    grown = {seed: growth(result, result, "activation") for seed, result in tiny.items()}
+    add("c", "y4 grows by at least 10 points from activation to the last iteration", grown, ten_points)
+    direct = {s: [minus(r.outcomes("last").y(1), r.outcomes("activation").y(1))] for s, r in tiny.items()}
+    add("c_direct", "y1, the direct answer, grows from activation to the last iteration", direct, above_zero)
+    moved = {s: r for s, r in tiny.items() if "iteration 1" in r.models}
+    gains = {s: [minus(gain(r.outcomes("last")), gain(r.outcomes("iteration 1")))] for s, r in moved.items()}
+    add("c_gain", "the gain y4 - y1 grows from iteration 1 to the last", gains, above_zero)
+    over = {seed: growth(result, dpo[seed], "last") for seed, result in tiny.items() if seed in dpo}
+    add("d", "y4 of the last iteration is at least 10 points above iterative DPO's", over, ten_points)
+
+    lasts = {seed: result.outcomes("last") for seed, result in tiny.items()}
+    picked = {s: [minus(o.picked("chain"), o.picked("parallel"))] for s, o in lasts.items() if o.picked("parallel")}
+    best = {s: [minus(o.best("chain"), o.best("parallel"))] for s, o in lasts.items() if o.parallel}
+    tokens = {s: [minus(o.tokens("chain"), o.tokens("parallel"))] for s, o in lasts.items() if o.parallel}
+    why = "not measured" if tiny else "not run"
+    statement = "the best of the last iteration's chain is not below the best of as many parallel samples"
+    add("e", f"{statement}, picked by the trained reward model", picked, lambda figures: figures["effect"] >= 0, why)
+    add("e_verifier", f"{statement}, picked by the verifier, who knows the answer", best, lambda f: f["effect"] >= 0, why)
+    statement = "the chain generates no more tokens than as many parallel samples, within the interval"
+    add("e_tokens", statement, tokens, lambda figures: not above_zero(figures), why, "tokens per prompt")
+
+    for split in ("long", "desc"):
+        outside = {seed: [gain(result.outcomes("last", split))] for seed, result in tiny.items()}
+        add(
+            f"ood_{split}",
+            f"refining helps the last iteration on {split}, on which it was not trained further",
+            outside,
+            above_zero,
+        )
+    labels = {s: strata for s, r in rule.items() if (strata := [share(signs, 1) for signs in r.labels.values() if signs])}
+    statement = "rule-based selection: more than half of the pairs have the truly better draft as chosen (mean over iterations)"
+    add("rule_label_accuracy", statement, labels, lambda f: f["interval"][0] > 50, "not measured" if rule else "not run")
+    learned = {seed: growth(result, result, "activation") for seed, result in trained.items()}
+    more: dict[str, Any] = {}
+    if trained:
+        more["gain"] = effect([gain(result.outcomes("last")) for result in trained.values()], 100.0)
+    statement = "with a trained reward model, y4 grows from activation to the last iteration"
+    add("trained_reward_model", statement, learned, above_zero, **more)
+    return found
+
+
+def effect(strata: list[Values], scale: float) -> dict[str, Any]:
+    figures = pooled(strata)
+    mean, low, high = (round(figures[name] * scale, 4) + 0.0 for name in ("mean", "low", "high"))
+    return {"effect": mean, "interval": [low, high]}

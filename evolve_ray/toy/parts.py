@@ -1,0 +1,58 @@
+"""Where a run finds the parts of the tiny world: made once in a process of their own, and kept beside the run."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from evolve_ray import models, rows
+from evolve_ray.config import Config, resolved
+from evolve_ray.errors import ResourceError, UserError
+from evolve_ray.scorers import reward_model_names
+from evolve_ray.store import Run, Stage
+
+VERSION = 2
+
+
+def toy_parts(config: Config, run: Run, say: Callable[[str], None]) -> dict[str, str]:
+    """Paths of the tiny world's parts by their `toy:` names; made once and kept beside the run, by content hash."""
+    assert config.toy is not None
+    world = resolved(config.toy)
+    steps = world.pop("reward_model_steps")
+    folder = make_toy(run, "world", world, say)
+    parts = {f"toy:{name}": str(folder / f"{name}.jsonl") for name in ("train", "heldout", "long", "desc", "triples")}
+    parts["toy:base"] = str(folder / "base")
+    if "toy:reward_model" in reward_model_names(config.scorer):
+        options = {**world, "reward_model_steps": steps, "base": parts["toy:base"]}
+        key = {**options, "base": models.content_hash(folder / "base")}
+        parts["toy:reward_model"] = str(make_toy(run, "reward_model", options, say, key) / "reward_model")
+    named = [config.model.path, config.prompts.path, *config.evaluation.splits.values(), *reward_model_names(config.scorer)]
+    named += [part.path for part in (config.activation, config.offline) if part]
+    for name in named:
+        if name.startswith("toy:") and name not in parts:
+            raise UserError(f"{name}: the tiny world has no such part; it has {', '.join(sorted(parts))}")
+    return parts
+
+
+def make_toy(run: Run, part: str, options: dict, say: Callable[[str], None], key: dict | None = None) -> Path:
+    """One committed folder of the tiny world, made in a process of its own."""
+    digest = rows.digest(["toy", VERSION, part, key or options])
+    stage = Stage(run.root.parent / f"toy-{part.replace('_', '-')}-{digest[:12]}", f"toy {part}", digest)
+    stage.work = stage.work.with_name(f"{stage.work.name}-{os.getpid()}")  # two runs may make the same world at once
+    manifest = stage.committed()
+    if manifest is None:
+        say(f"  tiny world: making its {part.replace('_', ' ')} (kept at {stage.final})")
+        code = str(Path(__file__).parents[2])
+        environment = {
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+            "PYTHONPATH": os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")])),
+        }
+        command = [sys.executable, "-m", "evolve_ray.toy", part, str(stage.start()), json.dumps(options)]
+        result = subprocess.run(command, env=environment)
+        if result.returncode:
+            raise ResourceError(f"tiny world: its {part} could not be made (exit {result.returncode}); see the lines above")
+        manifest = stage.commit()
+    return manifest.folder

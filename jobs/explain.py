@@ -1,0 +1,14 @@
+"""Where a training pair comes from: `python jobs/explain.py RUN PAIR_ID [--json]`.
+
+PAIR_ID is a pair_id of one of the run's pairs.parquet, or the beginning of one. Exit codes as in iterate.py.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from evolve_ray.explain import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
