@@ -24,7 +24,7 @@ def main() -> int:
     if STAMP.exists() and STAMP.read_text() == wanted:
         return 0
     check_machine()
-    print("installing into .venv (about a minute with a warm package cache, a few without)", flush=True)
+    print("installing into .venv (about two minutes with a warm package cache, a few more without)", flush=True)
     if not (VENV / "bin" / "python").exists():
         run([sys.executable, "-m", "venv", str(VENV)], "making .venv failed; on Debian and Ubuntu: apt-get install python3-venv")
     python = str(VENV / "bin" / "python")
@@ -45,9 +45,18 @@ def main() -> int:
             "(see 'Start Locally' on pytorch.org) and run the same command again",
         )
     run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--editable", str(ROOT)], "installing evolve-ray itself failed")
+    compile_all(python)
     STAMP.write_text(wanted)
     print("installed", flush=True)
     return 0
+
+
+def compile_all(python: str) -> None:
+    """Bytecode of every package, once. Ray starts many processes; without it (uv makes none, and where
+    PYTHONDONTWRITEBYTECODE is set no process keeps its own) each of them compiles vLLM again: 49 s in place of 18 s.
+    Exits non-zero for packages' templates that are not Python, which is no fault."""
+    packages = next((VENV / "lib").glob("python*/site-packages"))
+    subprocess.run([python, "-m", "compileall", "-qq", "-j", "0", str(packages)])
 
 
 def check_machine() -> None:

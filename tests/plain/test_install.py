@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections import namedtuple
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -65,3 +66,9 @@ def test_torch_that_is_not_found_comes_with_the_way_out(install, monkeypatch, ca
         install.main()
     assert sum("-r" in command for command in calls) == 2, "uv, then pip"
     assert "PIP_EXTRA_INDEX_URL" in capsys.readouterr().err
+
+
+def test_processes_find_the_packages_compiled():
+    """Else each of Ray's processes compiles them anew; the first CI machine that forbade bytecode took four times as long."""
+    origin = importlib.util.find_spec("ray").origin
+    assert Path(importlib.util.cache_from_source(origin)).exists(), "run `make clean install`"
