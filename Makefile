@@ -24,7 +24,7 @@ install:
 
 # The CPU lock, from pyproject.toml; carries no index address.
 lock: install
-	@$(BIN)/python -m uv pip compile pyproject.toml --extra cpu --extra eval --extra dev --python-version 3.11 \
+	@$(BIN)/python -m uv pip compile pyproject.toml --extra cpu --extra eval --extra track --extra lora --extra dev --python-version 3.11 \
 	  --constraint .ci/cpu-constraints.txt --no-emit-find-links --no-emit-index-url --no-annotate --no-header \
 	  --output-file cluster/requirements-cpu.txt
 
