@@ -21,7 +21,7 @@ MAX_SHOWN = 20
 
 
 def read_records(path: str, split: str, faults: list[str]) -> Iterator[tuple[int, dict]]:
-    """Yields (line, record) of a JSONL file, a Parquet file, or a `datasets` folder or name."""
+    """Yields (line, record) of a JSONL file, a JSON list, a Parquet file, or a `datasets` folder or name."""
     file = Path(path)
     if path.endswith((".jsonl", ".json", ".parquet")) and not file.exists():
         raise UserError(f"{path}: no such file; give the path of a JSONL or Parquet file, or a datasets name")
@@ -31,6 +31,8 @@ def read_records(path: str, split: str, faults: list[str]) -> Iterator[tuple[int
         except pa.ArrowInvalid as error:
             raise UserError(f"{path}: is no readable Parquet file: {error}") from None
         yield from enumerate(rows, start=1)
+    elif is_json_list(file):
+        yield from read_json_list(file, faults)
     elif file.is_file():
         yield from read_jsonl(file, faults)
     else:
@@ -58,6 +60,28 @@ def read_jsonl(file: Path, faults: list[str]) -> Iterator[tuple[int, dict]]:
                 faults.append(f"{file}:{number}: is a JSON {type(record).__name__}, but must be an object")
                 continue
             yield number, record
+
+
+def is_json_list(file: Path) -> bool:
+    """Whether a .json file is one list, as AlpacaEval's files are; else each of its lines is a record."""
+    if file.suffix != ".json" or not file.is_file():
+        return False
+    with open(file, "rb") as data:
+        return data.read(1 << 12).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+
+
+def read_json_list(file: Path, faults: list[str]) -> Iterator[tuple[int, dict]]:
+    """Yields (position from 1, record) of a file that is one JSON list of objects."""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+        records = json.loads(text, object_pairs_hook=unique_keys, parse_constant=no_constant, parse_float=finite)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: is no JSON list: {error}") from None
+    for number, record in enumerate(records, start=1):
+        if isinstance(record, dict):
+            yield number, record
+        else:
+            faults.append(f"{file}:{number}: is a JSON {type(record).__name__}, but must be an object")
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict:
@@ -245,6 +269,8 @@ def count_rows(path: str) -> int | None:
         return None
     if path.endswith(".parquet"):
         return pq.read_metadata(file).num_rows
+    if is_json_list(file):
+        return sum(1 for _ in read_json_list(file, []))
     with open(file, "rb") as lines:
         return sum(1 for line in lines if line.strip())
 
