@@ -8,6 +8,7 @@ import contextlib
 import csv
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ def quiet() -> Iterator[None]:
     level = logging.getLogger().level
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what later versions of its dependencies will change; pyproject.toml bounds them
+            yield
     finally:
         logging.disable(logging.NOTSET)
         logging.getLogger().setLevel(level)  # the package sets it when imported
