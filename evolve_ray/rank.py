@@ -80,12 +80,13 @@ class Rank:
         if self.engine is None or self.folder != self.spec.model:
             self.load(self.spec.model)
         start, log = self.restore()
-        told = time.monotonic()
+        told, untold = time.monotonic(), len(log)
         for step in range(start, len(self.batches)):
             log.append(self.update(step, reference))
             if self.rank == 0 and time.monotonic() - told > PROGRESS_S:
-                self.spec.run.event("training", iteration=self.spec.iteration, num_steps=len(self.batches), **log[-1])
-                told = time.monotonic()
+                here = {"iteration": self.spec.iteration, "key": self.spec.checkpoint.key, "num_steps": len(self.batches)}
+                self.spec.run.event("training", **here, **log[-1], steps=log[untold:])
+                told, untold = time.monotonic(), len(log)
             if (step + 1) % self.spec.trainer.checkpoint_steps == 0 and step + 1 < len(self.batches):
                 self.save(step + 1, log)
         # Once: Ray Train takes reports at its polling interval and blocks the workers of a quicker loop.
