@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from evolve_ray import card, generate, measure, pairs, report, rows, score, shards, train
 from evolve_ray import config as options
-from evolve_ray import generate, measure, pairs, report, rows, score, shards, train
 from evolve_ray import probe as logprob_probe
 from evolve_ray.config import resolved
 from evolve_ray.errors import IntegrityError, UserError
@@ -33,6 +33,7 @@ def iterate(context: Context) -> dict[str, Any]:
         policy = activate(context, policy)
         models.append(evaluate(context, 0, policy, "activation"))
         context.trackers.evaluated(models[-1])
+        card.write(context.run, resolved(config), models)
     context.collect_rejected(0)
     context.initial, reward_models = policy, context.reward_models
     for iteration in range(1, config.iterations + 1):
@@ -55,6 +56,7 @@ def iterate(context: Context) -> dict[str, Any]:
         evaluated |= measure.decide(context, iteration, models)
         context.collect_rejected(iteration)
         context.trackers.evaluated(evaluated)
+        card.write(context.run, resolved(config), models)
         report.write(context.run, resolved(config), models)
         if evaluated["decision"]["action"] != "continue":
             break

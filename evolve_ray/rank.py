@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from evolve_ray import rows
+from evolve_ray import card, rows
 from evolve_ray.errors import NumericsError, UserError
 from evolve_ray.logprobs import pair_sequences, sequence_logps
 from evolve_ray.schedule import batches, learning_rate, micro_batches
-from evolve_ray.store import commit, read_manifest
-from evolve_ray.train import TrainSpec, deepspeed_config, model_card
+from evolve_ray.store import CARD, commit, read_manifest
+from evolve_ray.train import TrainSpec, deepspeed_config
 
 PROGRESS_S = 5.0  # seconds between two lines of progress
 
@@ -286,7 +286,9 @@ class Rank:
             model.save_pretrained(out, state_dict=state, safe_serialization=True)
             self.chat.tokenizer.save_pretrained(out)
             rows.write_jsonl(out / "training_log.jsonl", log)
-            (out / "README.md").write_text(model_card(self.spec, len(self.pairs), log), encoding="utf-8")
+            reference = self.spec.reference_hash if self.objective.reference else ""
+            told = card.unfinished(self.training.objective, self.spec.iteration, len(self.pairs), len(log), reference)
+            (out / CARD).write_text(told, encoding="utf-8")
             rows.write_jsonl(out / "rejected.jsonl", [])
             commit(
                 out,
