@@ -280,6 +280,14 @@ class Controller:
 
 
 @dataclass(frozen=True)
+class Trackers:
+    """Where a run's figures also go (`tensorboard`, `mlflow`, `wandb`; []: nowhere), and the name of its project there."""
+
+    use: list = option(["tensorboard"], runtime=True)
+    project: str = option("evolve-ray", runtime=True)
+
+
+@dataclass(frozen=True)
 class RayOptions:
     """The local Ray that is started where no cluster is named by RAY_ADDRESS."""
 
@@ -313,6 +321,7 @@ class Config:
     evaluation: Evaluation = field(default_factory=Evaluation)
     probe: Probe = field(default_factory=Probe)
     controller: Controller = field(default_factory=Controller)
+    trackers: Trackers = field(default_factory=Trackers, metadata={"runtime": True})
     ray: RayOptions = field(default_factory=RayOptions)
 
 

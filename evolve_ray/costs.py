@@ -87,6 +87,7 @@ def compute(report: dict[str, Any]) -> str:
             sides = [(f"y{step['round']}", step) for step in entry["chain"]]
             best = entry["best_of"] or {}
             sides += [(f"best of {best['num_responses']}, {side}", best[side]) for side in ("chain", "parallel") if side in best]
+            sides += [("one longer answer", entry["longer"])] if entry.get("longer") else []
             lines += [
                 [entry["model"], label, f"{step['mean_tokens']:.1f}", said(step[measure.name], measure)] for label, step in sides
             ]
@@ -97,6 +98,9 @@ def compute(report: dict[str, Any]) -> str:
             for side, ink, marker in (("chain", "c", "P"), ("parallel", "b", "X")):
                 at = point(best[side]["mean_tokens"], best[side][measure.name], measure)
                 drawn.append(Series(f"best of {best['num_responses']}, {side} ({entries[-1]['model']})", ink, marker, [at]))
+        if entries[-1].get("longer"):
+            at = point(entries[-1]["longer"]["mean_tokens"], entries[-1]["longer"][measure.name], measure)
+            drawn.append(Series(f"one longer answer ({entries[-1]['model']})", "d", "D", [at]))
         legend |= {series.label: series for series in drawn}
         alt = (
             f"{measure.title} on {split} against generated tokens per prompt, one curve for each model from y1 to the last round"

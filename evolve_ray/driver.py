@@ -61,18 +61,24 @@ def run_folder(name: str) -> Path:
 
 def run(config: options.Config, root: Path, *, rerun_changed: bool) -> int:
     from evolve_ray import inputs, iterate, report
+    from evolve_ray.trackers import Trackers
 
     started = time.monotonic()
     folder = Run(root)
+    tracked = Trackers(config, folder, say)
     with folder.locked():
         inputs.settle_config(config, folder, rerun_changed=rerun_changed)
         folder.event("driver_start", pid=os.getpid(), job=submission_id())
         say(f"run {config.name} in {root}")
         try:
+            tracked.start()
             context = inputs.prepare(config, folder, say, lambda: start_ray(config), rerun_changed=rerun_changed)
+            context.trackers = tracked
             result = iterate.iterate(context)
+            tracked.close(failed=False)
         except BaseException as error:
             folder.event("driver_failed", error=f"{type(error).__name__}: {error}"[:2000])
+            tracked.close(failed=True)
             raise
         finally:
             stop_ray()

@@ -85,9 +85,12 @@ def every_two(chains: dict[str, dict[str, Chains]], *, seed: int) -> list[dict[s
 
 def add_probes(
     models: dict[str, dict[str, Any]], chains: dict[str, dict[str, Chains]], parts: dict[str, dict[str, Rows]],
-    prompts: list[dict], wanted: tuple[str, ...], same: Same, *, seed: int,
+    prompts: list[dict], wanted: tuple[str, ...], same: Same, *, seed: int, longest: int = 0,
 ) -> None:  # fmt: skip
-    """Adds `probes` to each split of each model's figures; `parts`: {model: {"foreign", "keep" or "parallel": its rows}}."""
+    """Adds `probes` to each split of each model's figures; `parts`: {model: {"foreign", "keep", ...: its rows}}.
+
+    `longest`: tokens that the answers of the part `longer` could have.
+    """
     for split in next(iter(chains.values())):
         firsts = [chain[1]["score"] for found in chains.values() for chain in found[split].values()]
         bounds = probes.tercile_bounds(firsts) if firsts else None
@@ -96,6 +99,9 @@ def add_probes(
             for part, measure in (("foreign", probes.foreign), ("keep", probes.keep)):
                 if part in parts[name]:
                     made[part] = measure(whole_chains(prompts, *parts[name][part]).get(split, {}), seed)
+            if "longer" in parts[name]:
+                answers = whole_chains(prompts, *parts[name]["longer"]).get(split, {})
+                made["longer"] = probes.longer(here, answers, longest, seed)
             if "quality" in wanted:
                 made["quality"] = probes.quality(here, bounds, seed)
             if "majority" in wanted:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from evolve_ray import config as options
 from evolve_ray import inputs, pipeline, prompts, rows, shards
 from evolve_ray.checkpoints import Named
@@ -62,7 +64,7 @@ def compare(plan: Plan, folder: Run, start_ray: Callable[[], None], *, rerun_cha
     chains: dict[str, dict] = {}
     parts: dict[str, dict] = {}
     for model in plan.models:
-        tables = ask.everything(model, shown, parallel="parallel" in plan.probes)
+        tables = ask.everything(model, shown, plan.probes)
         usage = {part: {name: drafts.stats[name] for name in USAGE} for part, (drafts, _) in tables.items()}
         found = {part: read_both(*manifests) for part, manifests in tables.items()}
         splits, chains[model.name] = model_figures(table, found.pop("chain"), seed=config.seed)
@@ -70,7 +72,8 @@ def compare(plan: Plan, folder: Run, start_ray: Callable[[], None], *, rerun_cha
         models.append({"name": model.name, "given": model.given, "model": model.hash, "path": str(model.folder),
                        "splits": splits, "usage": usage})  # fmt: skip
     figures = {model["name"]: model["splits"] for model in models}
-    add_probes(figures, chains, parts, table, plan.probes, same_answer(config.verifier), seed=config.seed)
+    same = same_answer(config.verifier)
+    add_probes(figures, chains, parts, table, plan.probes, same, seed=config.seed, longest=ask.longest())
     return {
         "models": models,
         "differences": every_two(chains, seed=config.seed),
@@ -144,18 +147,30 @@ class Asker:
         self.context = context
         self.shape: str | None = None
 
-    def everything(self, model: Named, shown: dict[str, Manifest], *, parallel: bool) -> dict[str, tuple[Manifest, Manifest]]:
-        """Drafts and scores of the chain, of one refinement of each given draft, and of the samples beside the chain."""
+    def everything(
+        self, model: Named, shown: dict[str, Manifest], wanted: tuple[str, ...]
+    ) -> dict[str, tuple[Manifest, Manifest]]:
+        """Drafts and scores of the chain, of one refinement of each given draft, and of what is sampled beside the chain."""
         config = self.context.config
         found = {"chain": self.chain(model)}
         for name, prompts_of in shown.items():
             strategy = options.Strategy(name=REFINE_GIVEN, rounds=2)
             found[name] = self.ask(model, name, prompts_of, strategy, scope=name)
-        if parallel:  # twice as many as the chain has rounds: short first drafts buy more of them at equal tokens
+        if "parallel" in wanted:  # twice as many as the chain has rounds: short first drafts buy more of them at equal tokens
             samples = max(config.evaluation.parallel, 2 * config.evaluation.rounds)
             strategy = options.Strategy(name="parallel", samples=samples)
             found["parallel"] = self.ask(model, "parallel", self.held_out, strategy)
+        if "longer" in wanted:
+            strategy = options.Strategy(name="chain", rounds=1)
+            found["longer"] = self.ask(model, "longer", self.held_out, strategy, max_tokens=self.longest())
         return found
+
+    def longest(self) -> int:
+        """Tokens of one answer that may have those of all rounds, as far as the context has room after every prompt."""
+        config = self.context.config
+        prompts_of = pq.read_table(self.held_out.path("prompts.parquet"), columns=["num_tokens"])["num_tokens"].to_pylist()
+        room = config.model.context_tokens - max(prompts_of, default=0)
+        return min(config.evaluation.rounds * config.sampling.max_tokens, room)
 
     @property
     def held_out(self) -> Manifest:
@@ -169,11 +184,16 @@ class Asker:
         return self.ask(model, part, self.held_out, strategy)
 
     def ask(
-        self, model: Named, part: str, prompts_of: Manifest, strategy: options.Strategy, scope: str = pipeline.EVALUATION_SCOPE
-    ) -> tuple[Manifest, Manifest]:
+        self, model: Named, part: str, prompts_of: Manifest, strategy: options.Strategy,
+        scope: str = pipeline.EVALUATION_SCOPE, max_tokens: int | None = None,
+    ) -> tuple[Manifest, Manifest]:  # fmt: skip
         """Drafts and scores of one part, at the evaluation's temperature."""
         context = self.context
-        sampling = dataclasses.replace(context.config.sampling, temperature=context.config.evaluation.temperature)
+        sampling = dataclasses.replace(
+            context.config.sampling,
+            temperature=context.config.evaluation.temperature,
+            max_tokens=max_tokens or context.config.sampling.max_tokens,
+        )
         policy = Policy(model.folder, model.hash)
         asked = pipeline.Asked(
             None, f"{model.name}: {part}", policy, prompts_of, strategy, sampling, scope, context.reward_models

@@ -4,7 +4,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from evolve_ray import report
+from evolve_ray import costs, report
+from evolve_ray.ledger import compute
 from evolve_ray.markup import cell, document, escape, section, table
 from evolve_ray.store import Run, write_atomic
 
@@ -85,6 +86,10 @@ def probe_rows(found: dict[str, Any]) -> list[list[str]]:
             if made.get("keep", {}).get(measure):
                 shares = ["", cell(made["keep"][measure], 100.0), ""]
                 lines.append([split, "correct draft", model, name, *shares, str(made["keep"]["n"])])
+        if made.get("longer", {}).get("n"):
+            part = made["longer"]
+            sides = [f"{part[side]['mean_tokens']:.1f}" for side in ("answer", "chain")]
+            lines.append([split, "one longer answer, last round: cost", model, "generated tokens", *sides, "", str(part["n"])])
         for budget, title in BUDGETS if made.get("parallel", {}).get("n") else ():
             part = made["parallel"][budget]
             for measure, name in (("mean_tokens", "generated tokens"), ("mean_prompt_tokens", "prompt tokens")):
@@ -107,6 +112,10 @@ def comparisons(made: dict[str, Any], foreign: str | None) -> Iterator[tuple[str
         part = made["majority"]
         title = f"last round, vote of the last {part['rounds']}"
         yield title, part["n"], part["last"], part["vote"], part["difference"]
+    if made.get("longer", {}).get("n"):
+        part = made["longer"]
+        title = f"one answer of up to {part['max_tokens']} tokens, last round"
+        yield title, part["n"], part["answer"], part["chain"], part["difference"]
     if made.get("parallel", {}).get("n"):
         for budget, title in BUDGETS:
             part, size = made["parallel"][budget], made["parallel"]["n"]
@@ -126,5 +135,7 @@ def page(found: dict[str, Any]) -> str:
     parts = [section("models", "Models", "", table(["model", "folder", "content hash"], models))]
     for place, (title, header, lines) in enumerate(tables(found)):
         parts.append(section(f"table{place}", title, "", table(header, lines)))
+    shown = [{**model, "iteration": place} for place, model in enumerate(found["models"])]  # the curves' colours
+    parts.append(costs.compute({"models": shown, "compute": compute(shown)}))
     names = ", ".join(model["name"] for model in found["models"])
     return document(names, f"<h1>{escape(names)}</h1>{''.join(parts)}")

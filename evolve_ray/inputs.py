@@ -18,6 +18,7 @@ from evolve_ray.scorers import VERIFIERS, build_verifier, reward_model_names
 from evolve_ray.shards import Pools
 from evolve_ray.store import Manifest, Run, Stage, sha256_file, write_atomic
 from evolve_ray.toy.parts import toy_parts
+from evolve_ray.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Context:
     given: dict[str, Manifest] = field(default_factory=dict)
     held_out: Manifest | None = None
     pools: Pools = field(default_factory=Pools)
+    trackers: Trackers = field(default_factory=Trackers)
 
     def stage(self, final: Path, name: str, key: dict, inputs: dict[str, str]) -> Stage:
         """The stage at `final` for these inputs; with --rerun-changed, what stands there for others is put aside."""
@@ -72,7 +74,10 @@ class Context:
 
         def follow(file: Any) -> None:
             while not done.wait(1.0):
-                for raw in file:
+                while raw := file.readline():
+                    if not raw.endswith(b"\n"):  # a line that is still being written
+                        file.seek(-len(raw), os.SEEK_CUR)
+                        break
                     event = json.loads(raw)
                     if event["event"] == kind:
                         self.say(line(event))

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from evolve_ray import card, generate, measure, pairs, report, rows, score, shards, train
 from evolve_ray import config as options
-from evolve_ray import generate, measure, pairs, report, rows, score, shards, train
 from evolve_ray import probe as logprob_probe
 from evolve_ray.config import resolved
 from evolve_ray.errors import IntegrityError, UserError
@@ -28,9 +28,12 @@ def iterate(context: Context) -> dict[str, Any]:
     """
     config, policy = context.config, context.policy
     models = [evaluate(context, 0, policy, "base", folder="base_evaluation")]
+    context.trackers.evaluated(models[-1])
     if config.activation or config.offline:
         policy = activate(context, policy)
         models.append(evaluate(context, 0, policy, "activation"))
+        context.trackers.evaluated(models[-1])
+        card.write(context.run, resolved(config), models)
     context.collect_rejected(0)
     context.initial, reward_models = policy, context.reward_models
     for iteration in range(1, config.iterations + 1):
@@ -52,6 +55,8 @@ def iterate(context: Context) -> dict[str, Any]:
         models.append(evaluated)
         evaluated |= measure.decide(context, iteration, models)
         context.collect_rejected(iteration)
+        context.trackers.evaluated(evaluated)
+        card.write(context.run, resolved(config), models)
         report.write(context.run, resolved(config), models)
         if evaluated["decision"]["action"] != "continue":
             break
@@ -201,8 +206,15 @@ def fit(context: Context, iteration: int, policy: Policy, given: Manifest, train
                 trainer=config.trainer, seed=config.seed, iteration=iteration, run=context.run, reference=reference,
                 checkpoint=stage,
             )  # fmt: skip
-            with context.followed("training", lambda e: f"    step {e['step'] + 1} of {e['num_steps']}, loss {e['loss']:.4f}"):
+
+            def told(event: dict[str, Any]) -> str:
+                context.trackers.training(stage.key, iteration, name, event["steps"])
+                return f"    step {event['step'] + 1} of {event['num_steps']}, loss {event['loss']:.4f}"
+
+            context.trackers.begins(stage.key, iteration, name)
+            with context.followed("training", told):
                 manifest = train.fit(spec, folder / f".ray-train-{name}")
+    context.trackers.trained(manifest, iteration)
     return Policy.from_manifest(manifest)
 
 

@@ -105,7 +105,8 @@ def compute(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Quality against compute, a line per model and split.
 
     `chain`: generated tokens per prompt up to and with round k, beside the reward and exact match of y_k. `best_of`: the
-    scorer's best of `num_responses` of the chain and of as many parallel samples, beside all their tokens; null if not sampled.
+    scorer's best of `num_responses` of the chain and of as many parallel samples, beside all their tokens; `longer`:
+    one direct answer that could have the tokens of all rounds, beside those that it used. Null: not sampled.
     """
     found = []
     for model in models:
@@ -115,7 +116,11 @@ def compute(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 figures = summary["rounds"][number]
                 tokens += figures["mean_response_tokens"]
                 chain.append({"round": int(number), "mean_tokens": tokens, **quality(figures)})
-            best = summary.get("best_of")
+            probed = summary.get("probes", {})
+            best, longer = summary.get("best_of"), probed.get("longer", {}).get("answer")
+            if probed.get("parallel", {}).get("n"):
+                equal, size = probed["parallel"]["equal_samples"], len(summary["rounds"])
+                best = {"num_responses": size, **{side: {**equal[side], **equal[side]["best"]} for side in ("chain", "parallel")}}
             sides = best and {
                 side: {"mean_tokens": best[side]["mean_tokens"], **quality(best[side])} for side in ("chain", "parallel")
             }
@@ -126,6 +131,7 @@ def compute(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "split": split,
                     "chain": chain,
                     "best_of": {"num_responses": best["num_responses"], **sides} if sides else None,
+                    "longer": {"mean_tokens": longer["mean_tokens"], **quality(longer)} if longer else None,
                 }
             )
     return found

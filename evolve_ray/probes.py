@@ -16,7 +16,7 @@ from evolve_ray.report import interval
 Chains = dict[str, dict[int, dict]]  # prompt id -> round -> draft with its score
 Same = Callable[[str, str], bool]  # whether two responses give the same answer
 
-PROBES = ("foreign", "keep", "quality", "majority", "parallel")
+PROBES = ("foreign", "keep", "quality", "majority", "parallel", "longer")
 LAST_ROUNDS = 3  # that vote
 
 
@@ -157,6 +157,26 @@ def parallel(chains: Chains, samples: dict[str, dict[int, dict]], same: Same, se
     means = [tokens(drawn) / most for _, drawn in sides.values()]
     figures["equal_tokens"]["num_capped"] = sum(left >= mean for left, mean in zip(spare, means, strict=True))
     return figures
+
+
+def longer(chains: Chains, answers: Chains, max_tokens: int, seed: int) -> dict[str, Any]:
+    """A chain's last round against one direct answer that may have the tokens of all rounds; `difference` is chain minus answer.
+
+    The answer has the prompt and seed of y1, so it is another one only where y1 was cut: `mean_tokens` tells what it used.
+    """
+    asked = [prompt_id for prompt_id in chains if prompt_id in answers]
+    if not asked:
+        return {"n": 0}
+    pairs = [(answers[prompt_id][1], chains[prompt_id][max(chains[prompt_id])]) for prompt_id in asked]
+    one, last = ([pair[place] for pair in pairs] for place in (0, 1))
+    return {
+        "n": len(asked),
+        "max_tokens": max_tokens,
+        "num_cut": sum(draft["finish_reason"] == "length" for draft in one),
+        "answer": {**cost([[draft] for draft in one]), **values_of(one, seed)},
+        "chain": {**cost([list(chains[prompt_id].values()) for prompt_id in asked]), **values_of(last, seed)},
+        "difference": differences(pairs, seed),
+    }
 
 
 def affordable(chain: list[dict], drawn: list[dict]) -> int:

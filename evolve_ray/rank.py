@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from evolve_ray import rows
+from evolve_ray import card, rows
 from evolve_ray.errors import NumericsError, UserError
 from evolve_ray.logprobs import pair_sequences, sequence_logps
 from evolve_ray.schedule import batches, learning_rate, micro_batches
-from evolve_ray.store import commit, read_manifest
-from evolve_ray.train import TrainSpec, deepspeed_config, model_card
+from evolve_ray.store import CARD, commit, read_manifest
+from evolve_ray.train import TrainSpec, deepspeed_config
 
 PROGRESS_S = 5.0  # seconds between two lines of progress
 
@@ -80,12 +80,13 @@ class Rank:
         if self.engine is None or self.folder != self.spec.model:
             self.load(self.spec.model)
         start, log = self.restore()
-        told = time.monotonic()
+        told, untold = time.monotonic(), len(log)
         for step in range(start, len(self.batches)):
             log.append(self.update(step, reference))
             if self.rank == 0 and time.monotonic() - told > PROGRESS_S:
-                self.spec.run.event("training", iteration=self.spec.iteration, num_steps=len(self.batches), **log[-1])
-                told = time.monotonic()
+                here = {"iteration": self.spec.iteration, "key": self.spec.checkpoint.key, "num_steps": len(self.batches)}
+                self.spec.run.event("training", **here, **log[-1], steps=log[untold:])
+                told, untold = time.monotonic(), len(log)
             if (step + 1) % self.spec.trainer.checkpoint_steps == 0 and step + 1 < len(self.batches):
                 self.save(step + 1, log)
         # Once: Ray Train takes reports at its polling interval and blocks the workers of a quicker loop.
@@ -285,7 +286,9 @@ class Rank:
             model.save_pretrained(out, state_dict=state, safe_serialization=True)
             self.chat.tokenizer.save_pretrained(out)
             rows.write_jsonl(out / "training_log.jsonl", log)
-            (out / "README.md").write_text(model_card(self.spec, len(self.pairs), log), encoding="utf-8")
+            reference = self.spec.reference_hash if self.objective.reference else ""
+            told = card.unfinished(self.training.objective, self.spec.iteration, len(self.pairs), len(log), reference)
+            (out / CARD).write_text(told, encoding="utf-8")
             rows.write_jsonl(out / "rejected.jsonl", [])
             commit(
                 out,

@@ -23,6 +23,7 @@ from evolve_ray.errors import IntegrityError, LockedError, ResourceError, UserEr
 from evolve_ray.rows import digest, write_jsonl
 
 MANIFEST = "MANIFEST.json"
+CARD = "README.md"  # of a committed folder, in no manifest: prose for people, which is written again when more is known
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def commit(work: Path, final: Path, *, stage: str, key: str, inputs: dict[str, s
         for path in sorted(work.rglob("*")):
             if path.is_file() and path != work / MANIFEST:
                 fsync_path(path)
+            if path.is_file() and path not in (work / MANIFEST, work / CARD):
                 files[path.relative_to(work).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         body = {"stage": stage, "key": key, "files": files, "inputs": inputs or {}, "stats": stats}
         with open(work / MANIFEST, "w", encoding="utf-8") as file:
@@ -128,6 +130,8 @@ def read_manifest(folder: Path, *, verify: bool = False) -> Manifest | None:
         raise IntegrityError(f"{folder / MANIFEST}: is damaged; delete {folder} and submit again to rebuild it") from None
     if verify:
         for name, expected in manifest.files.items():
+            if name == CARD:  # older manifests hold it
+                continue
             path = folder / name
             actual = sha256_file(path) if path.is_file() else "missing"
             if actual != expected["sha256"]:

@@ -1,10 +1,12 @@
 """Options that must fit together: what no single field of the configuration can say."""
 
+import difflib
 import re
 
 from evolve_ray.config import Config, texts_in_view, trainings
 from evolve_ray.strict import Reader, describe, pattern_fault
 
+TRACKERS = ("tensorboard", "mlflow", "wandb")
 IGNORED = {"sft": ("label_smoothing",), "reward": ("nll", "length_normalised")}  # options that could only be ignored
 
 
@@ -53,6 +55,15 @@ def check_together(config: Config, reader: Reader) -> None:
         reader.fail("controller.split", f"is {config.controller.split!r}, but must be one of evaluation.splits ({known})")
     if config.controller.max_kl and not config.probe.prompts:
         reader.fail("controller.max_kl", "needs the probe, which is off; set probe.prompts")
+    for place, name in enumerate(config.trackers.use):
+        if name not in TRACKERS:
+            near = difflib.get_close_matches(str(name), TRACKERS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(TRACKERS)}"
+            reader.fail("trackers.use", f"holds {describe(name)}; {hint}")
+        if name in config.trackers.use[:place]:
+            reader.fail("trackers.use", f"names {name!r} twice; name each tracker once")
+    if not config.trackers.project.strip():
+        reader.fail("trackers.project", "is empty; name a project")
     texts = texts_in_view(config.strategy)
     if texts * config.sampling.max_tokens >= config.model.context_tokens:
         reader.fail(

@@ -142,22 +142,3 @@ def raise_kept(path: Path) -> None:
     if path.exists():
         told = json.loads(path.read_text(encoding="utf-8"))
         raise RuntimeError(told["traceback"]) if "traceback" in told else unpack(told)
-
-
-def model_card(spec: TrainSpec, num_pairs: int, log: list[dict]) -> str:
-    """README.md of the checkpoint: what it came from and how."""
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [evolve-ray, self-refinement]",
-        "---",
-        "# Model trained by evolve-ray",
-        "",
-        f"* objective: `{spec.training.objective}`, iteration {spec.iteration}",
-        f"* reference policy: `{spec.training.reference}`, content hash `{spec.reference_hash}`",
-        f"* pairs: {num_pairs}, updates: {len(log)}, last loss: {log[-1]['loss']:.6f}" if log else f"* pairs: {num_pairs}",
-        f"* options: `{json.dumps(options.resolved(spec.training))}`",
-        "",
-        "Method: EVOLVE, arXiv 2502.05605. The manifest beside this file lists the inputs by content hash.",
-    ]
-    return "\n".join(lines) + "\n"

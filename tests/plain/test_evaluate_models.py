@@ -288,9 +288,10 @@ def evaluation(verified=True):
         figures[name], chains[name] = model_figures(PROMPTS, tables(table, verified=verified), seed=0)
         samples = {prompt: [rounds[0], rounds[1], rounds[0]] for prompt, rounds in ONE.items()}
         parts[name] = {"foreign": tables(given, verified=verified), "keep": tables(given, verified=verified),
-                       "parallel": tables(samples, place="sample", verified=verified)}  # fmt: skip
+                       "parallel": tables(samples, place="sample", verified=verified),
+                       "longer": tables({prompt: rounds[:1] for prompt, rounds in ONE.items()}, verified=verified)}  # fmt: skip
     same = lambda one, other: one == other  # noqa: E731
-    add_probes(figures, chains, parts, PROMPTS, PROBES, same, seed=0)
+    add_probes(figures, chains, parts, PROMPTS, PROBES, same, seed=0, longest=96)
     listed = [{"name": name, "model": "f" * 64, "path": "/m", "splits": splits} for name, splits in figures.items()]
     return {"models": listed, "differences": every_two(chains, seed=0), "foreign": "y1 of one"}
 
@@ -302,6 +303,7 @@ def test_every_probe_is_in_the_figures_of_every_model_and_split():
         assert set(made) == set(PROBES)
         assert made["foreign"]["difference"]["exact_match"]["mean"] == 0.0  # p mended, q spoilt
         assert (made["keep"]["n"], made["keep"]["kept"]["mean"]) == (1, 0.0)
+        assert (made["longer"]["max_tokens"], made["longer"]["n"]) == (96, made["parallel"]["n"])
         assert made["parallel"]["n"] == (2 if model["name"] == "one" else 1)
 
 
@@ -316,6 +318,7 @@ def test_tables_name_every_model_and_the_page_escapes_them(tmp_path, verified):
         "y3 - y1",
         "foreign draft (y1 of one)",
         "equal tokens",
+        "one answer of up to 96 tokens, last round",
         "By round",
         "unchanged %",
     ):
@@ -328,6 +331,9 @@ def test_tables_name_every_model_and_the_page_escapes_them(tmp_path, verified):
     page = (tmp_path / "evaluation.html").read_text()
     assert "two &lt;b&gt;" in page
     assert "two <b>" not in page
+    assert "Quality against compute" in page
+    assert "one longer answer (two &lt;b&gt;)" in page
+    assert "best of 3, parallel" in page
     assert "http" not in page.replace("http-equiv", "")
 
 

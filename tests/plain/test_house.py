@@ -15,7 +15,8 @@ from tests.plain.processes import ROOT, run_python
 
 PACKAGE = ROOT / "evolve_ray"
 FILES = sorted(PACKAGE.rglob("*.py"))
-HEAVY = ("matplotlib", "ray", "torch", "vllm", "deepspeed", "transformers", "datasets", "accelerate")
+HEAVY = ("matplotlib", "ray", "torch", "vllm", "deepspeed", "transformers", "datasets", "accelerate", "mlflow", "wandb",
+         "tensorboardX")  # fmt: skip
 PLAIN = [
     "strict",
     "schedule",
@@ -60,6 +61,8 @@ PLAIN = [
     "alpaca",
     "arena_hard",
     "benchmark",
+    "trackers",
+    "card",
 ]
 STAGES = {"generate", "score", "train", "rank", "objective", "logprobs", "probe"}
 ALLOWED_BETWEEN_STAGES = {("train", "rank"), ("rank", "train"), ("rank", "objective"), ("rank", "logprobs")}
@@ -94,6 +97,7 @@ HOLDERS = {
     "Verifier": {"verifier"}, "Selection": {"selection", "options"}, "Training": {"training"}, "Trainer": {"trainer"},
     "Preferences": {"part", "activation", "offline"}, "Evaluation": {"evaluation", "part"}, "RayOptions": {"ray"},
     "Toy": {"toy"}, "Refresh": {"refresh", "part"}, "Probe": {"probe"}, "Controller": {"controller", "options"},
+    "Trackers": {"trackers"},
 }  # fmt: skip
 # Options that nothing reads by that way, and why.
 UNREAD = dict.fromkeys(("Toy.hidden", "Toy.layers", "Toy.heads"), "toy/__main__.py hands it to build_base by its name")

@@ -217,6 +217,21 @@ def test_prompt_that_lacks_a_sample_is_left_out():
     assert probes.parallel(chain, {}, equal, 0) == {"n": 0}
 
 
+def test_one_longer_answer_against_the_last_round():
+    answers = chains(fixed=[("b", 1.0)], kept=[("c", 1.0)], spoilt=[("d", 1.0)])
+    answers["fixed"][1] |= {"num_tokens": 40, "finish_reason": "length"}
+    for row in (answers["kept"][1], answers["spoilt"][1]):
+        row["finish_reason"] = "stop"
+    found = probes.longer(FOUR, answers, 96, seed=0)
+    assert (found["n"], found["max_tokens"], found["num_cut"]) == (3, 96, 1)  # `lost` has no answer
+    assert (found["answer"]["mean_tokens"], found["answer"]["mean_responses"]) == (pytest.approx(20.0), 1)
+    assert (found["chain"]["mean_tokens"], found["chain"]["mean_responses"]) == (20.0, 2)
+    assert found["answer"]["exact_match"]["mean"] == 1.0
+    assert found["difference"]["exact_match"]["mean"] == pytest.approx(-1 / 3)
+    assert found["difference"]["reward"]["mean"] == pytest.approx(-0.5 / 3)
+    assert probes.longer(FOUR, {}, 96, seed=0) == {"n": 0}
+
+
 @pytest.mark.parametrize(
     ("verifier", "one", "other", "expected"),
     [

@@ -13,7 +13,7 @@ from evolve_ray.config import Trainer, Training
 from evolve_ray.refine import load_template
 from evolve_ray.schedule import batches, learning_rate, micro_batches, micro_steps
 from evolve_ray.store import Run, Stage
-from evolve_ray.train import TrainSpec, deepspeed_config, merge, model_card
+from evolve_ray.train import TrainSpec, deepspeed_config, merge
 
 
 def spec(training=None, trainer=None, dtype="float32"):
@@ -161,10 +161,3 @@ def test_merge_leaves_its_inputs_alone():
 
 def test_users_value_may_replace_a_whole_table():
     assert merge({"bf16": {"enabled": True}}, {"bf16": "auto"}) == {"bf16": "auto"}
-
-
-def test_model_card_names_objective_options_and_last_loss():
-    card = model_card(spec(Training(objective="dpo", beta=0.25)), 7, [{"loss": 2.0}, {"loss": 0.5}])
-    assert "`dpo`, iteration 1" in card
-    assert "pairs: 7, updates: 2, last loss: 0.500000" in card
-    assert '"beta": 0.25' in card

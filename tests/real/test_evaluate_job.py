@@ -31,15 +31,17 @@ def test_all_models_are_in_one_table_one_json_and_one_page(done):
     for model in found["models"]:
         assert set(model["splits"]) == {"heldout", "long", "desc"}
         for split in model["splits"].values():
-            assert set(split["probes"]) == {"foreign", "keep", "quality", "majority", "parallel"}
+            assert set(split["probes"]) == {"foreign", "keep", "quality", "majority", "parallel", "longer"}
             for figures in split["rounds"].values():
                 assert figures["exact_match"]["low"] <= figures["exact_match"]["mean"] <= figures["exact_match"]["high"]
                 moved = figures.get("against_first")
                 ways = ("wrong_to_right", "right_to_wrong", "kept_right", "kept_wrong")
                 assert moved is None or sum(moved[way] for way in ways) == figures["n"]
+            assert split["probes"]["longer"]["n"] == split["num_prompts"]
+            assert split["probes"]["longer"]["max_tokens"] == 96, "four rounds of 24 tokens have room in the context"
             assert split["probes"]["keep"]["n"] == split["num_prompts"], "every answer is right in the verifier's eyes"
     assert len(found["differences"]) == 3
-    for part in ("small@1 - small@base", "y4 - y1", "equal tokens"):
+    for part in ("small@1 - small@base", "y4 - y1", "equal tokens", "one answer of up to 96 tokens"):
         assert part in said
         assert part in (out / "evaluation.html").read_text()
 

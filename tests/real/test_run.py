@@ -109,12 +109,34 @@ def test_chain_and_parallel_samples_are_compared_at_equal_numbers(small):
 
 
 def test_the_reference_policy_is_recorded_in_manifest_and_model_card(small):
-    model = read_manifest(small.run / "iteration-01" / "reference").stats["model"]
+    reference = read_manifest(small.run / "iteration-01" / "reference").stats
     report = json.loads((small.run / "report.json").read_text())
-    assert model == report["models"][1]["model"]  # activation
-    assert (
-        f"reference policy: `iteration`, content hash `{model}`" in (small.run / "iteration-01/checkpoint/README.md").read_text()
-    )
+    assert reference["model"] == report["models"][1]["model"]  # activation
+    card = (small.run / "iteration-01/checkpoint/README.md").read_text()
+    assert f"| iteration: {reference['model'][:12]} |" in card
+
+
+def test_the_model_card_has_the_evaluation_that_came_after_the_training(small):
+    card = (small.run / "iteration-01/checkpoint/README.md").read_text()
+    report = json.loads((small.run / "report.json").read_text())
+    gain = report["models"][-1]["splits"]["heldout"]["gain"]["exact_match"]
+    assert f"{100 * gain['mean']:.1f} \\[{100 * gain['low']:.1f}, {100 * gain['high']:.1f}\\]" in card
+    assert report["models"][-1]["model"] in card
+    read_manifest(small.run / "iteration-01" / "checkpoint", verify=True)
+
+
+def test_every_step_and_evaluation_is_in_tensorboard(small):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(small.run / "tensorboard"), size_guidance={"scalars": 0})
+    found.Reload()
+    logs = [rows.read_jsonl(small.run / f"iteration-0{number}" / "checkpoint" / "training_log.jsonl") for number in (0, 1)]
+    for log, tag, before in zip(logs, ("activation", "training"), (0, len(logs[0])), strict=True):
+        told = [(event.step, pytest.approx(event.value)) for event in found.Scalars(f"{tag}/loss")]
+        assert [(before + entry["step"] + 1, entry["loss"]) for entry in log] == told
+    report = json.loads((small.run / "report.json").read_text())
+    first = [model["splits"]["heldout"]["rounds"]["1"]["exact_match"]["mean"] for model in report["models"]]
+    assert [event.value for event in found.Scalars("evaluation/heldout/y1/exact_match")] == pytest.approx(first)
 
 
 VLLM_AGAINST_TRANSFORMERS = """
