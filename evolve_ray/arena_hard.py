@@ -18,7 +18,7 @@ import numpy as np
 
 from evolve_ray import prompts
 from evolve_ray.answers import Answers, file_name
-from evolve_ray.errors import UserError
+from evolve_ray.errors import IntegrityError, UserError
 from evolve_ray.judge import Judge
 from evolve_ray.refine import fill
 from evolve_ray.rows import digest
@@ -207,8 +207,12 @@ def read_judged(path: Path, keys: dict[str, str]) -> list[dict]:
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
         write_atomic(path, b"".join(lines))
-    found = [json.loads(line) for line in lines]
-    if any(keys.get(row["uid"]) != row["key"] for row in found):
+    try:
+        found = [json.loads(line) for line in lines]
+        changed = any(keys.get(row["uid"]) != row["key"] for row in found)
+    except (ValueError, KeyError, TypeError):
+        raise IntegrityError(f"{path}: is damaged; delete it to judge again, or choose another --out") from None
+    if changed:
         raise UserError(f"{path}: was judged from other answers or in another way; choose another --out")
     return found
 
