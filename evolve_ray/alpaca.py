@@ -8,6 +8,7 @@ import contextlib
 import csv
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -182,7 +183,9 @@ def win_rates(annotations: list[dict], *, control: str | None, weights: Path) ->
         figures["no_length_control"] = f"needs {FOLDS} verdicts"
     elif not apart > 0:
         figures["no_length_control"] = "the lengths differ nowhere"
-    if figures["no_length_control"]:
+    if not judged:  # the package's own figures need a verdict
+        figures |= dict.fromkeys(("win_rate", "standard_error"), math.nan) | {"n_total": 0}
+    elif figures["no_length_control"]:
         figures |= metrics.get_winrate(annotations)
     else:
         figures |= metrics.get_length_controlled_winrate(

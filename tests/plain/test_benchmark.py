@@ -382,3 +382,12 @@ def test_length_control_by_difficulty_needs_the_table(place, judge, capsys):
     table.write_text("model,index\na,1\n")
     assert judge_alpaca(place, judge, "--gamed", str(table)) == 2
     assert "must begin with the instructions 0 to 5 of the reference" in capsys.readouterr().err
+
+
+def test_alpaca_eval_without_any_verdict_says_so(place, judge, capsys):
+    pytest.importorskip("alpaca_eval")
+    judge.decide = lambda messages: None
+    assert judge_alpaca(place, judge, "--length-control", "minimal") == 0
+    for row in results(place):
+        assert (row["win_rate"], row["length_controlled_win_rate"], row["n"], row["num_unparsable"]) == (None, None, 0, 6)
+    assert "no verdict could be read" in capsys.readouterr().out

@@ -40,19 +40,22 @@ def make_model(folder, likely, seed):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=TEMPLATE, **names)
     torch.manual_seed(seed)
     shape = {
-        "hidden_size": 32,
+        "hidden_size": 64,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
     }
-    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=4096, initializer_range=0.3,
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=4096, initializer_range=0.1,
                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **shape)  # fmt: skip
     model = LlamaForCausalLM(config)
-    with torch.no_grad():  # one direction that every token has, in which the likely ones stand out
-        model.model.embed_tokens.weight[:, 0] = 3.0
+    with torch.no_grad():  # one direction that every token has and no layer changes, in which the likely ones stand out
+        model.model.embed_tokens.weight[:, 0] = 2.0
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = 0.0
+            layer.mlp.down_proj.weight[0] = 0.0
         for token in likely:
-            model.lm_head.weight[tokenizer.convert_tokens_to_ids(token), 0] += 2.0
+            model.lm_head.weight[tokenizer.convert_tokens_to_ids(token), 0] += 4.0
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -62,7 +65,7 @@ def make_model(folder, likely, seed):
 def root(tmp_path_factory):
     """A writer, a judge, instructions with reference outputs, questions with a baseline's answers, and a recipe."""
     root = tmp_path_factory.mktemp("benchmark")
-    make_model(root / "writer", list("aeinort "), seed=1)
+    make_model(root / "writer", [*"aeinort", "Ġ"], seed=1)
     make_model(root / "judge", ["m", "M", "<|stop|>", *LABELS], seed=2)
     said = [prompt.removeprefix("Name ").upper() * (1 + number % 3) for number, prompt in enumerate(PROMPTS)]
     outputs = [{"instruction": prompt, "output": text, "generator": "baseline", "dataset": "own"}
@@ -199,4 +202,5 @@ def test_arena_hard_plays_two_games_a_question(root, url, evaluation):
         for one in judged:
             first, second = (game["prompt"][1]["content"] for game in one["games"])
             assert first != second
-    assert call(*command, "--judge-url", "http://127.0.0.1:9/v1").splitlines()[-8:-1] == said.splitlines()[-8:-1]
+    again = call(*command, "--judge-url", "http://127.0.0.1:9/v1")
+    assert again[again.index("\nmodel") :] == said[said.index("\nmodel") :]
