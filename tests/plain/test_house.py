@@ -55,6 +55,7 @@ PLAIN = [
     "evaluate_models",
     "evaluate_driver",
     "explain",
+    "status",
 ]
 STAGES = {"generate", "score", "train", "rank", "objective", "logprobs", "probe"}
 ALLOWED_BETWEEN_STAGES = {("train", "rank"), ("rank", "train"), ("rank", "objective"), ("rank", "logprobs")}
