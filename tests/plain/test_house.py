@@ -56,6 +56,11 @@ PLAIN = [
     "evaluate_driver",
     "explain",
     "status",
+    "shapes",
+    "sizing",
+    "fitting",
+    "estimate",
+    "metrics",
 ]
 STAGES = {"generate", "score", "train", "rank", "objective", "logprobs", "probe"}
 ALLOWED_BETWEEN_STAGES = {("train", "rank"), ("rank", "train"), ("rank", "objective"), ("rank", "logprobs")}
