@@ -1,6 +1,7 @@
 """The command around a run: arguments, plan, lock, Ray, and one sentence at the end if something is wrong."""
 
 import argparse
+import functools
 import os
 import shlex
 import sys
@@ -70,7 +71,7 @@ def main(arguments: list[str]) -> int:
             if fault:
                 raise fault
             return 0
-        return run(config, root, rerun_changed=given.rerun_changed, again=again, tell=say if given.verbose else tell_stages)
+        return run(config, root, rerun_changed=given.rerun_changed, again=again, verbose=given.verbose)
 
     return run_command(command, again)
 
@@ -99,11 +100,8 @@ def run_folder(name: str) -> Path:
     return Path(name).resolve()
 
 
-def run(
-    config: options.Config, root: Path, *, rerun_changed: bool, again: str = "", tell: Callable[[str], None] | None = None
-) -> int:
-    """`again` is the command as typed, kept for jobs/status.py; `tell` is what the stages speak through."""
-    tell = tell or tell_stages
+def run(config: options.Config, root: Path, *, rerun_changed: bool, again: str = "", verbose: bool = False) -> int:
+    """`again` is the command as typed, kept for jobs/status.py."""
     from evolve_ray import inputs, iterate, report
 
     started = time.monotonic()
@@ -114,7 +112,8 @@ def run(
         say(f"run {config.name} in {root}")
         follower = Follower(folder, config.name)
         try:
-            context = inputs.prepare(config, folder, tell, lambda: start_ray(config, follower), rerun_changed=rerun_changed)
+            tell, begin = say if verbose else tell_stages, functools.partial(start_ray, config, follower, loud=verbose)
+            context = inputs.prepare(config, folder, tell, begin, rerun_changed=rerun_changed)
             result = iterate.iterate(context)
         except BaseException as error:
             folder.event("driver_failed", error=f"{type(error).__name__}: {error}"[:2000])
@@ -139,7 +138,7 @@ def tell_stages(line: str) -> None:
         say(line)
 
 
-def start_ray(config: options.Config, follower: Follower | None = None) -> None:
+def start_ray(config: options.Config, follower: Follower | None = None, *, loud: bool = False) -> None:
     """Joins the cluster that RAY_ADDRESS names (a submitted job has it), else starts a local Ray that ends with the driver."""
     import ray
 
@@ -157,18 +156,18 @@ def start_ray(config: options.Config, follower: Follower | None = None) -> None:
         "include_dashboard": config.ray.dashboard,
         "runtime_env": environment,
     }
-    join_ray(local)
+    join_ray(local, loud=loud)
     if follower:
         follower.start()
 
 
-def join_ray(local: dict[str, Any] | None = None) -> None:
-    """Joins the cluster that RAY_ADDRESS names, else starts the `local` one."""
+def join_ray(local: dict[str, Any] | None = None, *, loud: bool = False) -> None:
+    """Joins the cluster that RAY_ADDRESS names, else starts the `local` one; `loud` prints what its workers print."""
     import ray
 
     where = os.environ.get("RAY_ADDRESS")
     try:
-        ray.init(log_to_driver=False, logging_level="warning", **({} if where else local or {}))
+        ray.init(log_to_driver=loud, logging_level="warning", **({} if where else local or {}))
     except Exception as error:  # Ray raises a dozen kinds, and a bare Exception when a busy machine is too slow for it
         what = f"the cluster at RAY_ADDRESS {where} cannot be joined" if where else "a local Ray cannot be started"
         raise ResourceError(f"ray: {what}: {first_line(error)}; nothing is lost: submit the same command again") from None

@@ -72,7 +72,7 @@ class Work:
     """What one actor did: seconds at work and between its calls, rows and tokens of the shards that it committed."""
 
     def __init__(self, pool: str, metrics: Metrics | None = None):
-        self.pool, self.metrics = pool, metrics or Metrics()
+        self.pool, self.metrics = pool, Metrics() if metrics is None else metrics
         self.ended: float | None = None
 
     def did(self, started: float, ended: float, stats: dict[str, Any] | None) -> None:
@@ -93,7 +93,7 @@ class Follower:
     """Sets the run's gauges from its events and committed evaluations, in a thread of the driver."""
 
     def __init__(self, run: Run, name: str, metrics: Metrics | None = None):
-        self.run, self.name, self.metrics = run, name, metrics or Metrics()
+        self.run, self.name, self.metrics = run, name, Metrics() if metrics is None else metrics
         self.shown: set[Path] = set()
         self.stage, self.total, self.shards = "", 0, 0
         self.offset = self._size()  # what this driver writes from here on

@@ -161,7 +161,7 @@ def test_what_finds_no_place_is_refused_with_the_way_out(load, overrides, cluste
     ("overrides", "cluster", "knob"),
     [
         (["trainer.gradient_checkpointing=false"], NODE, "trainer.gradient_checkpointing=True"),
-        (["scorer.batch_size=64", "scorer.dtype=float32"], NODE, "scorer.dtype=bfloat16"),
+        (["scorer.batch_size=24", "scorer.dtype=float32"], NODE, "scorer.dtype=bfloat16"),
         (["scorer.batch_size=128"], NODE, "scorer.batch_size="),
         (["engine.args={tensor_parallel_size=1,gpu_memory_utilization=0.2}", "engine.gpus_per_actor=1"], NODE, "engine."),
         (["trainer.workers=2"], NODE, "trainer.workers="),
