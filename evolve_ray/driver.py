@@ -1,15 +1,20 @@
 """The command around a run: arguments, plan, lock, Ray, and one sentence at the end if something is wrong."""
 
 import argparse
+import functools
 import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from evolve_ray import config as options
 from evolve_ray.errors import ResourceError, UserError, first_line, run_command
+from evolve_ray.metrics import Follower
+from evolve_ray.sizing import Cluster, cluster_of_ray
 from evolve_ray.store import Run, submission_id
 
 
@@ -25,13 +30,32 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--run", help="the run directory (default: runs/NAME, NAME from the recipe)")
     parser.add_argument("--iterations", type=int, help="how many iterations (the recipe's `iterations`)")
     parser.add_argument("--plan", action="store_true", help="print what would run and what it would take, then stop")
+    parser.add_argument("--verbose", action="store_true", help="print shards and steps too, not a line a stage")
     parser.add_argument("--rerun-changed", action="store_true", help="compute again the stages whose options or inputs changed")
+    told = parser.add_argument_group("the cluster, for --plan (without these: the one that RAY_ADDRESS names)")
+    told.add_argument("--nodes", type=positive(int), help="nodes with GPUs (default: 1)")
+    told.add_argument("--gpus-per-node", type=positive(int), help="GPUs of a node (default: 8)")
+    told.add_argument("--gpu-memory-gib", type=positive(float), help="memory of a GPU (default: 80)")
     return parser.parse_intermixed_args(arguments)
+
+
+def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """An argument's type: a number above 0."""
+
+    def read(text: str) -> Any:
+        value = kind(text)
+        if not value > 0:
+            raise ValueError
+        return value
+
+    read.__name__ = f"number above 0 ({kind.__name__})"
+    return read
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code; a known fault is one sentence on stderr, the last line of the command."""
     given = parse(arguments)
+    again = shlex.join(["python", "jobs/iterate.py", *arguments])
 
     def command() -> int:
         overrides = list(given.overrides)
@@ -42,11 +66,28 @@ def main(arguments: list[str]) -> int:
         if given.plan:
             from evolve_ray.plan import plan
 
-            print(plan(config, Run(root)))
+            text, fault = plan(config, Run(root), cluster_of(given))
+            say(text)
+            if fault:
+                raise fault
             return 0
-        return run(config, root, rerun_changed=given.rerun_changed)
+        return run(config, root, rerun_changed=given.rerun_changed, again=again, verbose=given.verbose)
 
-    return run_command(command, shlex.join(["python", "jobs/iterate.py", *arguments]))
+    return run_command(command, again)
+
+
+def cluster_of(given: argparse.Namespace) -> Cluster | None:
+    """The cluster as the command line tells it, else the GPU nodes of the one that RAY_ADDRESS names."""
+    told = (given.nodes, given.gpus_per_node, given.gpu_memory_gib)
+    if any(told):
+        return Cluster(given.nodes or 1, given.gpus_per_node or 8, given.gpu_memory_gib or 80.0)
+    if not os.environ.get("RAY_ADDRESS"):
+        return None
+    join_ray()
+    try:
+        return cluster_of_ray()
+    finally:
+        stop_ray()
 
 
 def run_folder(name: str) -> Path:
@@ -59,7 +100,8 @@ def run_folder(name: str) -> Path:
     return Path(name).resolve()
 
 
-def run(config: options.Config, root: Path, *, rerun_changed: bool) -> int:
+def run(config: options.Config, root: Path, *, rerun_changed: bool, again: str = "", verbose: bool = False) -> int:
+    """`again` is the command as typed, kept for jobs/status.py."""
     from evolve_ray import inputs, iterate, report
     from evolve_ray.trackers import Trackers
 
@@ -68,11 +110,13 @@ def run(config: options.Config, root: Path, *, rerun_changed: bool) -> int:
     tracked = Trackers(config, folder, say)
     with folder.locked():
         inputs.settle_config(config, folder, rerun_changed=rerun_changed)
-        folder.event("driver_start", pid=os.getpid(), job=submission_id())
+        folder.event("driver_start", pid=os.getpid(), job=submission_id(), command=again)
         say(f"run {config.name} in {root}")
+        follower = Follower(folder, config.name)
         try:
             tracked.start()
-            context = inputs.prepare(config, folder, say, lambda: start_ray(config), rerun_changed=rerun_changed)
+            tell, begin = say if verbose else tell_stages, functools.partial(start_ray, config, follower, loud=verbose)
+            context = inputs.prepare(config, folder, tell, begin, rerun_changed=rerun_changed)
             context.trackers = tracked
             result = iterate.iterate(context)
             tracked.close(failed=False)
@@ -81,6 +125,7 @@ def run(config: options.Config, root: Path, *, rerun_changed: bool) -> int:
             tracked.close(failed=True)
             raise
         finally:
+            follower.stop()
             stop_ray()
         folder.event("driver_end", seconds=round(time.monotonic() - started, 3))
     say("")
@@ -93,7 +138,13 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def start_ray(config: options.Config) -> None:
+def tell_stages(line: str) -> None:
+    """Without --verbose: lines below a stage's own, which are indented by four, are not printed. All is in events.jsonl."""
+    if not line.startswith("    "):
+        say(line)
+
+
+def start_ray(config: options.Config, follower: Follower | None = None, *, loud: bool = False) -> None:
     """Joins the cluster that RAY_ADDRESS names (a submitted job has it), else starts a local Ray that ends with the driver."""
     import ray
 
@@ -104,7 +155,6 @@ def start_ray(config: options.Config) -> None:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     code = str(Path(__file__).resolve().parents[1])
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")]))}}
-    where = os.environ.get("RAY_ADDRESS")
     local = {
         "address": "local",
         "num_cpus": config.ray.num_cpus or None,
@@ -112,8 +162,18 @@ def start_ray(config: options.Config) -> None:
         "include_dashboard": config.ray.dashboard,
         "runtime_env": environment,
     }
+    join_ray(local, loud=loud)
+    if follower:
+        follower.start()
+
+
+def join_ray(local: dict[str, Any] | None = None, *, loud: bool = False) -> None:
+    """Joins the cluster that RAY_ADDRESS names, else starts the `local` one; `loud` prints what its workers print."""
+    import ray
+
+    where = os.environ.get("RAY_ADDRESS")
     try:
-        ray.init(log_to_driver=False, logging_level="warning", **({} if where else local))
+        ray.init(log_to_driver=loud, logging_level="warning", **({} if where else local or {}))
     except Exception as error:  # Ray raises a dozen kinds, and a bare Exception when a busy machine is too slow for it
         what = f"the cluster at RAY_ADDRESS {where} cannot be joined" if where else "a local Ray cannot be started"
         raise ResourceError(f"ray: {what}: {first_line(error)}; nothing is lost: submit the same command again") from None

@@ -99,7 +99,7 @@ def run_steps(context: Context, label: str, iteration: int | None, steps: list[s
     def on_shard(shard: int, stats: dict) -> None:
         nonlocal done
         done += 1
-        context.run.event("shard", stage=label, iteration=iteration, shard=shard)
+        context.run.event("shard", stage=label, iteration=iteration, shard=shard, num_shards=num_shards)
         context.say(f"    {done} of {num_shards} shards")
 
     shards.run(context.pools, steps, num_shards, on_shard)

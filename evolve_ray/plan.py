@@ -1,12 +1,15 @@
-"""`--plan`: what would run, what is committed already, and the tokens, pairs and disk it would take, without starting Ray."""
+"""`--plan`: what would run, what is committed already, whether it fits, and what it would take, without starting anything."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from evolve_ray import estimate
 from evolve_ray.config import Config
+from evolve_ray.errors import ResourceError
 from evolve_ray.prompts import count_rows
 from evolve_ray.refine import load_template
+from evolve_ray.sizing import Cluster
 from evolve_ray.store import Run, read_manifest
 from evolve_ray.strategies import drafts_per_prompt, responses_per_prompt
 
@@ -38,8 +41,11 @@ FIRST_STAGES = (
 CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English text; only for the estimate of disk
 
 
-def plan(config: Config, run: Run) -> str:
-    """The plan as text. Token counts are upper bounds: every answer as long as `sampling.max_tokens`."""
+def plan(config: Config, run: Run, cluster: Cluster | None = None) -> tuple[str, ResourceError | None]:
+    """The plan as text, and what to raise after it where the recipe does not fit on the cluster.
+
+    Token counts are upper bounds: every answer as long as `sampling.max_tokens`.
+    """
     load_template(config.template.name, config.template.layout, config.strategy.name)
     drafts = drafts_per_prompt(config.strategy)
     prompts, longest = config.prompts.per_iteration, config.sampling.max_tokens
@@ -63,9 +69,13 @@ def plan(config: Config, run: Run) -> str:
     disk = (generated + evaluated) * CHARACTERS_PER_TOKEN
     size = f"checkpoint {weights / 2**20:,.1f} MiB, " if weights else "a checkpoint the size of the model, "
     lines += [f"  disk: {size}tables {disk / 2**20:,.1f} MiB", ""]
+    sized, faults = estimate.report(config, held_out, cluster)
+    lines += [*sized, ""] if sized else []
+    lines += [*(f"does not fit: {fault}" for fault in faults), ""] if faults else []
     for iteration in range(config.iterations + 1):
         lines += [f"iteration {iteration}: " + ", ".join(status(config, run, iteration))]
-    return "\n".join(lines)
+    more = f" (and {len(faults) - 1} more, above)" if len(faults) > 1 else ""
+    return "\n".join(lines), ResourceError(f"the recipe does not fit: {faults[0]}{more}") if faults else None
 
 
 def status(config: Config, run: Run, iteration: int) -> list[str]:

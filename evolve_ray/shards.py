@@ -8,6 +8,7 @@ shard k+1 is generated. A pool belongs to the driver and outlives a pipeline: en
 import json
 import logging
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from evolve_ray.errors import EvolveError, IntegrityError, ResourceError, pack, unpack
+from evolve_ray.metrics import Work
 from evolve_ray.rows import read_jsonl, read_table, write_jsonl, write_table
 from evolve_ray.store import Manifest, Stage, commit, read_manifest
 
@@ -79,17 +81,21 @@ class ShardWorker:
 class Host:
     """The Ray actor of a pool: builds its worker at the first shard, renews it when a stage brings another spec."""
 
-    def __init__(self, worker: type[ShardWorker]):
+    def __init__(self, worker: type[ShardWorker], pool: str = ""):
         self.make = worker
         self.worker: ShardWorker | None = None
+        self.work = Work(pool)
 
     def call(self, spec: Any, verb: str, *arguments: Any) -> Any:
         """`worker.verb(*arguments)` of a worker that was built or renewed for `spec`."""
+        started = time.monotonic()
         if self.worker is None:
             self.worker = self.make(spec)
         elif self.worker.spec != spec:
             self.worker.renew(spec)
-        return getattr(self.worker, verb)(*arguments)
+        answer = getattr(self.worker, verb)(*arguments)
+        self.work.did(started, time.monotonic(), answer if verb == "commit_shard" else None)
+        return answer
 
 
 class Pools:
@@ -109,7 +115,7 @@ class Pools:
                 max_task_retries=options.restarts,
                 runtime_env={"env_vars": options.env} if options.env else None,
             )
-            self._actors[options.name] = [remote.remote(options.worker) for _ in range(options.actors)]
+            self._actors[options.name] = [remote.remote(options.worker, options.name) for _ in range(options.actors)]
         return self._actors[options.name]
 
     def close(self, name: str) -> None:

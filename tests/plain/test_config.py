@@ -33,13 +33,13 @@ def test_every_shipped_recipe_has_a_plan(path, tmp_path):
     from evolve_ray.store import Run
 
     config = options.load(path)
-    lines = plan(config, Run(tmp_path))
+    lines, _ = plan(config, Run(tmp_path))
     assert f"strategy   {config.strategy.name}" in lines
     assert ("reward_model (to do)" in lines) == (config.refresh is not None)
 
 
 def test_recipes_are_shipped():
-    names = {"tiny", "tiny_iterative_dpo", "tiny_rule", "tiny_parallel", "tiny_reward_model", "llama31_8b"}
+    names = {"tiny", "tiny_iterative_dpo", "tiny_rule", "tiny_parallel", "tiny_reward_model", "llama31_8b", "llama31_8b_4nodes"}
     assert {path.stem for path in RECIPES} == names
 
 

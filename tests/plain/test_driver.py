@@ -87,3 +87,11 @@ def test_run_folder_is_absolute(name, folder):
 def test_run_folder_on_an_object_store_is_refused():
     with pytest.raises(UserError, match="storage that all nodes share"):
         driver.run_folder("gs://bucket")
+
+
+def test_the_log_is_a_line_a_stage_and_verbose_adds_the_lines_below_it(capsys):
+    for line in ("  iteration 1: generations", "    1 of 4 shards", "", "table"):
+        driver.tell_stages(line)
+    assert capsys.readouterr().out == "  iteration 1: generations\n\ntable\n"
+    assert driver.parse(["recipe.toml"]).verbose is False
+    assert driver.parse(["recipe.toml", "--verbose"]).verbose is True

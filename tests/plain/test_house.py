@@ -63,6 +63,12 @@ PLAIN = [
     "benchmark",
     "trackers",
     "card",
+    "status",
+    "shapes",
+    "sizing",
+    "fitting",
+    "estimate",
+    "metrics",
 ]
 STAGES = {"generate", "score", "train", "rank", "objective", "logprobs", "probe"}
 ALLOWED_BETWEEN_STAGES = {("train", "rank"), ("rank", "train"), ("rank", "objective"), ("rank", "logprobs")}

@@ -6,8 +6,12 @@ import pytest
 
 from evolve_ray import config as options
 from evolve_ray.errors import UserError
+from evolve_ray.objective import find
 from evolve_ray.plan import model_bytes, plan, splits
+from evolve_ray.shapes import Shape, read_shape
+from evolve_ray.sizing import GIB, Cluster, sequences, training_memory
 from evolve_ray.store import Run, Stage
+from tests.plain.processes import ROOT
 
 
 @pytest.fixture
@@ -20,14 +24,14 @@ def config(recipe, tmp_path):
 
 
 def test_plan_names_prompts_drafts_tokens_and_pairs(config, tmp_path):
-    text = plan(config("strategy.rounds=3"), Run(tmp_path / "run"))
+    text, _ = plan(config("strategy.rounds=3"), Run(tmp_path / "run"))
     assert "50 rows; 10 fresh ones an iteration" in text
     assert "prompts 10   drafts 30   generated tokens 3,000   pairs 10" in text
     assert "evaluation: 7 prompts, 28 drafts, 2,800 generated tokens" in text
 
 
 def test_plan_of_parallel_sampling_counts_samples(config, tmp_path):
-    text = plan(config("strategy.name=parallel", "strategy.samples=8"), Run(tmp_path / "run"))
+    text, _ = plan(config("strategy.name=parallel", "strategy.samples=8"), Run(tmp_path / "run"))
     assert "drafts 80 " in text
 
 
@@ -41,7 +45,7 @@ def test_plan_shows_what_is_committed_already(config, tmp_path):
     stage = Stage(run.iteration(1) / "pairs", "pairs", "key")
     stage.start()
     stage.commit()
-    lines = plan(config(), run).splitlines()
+    lines = plan(config(), run)[0].splitlines()
     one = next(line for line in lines if line.startswith("iteration 1:"))
     assert "pairs (committed)" in one
     assert one.count("to do") == 9
@@ -63,3 +67,35 @@ def test_size_of_a_checkpoint_is_read_from_the_headers(config, tiny_model):
     file = (tiny_model / "model.safetensors").stat().st_size
     assert file - 8192 < size < file
     assert model_bytes(config("model.path=owner/name")) is None
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo", "ipo", "srpo", "evolve", "reward"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("nll", [0.0, 0.1])
+def test_sized_sequences_are_those_that_the_objective_reads(objective, alpha, nll):
+    training = options.Training(objective=objective, alpha=alpha, nll=0.0 if objective == "reward" else nll)
+    assert set(sequences(training)) == set(find(training).needs)
+
+
+def test_sizing_agrees_with_deepspeeds_own_estimator(monkeypatch):
+    """Its states a GPU: 18 bytes a parameter over all GPUs, and weight and gradient of the largest layer."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+
+    shape = Shape(4096, 32, 32, 8, 128, 14336, 128256, False, False, False)
+    config = options.load(ROOT / "jobs/recipes/llama31_8b.toml", ["trainer.workers=32"])
+    of_theirs, largest = estimate_zero3_model_states_mem_needs(shape.parameters, shape.largest, 8, 4, cpu_offload=False)[1:]
+    (_, states), (_, gathered), *_ = training_memory(config, config.training, shape, Cluster(4, 8, 80.0)).parts
+    live_and_buckets = 2 * (1e9 + 5e8)
+    assert states * GIB + gathered * GIB - live_and_buckets == pytest.approx(of_theirs, rel=1e-6)
+    assert largest == 4 * shape.largest
+
+
+def test_parameters_are_counted_as_transformers_counts_them(tiny_model):
+    assert read_shape(str(tiny_model), "model.path").parameters == num_parameters(tiny_model)
+
+
+def num_parameters(folder):
+    from transformers import AutoModelForCausalLM
+
+    return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(folder).parameters())

@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# Two Ray nodes on this machine with a token, a submitted job, a worker node killed while it generates; then checks that the
+# run is whole. About five minutes on two cores. `make cluster-smoke`, or: cluster/smoke.sh [FOLDER]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+place=${1:-runs/cluster-smoke}
+place=$(realpath -m "$place")
+export PATH="$PWD/.venv/bin:$PATH"
+unset RAY_ADDRESS
+mkdir -p "$place"
+rm -rf "$place/run"
+
+fail() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$place/token"
+(umask 077 && head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH")
+gcs=9579 dashboard=18365
+address=http://127.0.0.1:$dashboard
+pids=()
+# A process and everything below it.
+family() {
+  echo "$1"
+  for child in $(pgrep -P "$1"); do family "$child"; done
+}
+finish() {
+  # Only what was started here, by its id: other Ray clusters of this machine live on.
+  for pid in "${pids[@]}"; do family "$pid" | xargs kill -TERM 2>/dev/null || true; done
+}
+trap finish EXIT
+
+# Until a command succeeds, for so many seconds.
+await() {
+  for ((waited = 0; waited < $1; waited++)); do
+    if "${@:2}" >/dev/null 2>&1; then return 0; fi
+    sleep 1
+  done
+  return 1
+}
+
+# Name of the log, then the options of `ray start`.
+node() {
+  ray start "${@:2}" --block --num-cpus=2 --object-store-memory=200000000 --disable-usage-stats >"$place/$1.log" 2>&1 &
+  pids+=($!)
+}
+node head --head --node-ip-address=127.0.0.1 --port=$gcs --dashboard-host=127.0.0.1 --dashboard-port=$dashboard \
+  --dashboard-agent-listen-port=18366 --ray-client-server-port=18367
+await 60 ray job list --address "$address" || fail "the head did not start, see $place/head.log"
+if RAY_AUTH_MODE=disabled curl -sf "$address/api/jobs/" >/dev/null; then fail "the job API answers without a token"; fi
+node worker --address=127.0.0.1:$gcs --dashboard-agent-listen-port=18368
+worker=${pids[1]}
+both() { [ "$(ray list nodes --address "$address" --filter state=ALIVE --format json | grep -c '"node_id"')" = 2 ]; }
+await 30 both || fail "the second node did not join, see $place/worker.log"
+echo "two nodes are alive; submitting"
+
+small=(toy.base_steps=40 toy.num_train=300 toy.num_heldout=24 toy.num_out_of_domain=8 toy.num_triples=192
+  prompts.per_iteration=64 engine.shard_prompts=8 trainer.checkpoint_steps=2
+  engine.cpus_per_actor=0.8 engine.release_for_training=true) # one engine a node, and both fit on the one that is left
+submit() {
+  ray job submit --address "$address" --submission-id "$1" --working-dir . -- \
+    python jobs/iterate.py jobs/recipes/tiny.toml --run "$place/run" --iterations 1 "${small[@]}"
+}
+submit smoke >"$place/job.log" 2>&1 &
+job=$!
+generating() { grep -q '"event": "shard", "stage": "generations"' "$place/run/events.jsonl" 2>/dev/null; }
+await 600 generating || fail "no shard was generated, see $place/job.log"
+python jobs/status.py "$place/run"
+doomed=$(family "$worker")
+engines=$(xargs -n1 ps -o args= -p <<<"$doomed" | grep -c '^ray::' || true)
+xargs kill -KILL <<<"$doomed"
+echo "killed the second node while drafts were generated; $engines of Ray's workers were on it"
+if ! wait "$job"; then
+  echo "the job failed with its node; submitting the same command again"
+  submit smoke-again >"$place/job-again.log" 2>&1 || fail "the second job failed too, see $place/job-again.log"
+fi
+[ "$(python jobs/status.py "$place/run" --json | python -c 'import json, sys; print(json.load(sys.stdin)["state"])')" = finished ] ||
+  fail "the run is not finished: python jobs/status.py $place/run"
+python - "$place/run" <<'PYTHON'
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+run = Path(sys.argv[1])
+drafts = [row for file in sorted((run / "iteration-01/generations").glob("shard-*/rows.parquet")) for row in pq.read_table(file).to_pylist()]
+prompts = pq.read_table(run / "iteration-01/prompts/prompts.parquet").num_rows
+ids = [row["draft_id"] for row in drafts]
+assert len(ids) == 4 * prompts, f"{len(ids)} drafts of {prompts} prompts"
+assert len({(row["prompt_id"], row["round"]) for row in drafts}) == len(drafts), "a round came out twice"
+print(f"{prompts} prompts, {len(ids)} drafts, each once")
+PYTHON
+python jobs/status.py "$place/run"
+echo "cluster-smoke: passed"

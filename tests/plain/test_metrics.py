@@ -1,0 +1,131 @@
+"""What metrics are set from events, evaluations and calls, with a list in place of Ray; and the dashboard that shows them."""
+
+import json
+import re
+
+import pytest
+
+from evolve_ray import rows
+from evolve_ray.metrics import METRICS, Follower, Work
+from evolve_ray.store import Run, Stage
+from tests.plain.processes import ROOT
+
+DASHBOARD = json.loads((ROOT / "cluster/grafana/evolve-ray.json").read_text())
+
+
+class Told(dict):
+    """Keeps the last value of each gauge and the sum of each counter; holds names and tags to METRICS."""
+
+    def key(self, kind, name, tags):
+        assert METRICS[name][0] == kind
+        assert set(tags) == set(METRICS[name][2])
+        return (name, *(tags[tag] for tag in METRICS[name][2]))
+
+    def set(self, name, value, **tags):
+        self[self.key("gauge", name, tags)] = value
+
+    def count(self, name, value, **tags):
+        key = self.key("counter", name, tags)
+        self[key] = self.get(key, 0) + value
+
+
+@pytest.fixture
+def follower(tmp_path):
+    run = Run(tmp_path)
+    run.event("shard", stage="generations", iteration=1, shard=9)  # of an earlier driver
+    return Follower(run, "r", Told())
+
+
+def test_stages_shards_and_steps_become_gauges(follower):
+    run, told = follower.run, follower.metrics
+    run.event("stage_start", stage="generations", iteration=2)
+    run.event("shard", stage="generations", iteration=2, shard=0, num_shards=4)
+    follower.look()
+    assert told["evolve_iteration", "r"] == 2
+    assert told["evolve_stage", "r", "generations"] == 1
+    assert (told["evolve_shards", "r", "done"], told["evolve_shards", "r", "waiting"]) == (1, 3)
+    run.event("stage_end", stage="generations", iteration=2, seconds=1.0)
+    run.event("stage_start", stage="checkpoint", iteration=2)
+    run.event("training", iteration=2, num_steps=9, step=3, num_pairs=8, loss=0.5, loss_dpo=0.25, learning_rate=1e-6)
+    follower.look()
+    assert told["evolve_stage", "r", "generations"] == 0
+    assert told["evolve_stage", "r", "checkpoint"] == 1
+    assert (told["evolve_shards", "r", "done"], told["evolve_shards", "r", "waiting"]) == (0, 0)
+    figures = {key[2]: value for key, value in told.items() if key[0] == "evolve_training"}
+    assert figures == {"step": 3, "loss": 0.5, "loss_dpo": 0.25, "learning_rate": 1e-6}
+
+
+def test_half_a_line_waits_for_its_end(follower):
+    path = follower.run.root / "events.jsonl"
+    with open(path, "ab") as file:
+        file.write(b'{"event": "stage_start", "stage": "pairs", ')
+    follower.look()
+    assert follower.metrics == {}
+    with open(path, "ab") as file:
+        file.write(b'"iteration": 1}\n')
+    follower.look()
+    assert follower.metrics["evolve_stage", "r", "pairs"] == 1
+
+
+def test_committed_evaluations_are_shown_once_also_those_of_an_earlier_driver(follower):
+    of_round = {"reward": {"mean": 0.5}, "exact_match": {"mean": 0.25}}
+    summary = {"held": {"rounds": {"1": of_round, "2": {**of_round, "gain": {"reward": {"mean": 0.125}}}}}}
+    for iteration, name in ((0, "base_evaluation"), (0, "evaluation"), (2, "evaluation")):
+        stage = Stage(follower.run.iteration(iteration) / name, "evaluation", "key")
+        rows.write_jsonl(stage.start() / "summary.jsonl", [summary])
+        stage.commit()
+    follower.look()
+    told = follower.metrics
+    assert {key[2] for key in told} == {"base", "activation", "iteration 2"}
+    assert told["evolve_evaluation", "r", "iteration 2", "held", "2", "gain_reward"] == 0.125
+    assert told["evolve_evaluation", "r", "base", "held", "1", "exact_match"] == 0.25
+    told.clear()
+    follower.look()
+    assert told == {}
+
+
+def test_the_thread_takes_what_is_written_before_it_is_stopped(follower):
+    follower.start()
+    follower.run.event("stage_start", stage="pairs", iteration=1)
+    follower.stop()
+    assert follower.metrics["evolve_stage", "r", "pairs"] == 1
+    Follower(follower.run, "never started").stop()
+
+
+def test_an_actor_counts_its_rows_tokens_and_idle_seconds():
+    told = Told()
+    work = Work("engines", told)
+    work.did(10.0, 14.0, {"num_rows": 8, "num_rejected": 1, "num_tokens": 80, "num_prompt_tokens": 40, "num_cached_tokens": 30})
+    work.did(15.0, 16.0, None)
+    assert told["evolve_actor_seconds", "engines", "busy"] == 5.0
+    assert told["evolve_actor_seconds", "engines", "idle"] == 1.0
+    assert (told["evolve_rows", "engines", "committed"], told["evolve_rows", "engines", "rejected"]) == (8, 1)
+    assert [told["evolve_tokens", kind] for kind in ("generated", "prompt", "cached")] == [80, 40, 30]
+
+
+def test_outside_of_ray_nothing_is_made():
+    Work("engines").did(0.0, 1.0, {"num_rows": 1})
+
+
+def queries():
+    return [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+
+
+def test_dashboard_asks_for_metrics_and_tags_that_exist():
+    for query in queries():
+        for name, tags in re.findall(r"ray_(evolve_\w+?)(?:_total)?\{([^}]*)\}", query):
+            known = {*METRICS[name][2], "SessionName"}
+            assert set(re.findall(r"(\w+)(?:=~|!=|=)", tags)) <= known, query
+        assert all(f"ray_{name}_total" in query or METRICS[name][0] == "gauge" for name in METRICS if f"ray_{name}" in query)
+        for grouped in re.findall(r"by \(([^)]*)\)", query):
+            name = re.search(r"ray_(evolve_\w+?)_total", query).group(1)
+            assert set(re.split(r",\s*", grouped)) <= set(METRICS[name][2])
+
+
+def test_dashboard_shows_every_metric_and_names_no_data_source():
+    text = " ".join(queries())
+    assert [name for name in METRICS if f"ray_{name}" not in text] == []
+    assert {panel["datasource"] for panel in DASHBOARD["panels"]} == {"${datasource}"}
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in DASHBOARD["panels"]]
+    assert len(set(places)) == len(places)
