@@ -32,6 +32,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Returns the exit code; a known fault is one sentence on stderr, the last line of the command."""
     given = parse(arguments)
+    again = shlex.join(["python", "jobs/iterate.py", *arguments])
 
     def command() -> int:
         overrides = list(given.overrides)
@@ -44,9 +45,9 @@ def main(arguments: list[str]) -> int:
 
             print(plan(config, Run(root)))
             return 0
-        return run(config, root, rerun_changed=given.rerun_changed)
+        return run(config, root, again, rerun_changed=given.rerun_changed)
 
-    return run_command(command, shlex.join(["python", "jobs/iterate.py", *arguments]))
+    return run_command(command, again)
 
 
 def run_folder(name: str) -> Path:
@@ -59,14 +60,14 @@ def run_folder(name: str) -> Path:
     return Path(name).resolve()
 
 
-def run(config: options.Config, root: Path, *, rerun_changed: bool) -> int:
+def run(config: options.Config, root: Path, again: str, *, rerun_changed: bool) -> int:
     from evolve_ray import inputs, iterate, report
 
     started = time.monotonic()
     folder = Run(root)
     with folder.locked():
         inputs.settle_config(config, folder, rerun_changed=rerun_changed)
-        folder.event("driver_start", pid=os.getpid(), job=submission_id())
+        folder.event("driver_start", pid=os.getpid(), job=submission_id(), command=again, folder=os.getcwd())
         say(f"run {config.name} in {root}")
         try:
             context = inputs.prepare(config, folder, say, lambda: start_ray(config), rerun_changed=rerun_changed)

@@ -20,16 +20,16 @@ STAGES = (
     "pairs",
     "reference",
     "checkpoint",
-    "evaluation",
     "probe",
+    "evaluation",
     "drift",
     "decision",
 )
 FIRST_STAGES = (
     "held_out",
-    "base_evaluation",
     "activation_pairs",
     "offline_pairs",
+    "base_evaluation",
     "activation",
     "reference",
     "checkpoint",
@@ -70,16 +70,24 @@ def plan(config: Config, run: Run) -> str:
 
 def status(config: Config, run: Run, iteration: int) -> list[str]:
     """Each stage of an iteration with what stands in the run directory."""
+    names = stages(config, iteration)
+    return [f"{name} ({'committed' if read_manifest(run.iteration(iteration) / name) else 'to do'})" for name in names]
+
+
+def stages(config: Config, iteration: int) -> list[str]:
+    """The stages of an iteration in the order of the data."""
     given: dict[str, Any] = dict.fromkeys(("labels", "reward_pairs", "reward_model"), config.refresh)
     given |= {"reference": config.training.objective not in ("sft", "reward"), "probe": config.probe.prompts}
     names = [name for name in STAGES if given.get(name, True)]
     if iteration == 0:
-        given = {"activation_pairs": config.activation, "offline_pairs": config.offline, "reference": config.offline}
+        given = {"activation_pairs": config.activation, "offline_pairs": config.offline}
+        given |= {"reference": config.offline and config.offline.training.objective not in ("sft", "reward")}
         given |= {"activation": config.activation and config.offline, "checkpoint": config.activation or config.offline}
+        given |= {"evaluation": given["checkpoint"]}
         names = [name for name in FIRST_STAGES if given.get(name, True)]
     if not config.evaluation.splits:
         names = [name for name in names if "evaluation" not in name and name != "held_out"]
-    return [f"{name} ({'committed' if read_manifest(run.iteration(iteration) / name) else 'to do'})" for name in names]
+    return names
 
 
 def describe(rows: int | None) -> str:
