@@ -1,15 +1,17 @@
 """The command around a run: arguments, plan, lock, Ray, and one sentence at the end if something is wrong."""
 
 import argparse
+import contextlib
 import os
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
 from urllib.parse import urlparse
 
 from evolve_ray import config as options
-from evolve_ray.errors import ResourceError, UserError, first_line, run_command
+from evolve_ray.errors import ResourceError, UserError, first_line, on_sigterm, run_command
 from evolve_ray.store import Run, submission_id
 
 
@@ -62,6 +64,7 @@ def run_folder(name: str) -> Path:
 
 def run(config: options.Config, root: Path, again: str, *, rerun_changed: bool) -> int:
     from evolve_ray import inputs, iterate, report
+    from evolve_ray.plan import check_space
 
     started = time.monotonic()
     folder = Run(root)
@@ -71,6 +74,7 @@ def run(config: options.Config, root: Path, again: str, *, rerun_changed: bool) 
         say(f"run {config.name} in {root}")
         try:
             context = inputs.prepare(config, folder, say, lambda: start_ray(config), rerun_changed=rerun_changed)
+            check_space(config, folder)
             result = iterate.iterate(context)
         except BaseException as error:
             folder.event("driver_failed", error=f"{type(error).__name__}: {error}"[:2000])
@@ -112,6 +116,8 @@ def start_ray(config: options.Config) -> None:
     except Exception as error:  # Ray raises a dozen kinds, and a bare Exception when a busy machine is too slow for it
         what = f"the cluster at RAY_ADDRESS {where} cannot be joined" if where else "a local Ray cannot be started"
         raise ResourceError(f"ray: {what}: {first_line(error)}; nothing is lost: submit the same command again") from None
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGTERM, on_sigterm)  # which Ray has taken over
 
 
 def stop_ray() -> None:

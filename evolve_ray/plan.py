@@ -1,10 +1,12 @@
 """`--plan`: what would run, what is committed already, and the tokens, pairs and disk it would take, without starting Ray."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from evolve_ray.config import Config
+from evolve_ray.errors import ResourceError
 from evolve_ray.prompts import count_rows
 from evolve_ray.refine import load_template
 from evolve_ray.store import Run, read_manifest
@@ -35,6 +37,7 @@ FIRST_STAGES = (
     "checkpoint",
     "evaluation",
 )
+STEP_BYTES = 3  # a stored step of training in model sizes: the weights and two moments
 CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English text; only for the estimate of disk
 
 
@@ -66,6 +69,21 @@ def plan(config: Config, run: Run) -> str:
     for iteration in range(config.iterations + 1):
         lines += [f"iteration {iteration}: " + ", ".join(status(config, run, iteration))]
     return "\n".join(lines)
+
+
+def check_space(config: Config, run: Run) -> None:
+    """Refuses to start what would not fit on the disk: the tables and checkpoints to come, and one stored step of training."""
+    drafts = config.prompts.per_iteration * responses_per_prompt(config.strategy)
+    drafts += sum(rows or 0 for rows in splits(config).values()) * (config.evaluation.rounds + config.evaluation.parallel)
+    tables, weights = drafts * config.sampling.max_tokens * CHARACTERS_PER_TOKEN, model_bytes(config) or 0
+    to_do = sum(not (run.iteration(number) / "checkpoint").exists() for number in range(1, config.iterations + 1))
+    needed = to_do * (tables + weights) + (STEP_BYTES * weights if to_do else 0)
+    free = shutil.disk_usage(run.root).free
+    if free < needed:
+        raise ResourceError(
+            f"{run.root}: {to_do} iterations need about {needed / 2**30:,.1f} GiB (see --plan), but {free / 2**30:,.1f} GiB are "
+            "free; free space, choose another --run, or lower iterations or prompts.per_iteration"
+        )
 
 
 def status(config: Config, run: Run, iteration: int) -> list[str]:

@@ -81,7 +81,15 @@ def full_disk_named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ResourceError(f"{path}: cannot be written: {error}; free space or mend the disk, then submit again") from error
+        free = free_mib(path)
+        raise ResourceError(
+            f"{path}: cannot be written: {error}; {free} MiB are free there; free space or mend the disk, then submit again"
+        ) from error
+
+
+def free_mib(path: Path) -> int:
+    """Free space on the disk of a path that need not exist."""
+    return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free >> 20
 
 
 def commit(work: Path, final: Path, *, stage: str, key: str, inputs: dict[str, str] | None = None, **stats: Any) -> Manifest:

@@ -53,12 +53,12 @@ def main(arguments: list[str]) -> int:
 def verify(root: Path) -> Findings:
     """Everything that can be said of a run from its files alone."""
     config, run, found = read_config(root), Run(root), Findings()
-    for folder in iterations(root):
-        for place in sorted(folder.iterdir()):
-            if place.is_dir() and not place.name.startswith("."):
-                check_folder(root, place, found)
-            elif place.is_dir() and not place.name.startswith((".superseded-", ".ray-train-")):
-                check_making(root, place, found)
+    for iteration in iterations(root):
+        for folder in sorted(path for path in iteration.iterdir() if path.is_dir()):
+            if not folder.name.startswith("."):
+                check_folder(root, folder, found)
+            elif not folder.name.startswith((".superseded-", ".ray-train-")):
+                check_making(root, folder, found)
     check_sequence(config, run, found)
     every, damaged = found.committed | found.parts, tuple(found.faults)
     sound = {place: manifest for place, manifest in every.items() if not f"{place}/".startswith(tuple(f"{d}/" for d in damaged))}
