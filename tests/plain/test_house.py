@@ -55,6 +55,7 @@ PLAIN = [
     "evaluate_models",
     "evaluate_driver",
     "explain",
+    "attempts",
     "tallies",
     "verify",
 ]
