@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-fast check install lock clean cluster-check cluster-smoke
+.PHONY: demo test test-fast test-faults check install lock clean cluster-check cluster-smoke
 
 demo: install
 	@$(BIN)/python jobs/iterate.py jobs/recipes/tiny.toml
@@ -15,6 +15,13 @@ test: check test-fast
 test-fast: install
 	@$(BIN)/python -m pytest -n auto tests/plain tests/tensors
 	@$(BIN)/python -m pytest tests/wiring
+
+# Kills and stops processes of real runs; an hour on two cores. KILLS and SEED are those of the soak.
+KILLS ?= 5
+SEED ?= 0
+test-faults: install
+	@$(BIN)/python -m pytest tests/faults
+	@$(BIN)/python tests/faults/soak.py --kills $(KILLS) --seed $(SEED)
 
 check: install
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -95,6 +95,9 @@ class Sampling:
 class Engine:
     """The pool of inference engines. `args` go to vLLM as they are; `env` is set before its processes start.
 
+    An engine that finishes no response for `stall_s` is ended and started again; a shard may kill or hang its engine
+    `max_restarts` times. The stage stops when more than `max_rejected_fraction` of its prompts are rejected.
+
     With `release_for_training` the engines (and scorers) end before a training starts, so that both can take turns on the
     same GPUs; without it they stay and get new weights in place.
     """
@@ -106,6 +109,8 @@ class Engine:
     shard_prompts: int = option(256, low=1)
     max_num_seqs: int = option(256, low=1)
     max_restarts: int = option(3, low=0, runtime=True)
+    stall_s: float = option(1800.0, above=0.0, runtime=True)
+    max_rejected_fraction: float = option(0.1, low=0.0, high=1.0, runtime=True)
     release_for_training: bool = option(True, runtime=True)
     args: dict = option({})
     env: dict = option({}, runtime=True)
@@ -116,6 +121,8 @@ class Scorer:
     """What a response is worth: a reward model, the verifier, `module:Name`, or the mean or minimum of several.
 
     `members` of a mean or minimum: `"verifier"`, `"module:Name"` or `"reward_model=FOLDER_OR_NAME"`, all in one actor.
+    `stall_s` and `max_restarts` as of [engine], by shard; the stage stops when more than `max_rejected_fraction` of the drafts
+    get no finite score.
     """
 
     name: str = option("reward_model", choices=("reward_model", "verifier", "mean", "minimum"), plug=True)
@@ -128,6 +135,8 @@ class Scorer:
     cpus_per_actor: float = option(1.0, low=0.0, runtime=True)
     gpus_per_actor: float = option(0.0, low=0.0, runtime=True)
     max_restarts: int = option(3, low=0, runtime=True)
+    stall_s: float = option(1800.0, above=0.0, runtime=True)
+    max_rejected_fraction: float = option(0.1, low=0.0, high=1.0, runtime=True)
 
 
 @dataclass(frozen=True)
@@ -214,13 +223,17 @@ class Preferences:
 
 @dataclass(frozen=True)
 class Trainer:
-    """The Ray Train worker group. `deepspeed` is merged into the DeepSpeed configuration."""
+    """The Ray Train worker group. `deepspeed` is merged into the DeepSpeed configuration.
+
+    A training that gets on with nothing (no step, no stored step) for `stall_s` ends the run.
+    """
 
     workers: int = option(1, low=1)
     use_gpu: bool = option(False)
     cpus_per_worker: float = option(1.0, low=0.0, runtime=True)
     checkpoint_steps: int = option(50, low=1, runtime=True)
     max_failures: int = option(3, low=0, runtime=True)
+    stall_s: float = option(7200.0, above=0.0, runtime=True)
     gradient_checkpointing: bool = option(False)
     deepspeed: dict = option({})
     env: dict = option({}, runtime=True)

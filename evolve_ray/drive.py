@@ -129,6 +129,7 @@ class Drive:
     def __init__(self, engine: Engine, encode: Callable[[Ask], list[int]], spec: Any, judge: Judging | None = None):
         """`encode` turns an ask into token ids; `judge` is there for strategies that ask the scorer."""
         self.engine, self.encode, self.spec, self.judge = engine, encode, spec, judge
+        self.beat: Callable[[], None] = lambda: None  # called with every finished response
         self.live: dict[str, tuple[Chain, Ask, int, int]] = {}
         self.judged: dict[int, Chain] = {}
         names = ("num_asks", "num_answers", "num_steps", "num_judged", "num_prompt_tokens", "num_cached_tokens", "num_tokens")
@@ -195,6 +196,7 @@ class Drive:
 
     def take(self, completion: Completion) -> None:
         """A finished response becomes a row, and a draft for its strategy."""
+        self.beat()
         chain, ask, position, seed = self.live.pop(completion.request_id)
         row = draft_row(completion, chain.prompt, ask, seed, self.spec.model_hash)
         for name in ("num_prompt_tokens", "num_cached_tokens", "num_tokens"):

@@ -1,9 +1,11 @@
 """The command around a run: arguments, plan, lock, Ray, and one sentence at the end if something is wrong."""
 
 import argparse
+import contextlib
 import functools
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from evolve_ray import config as options
-from evolve_ray.errors import ResourceError, UserError, first_line, run_command
+from evolve_ray.errors import ResourceError, UserError, first_line, on_sigterm, run_command
 from evolve_ray.metrics import Follower
 from evolve_ray.sizing import Cluster, cluster_of_ray
 from evolve_ray.store import Run, submission_id
@@ -101,8 +103,9 @@ def run_folder(name: str) -> Path:
 
 
 def run(config: options.Config, root: Path, *, rerun_changed: bool, again: str = "", verbose: bool = False) -> int:
-    """`again` is the command as typed, kept for jobs/status.py."""
+    """`again` is the command as typed, kept for jobs/status.py and jobs/verify.py."""
     from evolve_ray import inputs, iterate, report
+    from evolve_ray.plan import check_space
     from evolve_ray.trackers import Trackers
 
     started = time.monotonic()
@@ -110,7 +113,7 @@ def run(config: options.Config, root: Path, *, rerun_changed: bool, again: str =
     tracked = Trackers(config, folder, say)
     with folder.locked():
         inputs.settle_config(config, folder, rerun_changed=rerun_changed)
-        folder.event("driver_start", pid=os.getpid(), job=submission_id(), command=again)
+        folder.event("driver_start", pid=os.getpid(), job=submission_id(), command=again, folder=os.getcwd())
         say(f"run {config.name} in {root}")
         follower = Follower(folder, config.name)
         try:
@@ -118,6 +121,7 @@ def run(config: options.Config, root: Path, *, rerun_changed: bool, again: str =
             tell, begin = say if verbose else tell_stages, functools.partial(start_ray, config, follower, loud=verbose)
             context = inputs.prepare(config, folder, tell, begin, rerun_changed=rerun_changed)
             context.trackers = tracked
+            check_space(config, folder)
             result = iterate.iterate(context)
             tracked.close(failed=False)
         except BaseException as error:
@@ -177,6 +181,8 @@ def join_ray(local: dict[str, Any] | None = None, *, loud: bool = False) -> None
     except Exception as error:  # Ray raises a dozen kinds, and a bare Exception when a busy machine is too slow for it
         what = f"the cluster at RAY_ADDRESS {where} cannot be joined" if where else "a local Ray cannot be started"
         raise ResourceError(f"ray: {what}: {first_line(error)}; nothing is lost: submit the same command again") from None
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGTERM, on_sigterm)  # which Ray has taken over
 
 
 def stop_ray() -> None:

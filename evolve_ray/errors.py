@@ -3,8 +3,13 @@
 They take exactly one argument so that they survive pickling between Ray processes.
 """
 
+import contextlib
+import errno
+import signal
 import sys
 from collections.abc import Callable
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # what a disk can say to a write
 
 
 class EvolveError(Exception):
@@ -67,13 +72,36 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says in one line that a terminal can only print: what came from a file cannot steer it."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in str(error))
+
+
+class Terminated(KeyboardInterrupt):
+    """Somebody sent SIGTERM: `ray job stop`, a batch system, an operator."""
+
+
+def on_sigterm(*_: object) -> None:
+    raise Terminated
+
+
 def run_command(command: Callable[[], int], again: str) -> int:
     """The exit code of a command; a known fault is one sentence on stderr, its last line. `again` is the command as typed."""
+    with contextlib.suppress(ValueError):  # not in the main thread: whoever has that decides
+        signal.signal(signal.SIGTERM, on_sigterm)
     try:
         return command()
-    except KeyboardInterrupt:
-        print(f"interrupted; what is committed stays; continue with: {again}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        how, code = ("ended by SIGTERM", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+        print(f"{how}; what is committed stays; continue with: {again}", file=sys.stderr)
+        return code
     except EvolveError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        print(
+            f"error: {error.filename or 'the disk'}: {error.strerror}; free space, then continue with: {again}", file=sys.stderr
+        )
+        return ResourceError.exit_code

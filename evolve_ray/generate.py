@@ -103,6 +103,7 @@ class Generator(ShardWorker):
     """Owns one engine and writes one shard of drafts per call."""
 
     schema = rows.GENERATION
+    stage = "generations"
 
     def __init__(self, spec: GenerateSpec):
         super().__init__(spec)
@@ -130,6 +131,7 @@ class Generator(ShardWorker):
             return strategy(prompt, spec.template, spec.strategy)
 
         drive = Drive(self.engine, self.encode, spec, spec.judge.open() if spec.judge else None)
+        drive.beat = self.beat
         with dead_engine_ends_actor():
             generated, rejected, stats = drive.run(prompts, start)
         stats |= {"num_in": len(prompts), "engine_seconds": round(time.monotonic() - started, 3)}
@@ -190,5 +192,6 @@ def pool(engine: options.Engine) -> PoolOptions:
         cpus=engine.cpus_per_actor,
         gpus=engine.gpus_per_actor,
         restarts=engine.max_restarts,
+        stall_s=engine.stall_s,
         env=ENGINE_ENV | {name: str(value) for name, value in engine.env.items()},
     )

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 from evolve_ray import models, prompts, rows
 from evolve_ray.config import Config, Preferences, flatten, from_json, resolved, texts_in_view, trainings
-from evolve_ray.errors import IntegrityError, UserError
+from evolve_ray.errors import IntegrityError, StalledError, UserError
 from evolve_ray.refine import Template, find_plug, load_template
 from evolve_ray.scorers import VERIFIERS, build_verifier, reward_model_names
 from evolve_ray.shards import Pools
@@ -91,6 +93,35 @@ class Context:
             finally:
                 done.set()
                 thread.join()
+
+    @contextlib.contextmanager
+    def deadline(self, name: str, stall_s: float, stage: Stage) -> Iterator[None]:
+        """Ends a stage of the main thread that appends no event and stores no step for `stall_s`, wherever it waits."""
+        events, steps = self.run.root / "events.jsonl", stage.work / "steps"
+        seen: Any = None
+        idle, last, tick = 0.0, time.monotonic(), min(5.0, stall_s / 4)
+
+        def look(*_: Any) -> None:
+            nonlocal seen, idle, last
+            passed = time.monotonic() - last
+            last += passed
+            idle += min(passed, 2 * tick)  # a driver that was stopped itself has seen nothing
+            now = (events.stat().st_size, sorted(steps.glob("*")), sorted(stage.final.parent.iterdir()))
+            if now != seen:
+                seen, idle = now, 0.0
+            elif idle > stall_s:
+                raise StalledError(
+                    f"{name}: made no progress for {stall_s:g} s; see its workers' logs in the Ray dashboard, allow it more time "
+                    "with trainer.stall_s, or submit the same command again: it continues from the last stored step"
+                )
+
+        before = signal.signal(signal.SIGALRM, look)
+        signal.setitimer(signal.ITIMER_REAL, tick, tick)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
     def collect_rejected(self, iteration: int) -> None:
         """rejected.jsonl of an iteration: what each of its stages rejected, in the order of the data."""
@@ -171,14 +202,26 @@ class Prompter:
         self._chat: Any = None
 
     def commit_all(self) -> None:
+        """Commits everything, or names the faults of all files in one sentence each."""
         context, config = self.context, self.config
+        faults: list[str] = []
+
+        def attempt(read: Callable[..., Any], *given: Any) -> Any:
+            try:
+                return read(*given)
+            except UserError as error:
+                faults.append(str(error))
+
         if config.evaluation.splits:
-            context.held_out = self.held_out()
+            context.held_out = attempt(self.held_out)
         for name in ("activation", "offline"):
             part = getattr(config, name)
             if part:
-                context.given[name] = self.triples(name, part)
-        self.training()
+                context.given[name] = attempt(self.triples, name, part)
+        # Without the held-out prompts nobody knows which ones to train on: then they are only looked at.
+        attempt(self.training) if not faults else attempt(self.read_training, config.prompts)
+        if faults:
+            raise UserError("; and ".join(dict.fromkeys(faults)))
 
     def source_key(self, path: str) -> list[str]:
         """A file by its content, anything else by its name."""
@@ -194,8 +237,11 @@ class Prompter:
             from evolve_ray.chat import Chat
 
             self._chat = Chat(self.context.policy.folder)
+            chats = [("model.path", self.context.policy, self._chat)]
             for name, model in self.context.reward_models.items():
-                Chat(model.folder, f"reward model {name}")
+                chats.append((f"reward model {name}", model, Chat(model.folder, f"reward model {name}")))
+            for field_name, model, chat in chats:
+                models.check_vocabulary(model.folder, field_name, chat.tokenizer.get_vocab())
         return self._chat
 
     def limit(self) -> int:

@@ -16,7 +16,7 @@ from evolve_ray.config import resolved
 from evolve_ray.errors import IntegrityError, UserError
 from evolve_ray.evaluate import add_best_of, summarise
 from evolve_ray.inputs import Context, Policy
-from evolve_ray.pipeline import EVALUATION_SCOPE, Asked, generate_and_score, generate_spec, run_steps
+from evolve_ray.pipeline import EVALUATION_SCOPE, Asked, generate_and_score, generate_spec, run_steps, scores_loss
 from evolve_ray.refine import find_plug
 from evolve_ray.store import Manifest, Stage
 
@@ -94,7 +94,7 @@ def refresh(
                 shard_prompts=size, scorer=judge, reward_models={}, verifier=config.verifier,
             )  # fmt: skip
             run_steps(context, "labels", iteration, [shards.Step(stage, score.pool(config.scorer), spec)], num_shards)
-            labels = shards.finish(stage, num_shards, shards.total(drafts, num_shards, "num_answers"))
+            labels = shards.finish(stage, num_shards, shards.total(drafts, num_shards, "num_answers"), scores_loss(config))
     selection = options.Selection(max_pairs=config.refresh.max_pairs)
     inputs_of = {"prompts": prompts.identity, "generations": drafts.identity, "scores": labels.identity}
     pairs_stage = context.stage(folder / "reward_pairs", "pairs", {"refresh": config.refresh.prompts,
@@ -212,7 +212,7 @@ def fit(context: Context, iteration: int, policy: Policy, given: Manifest, train
                 return f"    step {event['step'] + 1} of {event['num_steps']}, loss {event['loss']:.4f}"
 
             context.trackers.begins(stage.key, iteration, name)
-            with context.followed("training", told):
+            with context.followed("training", told), context.deadline(name, config.trainer.stall_s, stage):
                 manifest = train.fit(spec, folder / f".ray-train-{name}")
     context.trackers.trained(manifest, iteration)
     return Policy.from_manifest(manifest)

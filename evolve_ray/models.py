@@ -78,3 +78,17 @@ def check_reward_model(folder: Path) -> None:
     labels = config.get("id2label")
     if labels is not None and len(labels) != 1:
         raise UserError(f"scorer.model: {folder}: has {len(labels)} outputs, but a reward model has one; give another model")
+
+
+def check_vocabulary(folder: Path, field: str, ids: dict[str, int]) -> None:
+    """Every token of the tokenizer has a row in the model's embedding; `ids` is the tokenizer's vocabulary."""
+    config = read_model_config(folder, field)
+    text = config.get("text_config")
+    size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    beyond = sorted((number, token) for token, number in ids.items() if isinstance(size, int) and number >= size)
+    if beyond:
+        number, token = beyond[0]
+        raise UserError(
+            f"{field}: {folder}: its tokenizer does not fit the model: token {token!r} has id {number}, but config.json says "
+            f"vocab_size {size}; use the model's own tokenizer"
+        )

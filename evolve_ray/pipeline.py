@@ -8,6 +8,7 @@ from evolve_ray import config as options
 from evolve_ray import generate, score, shards, strategies
 from evolve_ray.config import resolved
 from evolve_ray.drive import GenerateSpec, RemoteJudge
+from evolve_ray.errors import NumericsError, UserError
 from evolve_ray.inputs import Context, Policy
 from evolve_ray.store import Manifest, Stage
 
@@ -82,10 +83,18 @@ def generate_and_score(context: Context, asked: Asked, folder: Path, *, scored: 
             steps.append(shards.Step(scores_stage, score.pool(config.scorer), score_spec))
         run_steps(context, asked.label, asked.iteration, steps, num_shards)
         if not drafts:
-            drafts = shards.finish(drafts_stage, num_shards, num_prompts)
+            drafts = shards.finish(drafts_stage, num_shards, num_prompts, prompts_loss(config))
         if scored:
-            scores = shards.finish(scores_stage, num_shards, drafts.stats["num_answers"])
+            scores = shards.finish(scores_stage, num_shards, drafts.stats["num_answers"], scores_loss(config))
     return drafts, scores
+
+
+def prompts_loss(config: options.Config) -> shards.Loss:
+    return shards.Loss(config.engine.max_rejected_fraction, "engine.max_rejected_fraction", UserError)
+
+
+def scores_loss(config: options.Config) -> shards.Loss:
+    return shards.Loss(config.scorer.max_rejected_fraction, "scorer.max_rejected_fraction", NumericsError)
 
 
 def folders(reward_models: dict[str, Policy]) -> dict[str, str]:

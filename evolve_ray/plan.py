@@ -1,6 +1,7 @@
 """`--plan`: what would run, what is committed already, whether it fits, and what it would take, without starting anything."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,22 @@ STAGES = (
     "pairs",
     "reference",
     "checkpoint",
-    "evaluation",
     "probe",
+    "evaluation",
     "drift",
     "decision",
 )
 FIRST_STAGES = (
     "held_out",
-    "base_evaluation",
     "activation_pairs",
     "offline_pairs",
+    "base_evaluation",
     "activation",
     "reference",
     "checkpoint",
     "evaluation",
 )
+STEP_BYTES = 3  # a stored step of training in model sizes: the weights and two moments
 CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English text; only for the estimate of disk
 
 
@@ -78,18 +80,41 @@ def plan(config: Config, run: Run, cluster: Cluster | None = None) -> tuple[str,
     return "\n".join(lines), ResourceError(f"the recipe does not fit: {faults[0]}{more}") if faults else None
 
 
+def check_space(config: Config, run: Run) -> None:
+    """Refuses to start what would not fit on the disk: the tables and checkpoints to come, and one stored step of training."""
+    drafts = config.prompts.per_iteration * responses_per_prompt(config.strategy)
+    drafts += sum(rows or 0 for rows in splits(config).values()) * (config.evaluation.rounds + config.evaluation.parallel)
+    tables, weights = drafts * config.sampling.max_tokens * CHARACTERS_PER_TOKEN, model_bytes(config) or 0
+    to_do = sum(not (run.iteration(number) / "checkpoint").exists() for number in range(1, config.iterations + 1))
+    needed = to_do * (tables + weights) + (STEP_BYTES * weights if to_do else 0)
+    free = shutil.disk_usage(run.root).free
+    if free < needed:
+        raise ResourceError(
+            f"{run.root}: {to_do} iterations need about {needed / 2**30:,.1f} GiB (see --plan), but {free / 2**30:,.1f} GiB are "
+            "free; free space, choose another --run, or lower iterations or prompts.per_iteration"
+        )
+
+
 def status(config: Config, run: Run, iteration: int) -> list[str]:
     """Each stage of an iteration with what stands in the run directory."""
+    names = stages(config, iteration)
+    return [f"{name} ({'committed' if read_manifest(run.iteration(iteration) / name) else 'to do'})" for name in names]
+
+
+def stages(config: Config, iteration: int) -> list[str]:
+    """The stages of an iteration in the order of the data."""
     given: dict[str, Any] = dict.fromkeys(("labels", "reward_pairs", "reward_model"), config.refresh)
     given |= {"reference": config.training.objective not in ("sft", "reward"), "probe": config.probe.prompts}
     names = [name for name in STAGES if given.get(name, True)]
     if iteration == 0:
-        given = {"activation_pairs": config.activation, "offline_pairs": config.offline, "reference": config.offline}
+        given = {"activation_pairs": config.activation, "offline_pairs": config.offline}
+        given |= {"reference": config.offline and config.offline.training.objective not in ("sft", "reward")}
         given |= {"activation": config.activation and config.offline, "checkpoint": config.activation or config.offline}
+        given |= {"evaluation": given["checkpoint"]}
         names = [name for name in FIRST_STAGES if given.get(name, True)]
     if not config.evaluation.splits:
         names = [name for name in names if "evaluation" not in name and name != "held_out"]
-    return [f"{name} ({'committed' if read_manifest(run.iteration(iteration) / name) else 'to do'})" for name in names]
+    return names
 
 
 def describe(rows: int | None) -> str:

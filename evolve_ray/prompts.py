@@ -28,7 +28,7 @@ def read_records(path: str, split: str, faults: list[str]) -> Iterator[tuple[int
     if file.is_file() and path.endswith(".parquet"):
         try:
             rows = pq.read_table(file).to_pylist()
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(f"{path}: is no readable Parquet file: {error}") from None
         yield from enumerate(rows, start=1)
     elif is_json_list(file):

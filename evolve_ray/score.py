@@ -32,6 +32,7 @@ class ScoreWorker(ShardWorker):
     """Scores one shard of drafts per call; only answers are scored, not the critiques on the way to them."""
 
     schema = rows.SCORE
+    stage = "scores"
 
     def __init__(self, spec: ScoreSpec):
         super().__init__(spec)
@@ -55,12 +56,8 @@ class ScoreWorker(ShardWorker):
 
     def process(self, shard: int, prompts: list[dict]) -> tuple[list[dict], list[dict], dict]:
         started = time.monotonic()
-        folder = Path(self.spec.drafts) / shard_name(shard)
-        manifest = read_manifest(folder, verify=True)
-        if manifest is None:
-            raise IntegrityError(f"{folder}: is not committed, but its scores were asked for; submit the same command again")
-        drafts = [draft for draft in rows.read_table(manifest.path("rows.parquet")) if draft["kind"] == "answer"]
         by_id = {prompt["prompt_id"]: prompt for prompt in prompts}
+        drafts = [draft for draft in self.answers(shard) if draft["prompt_id"] in by_id]
         asked = [by_id[draft["prompt_id"]] for draft in drafts]
         batch = ([p["prompt"] for p in asked], [p["answer"] for p in asked], [d["text"] for d in drafts])
         correct = checked("verifier", self.verifier, *batch) if self.verifier else [None] * len(drafts)
@@ -75,6 +72,19 @@ class ScoreWorker(ShardWorker):
                 rejected.append(rows.reject({**prompt, "prompt_id": draft["draft_id"]}, "scores", reason))
         return scored, rejected, {"num_in": len(drafts), "score_seconds": round(time.monotonic() - started, 3)}
 
+    def answers(self, shard: int) -> list[dict]:
+        """The drafts of a shard that are scored, from a committed folder whose hashes are right."""
+        folder = Path(self.spec.drafts) / shard_name(shard)
+        manifest = read_manifest(folder, verify=True)
+        if manifest is None:
+            raise IntegrityError(f"{folder}: is not committed, but its scores were asked for; submit the same command again")
+        return [draft for draft in rows.read_table(manifest.path("rows.parquet")) if draft["kind"] == "answer"]
+
+    def reject_prompt(self, shard: int, prompt: dict, reason: str) -> list[dict]:
+        """Every draft of the prompt."""
+        drafts = [draft["draft_id"] for draft in self.answers(shard) if draft["prompt_id"] == prompt["prompt_id"]]
+        return [rows.reject({**prompt, "prompt_id": draft_id}, self.stage, reason) for draft_id in drafts]
+
 
 def pool(scorer: config.Scorer) -> PoolOptions:
     """The pool of scoring actors that the recipe asks for."""
@@ -85,4 +95,5 @@ def pool(scorer: config.Scorer) -> PoolOptions:
         cpus=scorer.cpus_per_actor,
         gpus=scorer.gpus_per_actor,
         restarts=scorer.max_restarts,
+        stall_s=scorer.stall_s,
     )

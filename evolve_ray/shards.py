@@ -17,15 +17,23 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from evolve_ray.errors import EvolveError, IntegrityError, ResourceError, pack, unpack
+from evolve_ray.attempts import Attempts, Beats, Builds, mark_of
+from evolve_ray.errors import EvolveError, IntegrityError, ResourceError, StalledError, pack, unpack
 from evolve_ray.metrics import Work
-from evolve_ray.rows import read_jsonl, read_table, write_jsonl, write_table
-from evolve_ray.store import Manifest, Stage, commit, read_manifest
+from evolve_ray.rows import read_jsonl, read_table, reject, write_jsonl, write_table
+from evolve_ray.store import Manifest, Stage, commit, full_disk_named, read_manifest
+
+SHOWN = 5  # rejected rows that an error lists
+START_S = 900.0  # until an actor's first sign of life: a place on a node, a process, its imports
 
 
 @dataclass(frozen=True)
 class PoolOptions:
-    """What a pool of actors takes from the cluster. `env` is set before the processes start."""
+    """What a pool of actors takes from the cluster. `env` is set before the processes start.
+
+    An actor that dies is started again: a shard may kill it `restarts` times before its rows are looked at one by one. An
+    actor that makes no progress for `stall_s` is ended and started again, `restarts` times as well.
+    """
 
     name: str
     worker: type
@@ -33,6 +41,7 @@ class PoolOptions:
     cpus: float
     gpus: float
     restarts: int
+    stall_s: float = 1800.0
     env: dict[str, str] = field(default_factory=dict)
 
 
@@ -48,10 +57,15 @@ class Step:
 class ShardWorker:
     """What an actor hosts: commits each shard once, and returns what is committed if it already is.
 
-    A subclass implements `process` and names the schema of its rows; `renew` gives it another spec of the same run.
+    A subclass implements `process` and names the schema of its rows; `renew` gives it another spec of the same run. It calls
+    `beat` whenever it got on with a shard: who does not is taken for hanging after a while.
     """
 
     schema: Any
+    stage = ""  # what its rejected rows are called after
+    name = "worker"
+    restarts = 3  # deaths on a shard before its rows are looked at
+    beat: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, spec: Any):
         self.spec = spec
@@ -63,16 +77,27 @@ class ShardWorker:
         """(rows, rejected rows, counts) of one slice of prompts."""
         raise NotImplementedError
 
+    def reject_prompt(self, shard: int, prompt: dict, reason: str) -> list[dict]:
+        """The rejected rows of a prompt that is not processed: as many as it would have counted in `num_in`."""
+        return [reject(prompt, self.stage, reason)]
+
     def commit_shard(self, shard: int) -> dict:
         """Counts of the committed shard."""
         final = Path(self.spec.work) / shard_name(shard)
         manifest = read_manifest(final)
         if manifest is None:
-            made, rejected, stats = self.process(shard, read_slice(Path(self.spec.prompts), shard, self.spec.shard_prompts))
+            prompts = read_slice(Path(self.spec.prompts), shard, self.spec.shard_prompts)
+            attempts = Attempts(final.parent, shard, self.restarts, self.name)
+            (made, rejected, stats), killers = attempts.process(prompts, lambda some: self.process(shard, some))
+            for prompt in killers:
+                lost = self.reject_prompt(shard, prompt, "killed its worker each time, also alone")
+                rejected = rejected + lost
+                stats["num_in"] += len(lost)
             aside = final.parent / f".{final.name}-{uuid.uuid4().hex[:8]}"
-            aside.mkdir()
-            write_table(aside / "rows.parquet", made, self.schema)
-            write_jsonl(aside / "rejected.jsonl", rejected)
+            with full_disk_named(final):
+                aside.mkdir()
+                write_table(aside / "rows.parquet", made, self.schema)
+                write_jsonl(aside / "rejected.jsonl", rejected)
             stats |= {"num_rows": len(made), "num_rejected": len(rejected)}
             manifest = commit(aside, final, stage="shard", key=self.spec.key, **stats)
         return manifest.stats
@@ -81,41 +106,65 @@ class ShardWorker:
 class Host:
     """The Ray actor of a pool: builds its worker at the first shard, renews it when a stage brings another spec."""
 
-    def __init__(self, worker: type[ShardWorker], pool: str = ""):
-        self.make = worker
+    def __init__(self, worker: type[ShardWorker], index: int = 0, name: str = "worker", restarts: int = 3):
+        self.make, self.index, self.name, self.restarts = worker, index, name, restarts
         self.worker: ShardWorker | None = None
-        self.work = Work(pool)
+        self.work = Work(name)
 
     def call(self, spec: Any, verb: str, *arguments: Any) -> Any:
         """`worker.verb(*arguments)` of a worker that was built or renewed for `spec`."""
         started = time.monotonic()
+        beats = None
+        if verb == "commit_shard":
+            beats = Beats(Path(spec.work), self.index)
+            beats.start(*arguments)
         if self.worker is None:
+            builds = Builds(Path(spec.work), self.index, self.restarts, self.name) if beats else None
+            if builds:
+                builds.begin()
             self.worker = self.make(spec)
+            self.worker.name, self.worker.restarts = self.name, self.restarts
+            if builds:
+                builds.done()
         elif self.worker.spec != spec:
             self.worker.renew(spec)
+        self.worker.beat = beats or (lambda: None)
         answer = getattr(self.worker, verb)(*arguments)
         self.work.did(started, time.monotonic(), answer if verb == "commit_shard" else None)
         return answer
+
+
+class Actors(list):
+    """The handles of a pool's actors, and its options."""
+
+    def __init__(self, handles: list[Any], options: PoolOptions):
+        super().__init__(handles)
+        self.options = options
+
+    def __reduce__(self) -> Any:
+        return Actors, (list(self), self.options)
 
 
 class Pools:
     """The actors of a run by pool name; they die with the driver that made them."""
 
     def __init__(self) -> None:
-        self._actors: dict[str, list[Any]] = {}
+        self._actors: dict[str, Actors] = {}
 
-    def open(self, options: PoolOptions) -> list[Any]:
+    def open(self, options: PoolOptions) -> Actors:
         import ray
 
         if options.name not in self._actors:
+            # Ray restarts an actor as often as it dies: when that is too often, the actors say so themselves (attempts.py).
             remote = ray.remote(Host).options(
                 num_cpus=options.cpus,
                 num_gpus=options.gpus,
-                max_restarts=options.restarts,
-                max_task_retries=options.restarts,
+                max_restarts=-1,
+                max_task_retries=-1,
                 runtime_env={"env_vars": options.env} if options.env else None,
             )
-            self._actors[options.name] = [remote.remote(options.worker, options.name) for _ in range(options.actors)]
+            handles = [remote.remote(options.worker, index, options.name, options.restarts) for index in range(options.actors)]
+            self._actors[options.name] = Actors(handles, options)
         return self._actors[options.name]
 
     def close(self, name: str) -> None:
@@ -134,7 +183,7 @@ def read_slice(path: Path, shard: int, size: int) -> list[dict]:
     return pq.read_table(path).slice(shard * size, size).to_pylist()
 
 
-def ask_pool(batch: dict, actors: list[Any], pool: PoolOptions, spec: Any) -> dict:
+def ask_pool(batch: dict, actors: list[Any], pool: PoolOptions, stage: str, spec: Any) -> dict:
     """The Ray Data task of a step: hands one shard to its actor and waits until it is committed there.
 
     One of our errors goes on as data: Ray Data would wrap it into a traceback in which its class is lost.
@@ -145,16 +194,46 @@ def ask_pool(batch: dict, actors: list[Any], pool: PoolOptions, spec: Any) -> di
     told = json.loads(batch["told"][0])
     if "error" not in told:
         try:
-            told = {"stats": ray.get(actors[shard % len(actors)].call.remote(spec, "commit_shard", shard))}
+            told = {"stats": watched(actors[shard % len(actors)], shard % len(actors), shard, pool, stage, spec)}
         except EvolveError as error:
             told = {"error": pack(error)}
         except ray.exceptions.RayActorError as error:
             message = (
-                f"{pool.name}: the actor that works on shard {shard} died more than {pool.restarts} times; see its log in the "
+                f"{pool.name}: the actor that works on shard {shard} cannot be started again; see its log in the "
                 f"Ray dashboard, then submit the same command again: {str(error).strip().splitlines()[0]}"
             )
             told = {"error": pack(ResourceError(message))}
     return {"shard": [shard], "told": [json.dumps(told)]}
+
+
+def watched(actor: Any, index: int, shard: int, pool: PoolOptions, stage: str, spec: Any) -> dict:
+    """Counts of a shard from an actor that must get on: without a beat for `stall_s` it is ended, and Ray starts it again."""
+    import ray
+
+    call = actor.call.remote(spec, "commit_shard", shard)
+    beats, hangs, idle, last = Beats(Path(spec.work), index), 0, 0.0, time.monotonic()
+    seen, tick = beats.read(), min(5.0, pool.stall_s / 4)
+    way_out = "see its log in the Ray dashboard, or allow it more time with stall_s, then submit the same command again"
+    while not ray.wait([call], timeout=tick)[0]:
+        now, passed = beats.read(), time.monotonic() - last
+        last += passed
+        idle += min(passed, 2 * tick)  # where this process itself was stopped, nobody can tell what the actor did
+        if now != seen:
+            seen, idle = now, 0.0
+        elif now[0] == -1 and idle > max(START_S, pool.stall_s):
+            raise StalledError(f"{stage}: shard {shard}: its actor ({pool.name}) did not start in {idle:.0f} s; {way_out}")
+        elif now[0] == shard and idle > pool.stall_s:  # else it is another shard's hang
+            hangs += 1
+            if hangs > pool.restarts:
+                raise StalledError(
+                    f"{stage}: shard {shard}: its actor ({pool.name}) made no progress for {pool.stall_s:g} s, {hangs} times; "
+                    f"{way_out}"
+                )
+            mark_of(Path(spec.work), shard).touch()
+            beats.path.unlink(missing_ok=True)  # the next one begins anew
+            ray.kill(actor, no_restart=False)
+            idle = 0.0
+    return ray.get(call)
 
 
 def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[int, dict], None]) -> None:
@@ -175,7 +254,7 @@ def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[in
     for step in steps:
         dataset = dataset.map_batches(
             ask_pool,
-            fn_kwargs={"actors": pools.open(step.pool), "pool": step.pool, "spec": step.spec},
+            fn_kwargs={"actors": pools.open(step.pool), "pool": step.pool, "stage": step.stage.name, "spec": step.spec},
             batch_size=1,
             # Tasks only wait for their actor. Two for each keep its queue filled; each is a process, so no more.
             num_cpus=0.01,
@@ -188,11 +267,18 @@ def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[in
         on_shard(int(row["shard"]), told["stats"])
 
 
-def call_all(actors: list[Any], spec: Any, verb: str, *arguments: Any) -> list[Any]:
+def call_all(actors: Actors, spec: Any, verb: str, *arguments: Any) -> list[Any]:
     """What each actor of a pool answers to `verb`, in their order."""
     import ray
 
-    return ray.get([actor.call.remote(spec, verb, *arguments) for actor in actors])
+    options = actors.options
+    try:
+        return ray.get([actor.call.remote(spec, verb, *arguments) for actor in actors], timeout=options.stall_s)
+    except ray.exceptions.GetTimeoutError:
+        raise StalledError(
+            f"{verb}: the actors ({options.name}) gave no answer for {options.stall_s:g} s; see their logs in the Ray dashboard, "
+            "then submit the same command again"
+        ) from None
 
 
 def total(manifest: Manifest, num_shards: int, name: str) -> int:
@@ -201,7 +287,16 @@ def total(manifest: Manifest, num_shards: int, name: str) -> int:
     return sum(part.stats[name] for part in found if part)
 
 
-def finish(stage: Stage, num_shards: int, num_in: int) -> Manifest:
+@dataclass(frozen=True)
+class Loss:
+    """The fraction of a stage's rows that may be rejected, the option that says so, and the error of one that loses more."""
+
+    allowed: float
+    option: str
+    error: type[EvolveError]
+
+
+def finish(stage: Stage, num_shards: int, num_in: int, loss: Loss | None = None) -> Manifest:
     """Commits a sharded stage as a whole, after the conservation law: rows in = rows accounted for."""
     expected = {shard_name(shard) for shard in range(num_shards)}
     totals: dict[str, float] = {}
@@ -220,6 +315,12 @@ def finish(stage: Stage, num_shards: int, num_in: int) -> Manifest:
     totals.pop("num_rejected", None)
     if used != num_in:
         raise IntegrityError(f"{stage.final}: {num_in} rows went in, but {used} were accounted for; delete {stage.work}")
+    if loss and len(rejected) > loss.allowed * num_in:
+        shown = "; ".join(f"{row['id']}: {row['reason']}" for row in rejected[:SHOWN])
+        raise loss.error(
+            f"{stage.final}: {len(rejected)} of {num_in} rows were rejected, more than {loss.option} ({loss.allowed:g}) allows: "
+            f"{shown}; raise it to go on without them, or mend the cause and delete {stage.work}"
+        )
     return stage.commit(rejected, num_in=num_in, num_shards=num_shards, **totals)
 
 

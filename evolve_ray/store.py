@@ -82,7 +82,15 @@ def full_disk_named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ResourceError(f"{path}: cannot be written: {error}; free space or mend the disk, then submit again") from error
+        free = free_mib(path)
+        raise ResourceError(
+            f"{path}: cannot be written: {error}; {free} MiB are free there; free space or mend the disk, then submit again"
+        ) from error
+
+
+def free_mib(path: Path) -> int:
+    """Free space on the disk of a path that need not exist."""
+    return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free >> 20
 
 
 def commit(work: Path, final: Path, *, stage: str, key: str, inputs: dict[str, str] | None = None, **stats: Any) -> Manifest:
@@ -122,24 +130,39 @@ def commit(work: Path, final: Path, *, stage: str, key: str, inputs: dict[str, s
 def read_manifest(folder: Path, *, verify: bool = False) -> Manifest | None:
     """The manifest of a committed folder, or None if nothing is committed there; `verify` also checks every hash."""
     try:
-        body = json.loads((folder / MANIFEST).read_bytes())
-        manifest = Manifest(folder, body["stage"], body["key"], body["files"], body["inputs"], body["stats"])
+        manifest = parse_manifest(folder, json.loads((folder / MANIFEST).read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError, IsADirectoryError):
         raise IntegrityError(f"{folder / MANIFEST}: is damaged; delete {folder} and submit again to rebuild it") from None
     if verify:
-        for name, expected in manifest.files.items():
-            if name == CARD:  # older manifests hold it
-                continue
-            path = folder / name
-            actual = sha256_file(path) if path.is_file() else "missing"
-            if actual != expected["sha256"]:
-                raise IntegrityError(
-                    f"{path}: sha256 is {actual}, but its manifest says {expected['sha256']}; "
-                    f"delete {folder} and submit the same command again to rebuild it"
-                )
+        for fault in file_faults(manifest):
+            raise IntegrityError(f"{fault}; delete {folder} and submit the same command again to rebuild it")
     return manifest
+
+
+def parse_manifest(folder: Path, body: Any) -> Manifest:
+    """The manifest that `commit` wrote; ValueError, KeyError or TypeError for anything else."""
+    for name in ("files", "inputs", "stats"):
+        if not isinstance(body[name], dict):
+            raise TypeError(f"{name} is no table")
+    files, inputs = body["files"], body["inputs"]
+    texts = [body["stage"], body["key"], *inputs.values(), *(file["sha256"] for file in files.values())]
+    outside = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name]
+    if outside or not all(isinstance(text, str) for text in texts):
+        raise ValueError("no manifest of ours")
+    return Manifest(folder, body["stage"], body["key"], files, inputs, body["stats"])
+
+
+def file_faults(manifest: Manifest) -> Iterator[str]:
+    """Each file of a committed folder that is not what the manifest says, with both hashes."""
+    for name, expected in manifest.files.items():
+        if name == CARD:  # older manifests hold it
+            continue
+        path = manifest.folder / name
+        actual = sha256_file(path) if path.is_file() else "missing"
+        if actual != expected["sha256"]:
+            yield f"{path}: sha256 is {actual}, but its manifest says {expected['sha256']}"
 
 
 class Stage:

@@ -7,6 +7,7 @@ from evolve_ray.config import Config, texts_in_view, trainings
 from evolve_ray.strict import Reader, describe, pattern_fault
 
 TRACKERS = ("tensorboard", "mlflow", "wandb")
+SECRET = re.compile(r"(?i)(^|_)(token|secret|password|passwd|credentials?|api_?key|access_?key)(_|$)")
 IGNORED = {"sft": ("label_smoothing",), "reward": ("nll", "length_normalised")}  # options that could only be ignored
 
 
@@ -71,6 +72,11 @@ def check_together(config: Config, reader: Reader) -> None:
             f"is {config.sampling.max_tokens}; strategy {config.strategy.name!r} has up to {texts} responses in one context, "
             f"and {texts} times that must be below model.context_tokens ({config.model.context_tokens})",
         )
+    for table, env in (("engine.env", config.engine.env), ("trainer.env", config.trainer.env)):
+        for name in env:
+            if SECRET.search(name):
+                reader.fail(f"{table}.{name}", "looks like a secret, but a recipe is stored in the run directory; set it in the "
+                            "environment that Ray is started in")  # fmt: skip
     if config.toy is None:
         named = [config.model.path, config.prompts.path, config.scorer.model, *config.evaluation.splits.values()]
         named += [part.path for part in (config.activation, config.offline) if part]

@@ -1,4 +1,4 @@
-"""Marks every test with the name of its folder: plain, tensors, wiring, browser or real."""
+"""Marks every test with the name of its folder: plain, tensors, wiring, browser, real or faults."""
 
 from pathlib import Path
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import signal
+import tempfile
 from pathlib import Path
 
 from evolve_ray.generate import Completion
@@ -58,6 +60,36 @@ class DyingEngine(FakeEngine):
             (marks / str(placed)).touch()
             os._exit(1)
         return super().step()
+
+
+class MarkedEngine(FakeEngine):
+    """Goes wrong at the request whose seed is $FAKE_SEED: kills its process, or hangs $FAKE_HANGS times."""
+
+    def step(self):
+        seeds = {str(seed) for _, _, seed in self.waiting}
+        if os.environ["FAKE_SEED"] in seeds:
+            marks = Path(os.environ["FAKE_MARKS"])
+            placed = len(list(marks.iterdir()))
+            if placed < int(os.environ.get("FAKE_DEATHS", 0)):
+                (marks / str(placed)).touch()
+                os._exit(1)
+            if placed < int(os.environ.get("FAKE_HANGS", 0)):
+                (marks / str(placed)).touch()
+                os.kill(os.getpid(), signal.SIGSTOP)
+        return super().step()
+
+
+class DyingScorer:
+    """Kills its process at the first batch, once: the scores were computed and are lost on their way."""
+
+    mark = Path(tempfile.gettempdir()) / "evolve-ray-dying-scorer"
+
+    def __call__(self, prompts, answers, responses):
+        found = LetterScorer()(prompts, answers, responses)
+        if not self.mark.exists():
+            self.mark.touch()
+            os._exit(1)
+        return found
 
 
 class OddScorer:

@@ -229,10 +229,17 @@ def test_unicode_line_separator_in_a_comment_does_not_shift_lines():
         (["controller.split=y", "evaluation.splits.x=x.jsonl"], "controller.split"),
         (["controller.max_kl=1", "probe.prompts=0"], "controller.max_kl"),
         (["model.context_tokens=150", "sampling.max_tokens=50", "strategy.name=critique"], "sampling.max_tokens"),
+        (["engine.env.HF_TOKEN=x"], "engine.env.HF_TOKEN"),
+        (["trainer.env.my_api_key=x"], "trainer.env.my_api_key"),
     ],
 )
 def test_options_that_do_not_fit_together_are_refused_by_name(recipe, overrides, option):
     assert f": {option}: " in refusal(recipe(), *overrides)
+
+
+def test_environment_that_is_no_secret_is_allowed(recipe):
+    given = options.load(recipe(), ["engine.env.TOKENIZERS_PARALLELISM='false'", "engine.env.VLLM_MAX_TOKENS=3"])
+    assert set(given.engine.env) == {"TOKENIZERS_PARALLELISM", "VLLM_MAX_TOKENS"}
 
 
 def test_config_survives_json(recipe):

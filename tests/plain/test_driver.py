@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -9,7 +10,8 @@ import time
 import pytest
 
 from evolve_ray import driver
-from evolve_ray.errors import UserError
+from evolve_ray.errors import ResourceError, UserError, run_command
+from evolve_ray.plan import check_space
 from evolve_ray.store import Run
 from tests.plain.processes import ROOT, run_python
 
@@ -95,3 +97,87 @@ def test_the_log_is_a_line_a_stage_and_verbose_adds_the_lines_below_it(capsys):
     assert capsys.readouterr().out == "  iteration 1: generations\n\ntable\n"
     assert driver.parse(["recipe.toml"]).verbose is False
     assert driver.parse(["recipe.toml", "--verbose"]).verbose is True
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.betta=0.1", "command line: training.betta: unknown option; did you mean 'beta'?"),
+        ("training.beta=true", "command line: training.beta: is True (true or false), but must be a number"),
+        ("training.beta=-1", "command line: training.beta: is -1.0, but must be above 0.0"),
+        ("scorer.name=reward_modle", "must be one of reward_model, verifier, mean, minimum or module:Name; did you mean"),
+        ("strategy.name=nowhere:Nothing", "strategy.name: 'nowhere:Nothing' cannot be loaded: No module named 'nowhere'"),
+    ],
+    ids=["unknown option", "wrong type", "out of range", "unknown name", "unknown plug"],
+)
+def test_every_kind_of_faulty_option_costs_less_than_two_seconds_and_loads_nothing_heavy(recipe, tmp_path, override, message):
+    """Two seconds of this process: what a busy machine adds to them says nothing of the command."""
+    arguments = [str(recipe()), override, "--run", str(tmp_path / "run")]
+    code = (
+        "import sys, time\nfrom evolve_ray.driver import main\n"
+        f"assert main({arguments!r}) == 2\nprint(time.process_time(), sorted(sys.modules))"
+    )
+    given = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=given)
+    assert (result.returncode, result.stderr.count("\n")) == (0, 1), result.stderr
+    assert message in result.stderr
+    seconds, _, loaded = result.stdout.splitlines()[-1].partition(" ")
+    assert float(seconds) < 2.0
+    assert [name for name in HEAVY if f"'{name}'" in loaded] == []
+
+
+SLEEPER = """
+import sys, time
+from evolve_ray.errors import run_command
+def work():
+    print("working", flush=True)
+    time.sleep(60)
+sys.exit(run_command(work, "the same command"))
+"""
+
+
+def test_sigterm_ends_the_command_with_one_sentence_and_its_own_code():
+    given = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=given
+    )
+    assert process.stdout.readline() == "working\n"
+    process.terminate()
+    assert process.communicate(timeout=20)[1] == "ended by SIGTERM; what is committed stays; continue with: the same command\n"
+    assert process.returncode == 143
+
+
+def test_full_disk_under_whatever_file_is_one_sentence_and_exit_code_five(capsys):
+    def command():
+        with open("/dev/full", "w") as file:
+            file.write("x" * 10**6)
+
+    assert run_command(command, "the same command") == 5
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_other_faults_of_files_are_not_taken_for_a_full_disk():
+    with pytest.raises(FileNotFoundError):
+        run_command(lambda: os.stat("/nowhere/at/all"), "the same command")
+
+
+def test_disk_that_is_too_small_for_the_plan_is_refused_with_both_sizes(recipe, tmp_path):
+    config = driver.options.load(recipe(), ["prompts.per_iteration=1000000000000", "toy.seed=0", "prompts.path=toy:train"])
+    with pytest.raises(ResourceError, match=r"3 iterations need about [\d,.]+ GiB .* but [\d,.]+ GiB are free"):
+        check_space(config, Run(tmp_path))
+
+
+def test_disk_that_is_large_enough_is_no_fault(recipe, tmp_path):
+    check_space(driver.options.load(recipe(), ["prompts.per_iteration=1", "sampling.max_tokens=8"]), Run(tmp_path))
+
+
+def test_second_driver_is_told_in_less_than_five_seconds(recipe, tmp_path):
+    """Seconds of its own work, as above."""
+    with Run(tmp_path / "run").locked():
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, ROOT / "jobs" / "iterate.py", recipe(), "--run", tmp_path / "run"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5.0
+    assert (result.returncode, result.stderr.count("\n")) == (3, 1)
+    assert f'"pid": {os.getpid()}' in result.stderr

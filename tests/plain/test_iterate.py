@@ -1,5 +1,6 @@
 """Selection over committed shards: every draft is accounted for, and nothing is trained on nothing."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -128,3 +129,38 @@ def test_engines_that_differ_from_the_checkpoint_end_the_run_and_nothing_is_comm
         with pytest.raises(IntegrityError, match=r"differ from the checkpoint's by .* submit the same command again"):
             iterate.probe(context, 1, context.policy, context.policy)
         assert not folder.exists()
+
+
+def test_option_that_changes_runs_its_own_stage_again_after_saying_so(tables, capsys):
+    context, *inputs = tables(SCORES)
+    first = iterate.select(context, 1, *inputs)
+    committed = {path: path.stat().st_mtime_ns for path in context.run.root.rglob("MANIFEST.json") if path.parent != first.folder}
+    said = []
+    changed = dataclasses.replace(
+        context,
+        config=dataclasses.replace(context.config, selection=dataclasses.replace(context.config.selection, margin=0.75)),
+        rerun_changed=True,
+        say=said.append,
+    )
+    with pytest.raises(UserError, match="made from other inputs or options"):
+        iterate.select(dataclasses.replace(changed, rerun_changed=False), 1, *inputs)
+    second = iterate.select(changed, 1, *inputs)
+    assert second.key != first.key
+    assert said[0].startswith("  iteration-01/pairs: its options or inputs changed; the old one is at .superseded-pairs-")
+    assert {path: path.stat().st_mtime_ns for path in committed} == committed, "a stage whose key is the same was touched"
+
+
+def test_option_of_another_stage_runs_nothing_again(tables, monkeypatch):
+    context, *inputs = tables(SCORES)
+    first = iterate.select(context, 1, *inputs)
+    other = dataclasses.replace(
+        context, config=dataclasses.replace(context.config, training=dataclasses.replace(context.config.training, beta=0.3))
+    )
+    monkeypatch.setattr(iterate, "write_pairs", lambda *_: pytest.fail("a stage whose options are the same ran again"))
+    assert iterate.select(other, 1, *inputs).identity == first.identity
+
+
+def test_run_whose_scores_are_all_tied_stops_clearly(tables):
+    context, *inputs = tables(dict.fromkeys(SCORES, 0.5))
+    with pytest.raises(UserError, match="nothing is trained on nothing"):
+        iterate.select(context, 1, *inputs)

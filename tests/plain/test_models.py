@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from evolve_ray.errors import UserError
-from evolve_ray.models import check_policy, check_reward_model, content_hash, read_model_config, resolve
+from evolve_ray.models import check_policy, check_reward_model, check_vocabulary, content_hash, read_model_config, resolve
 from evolve_ray.store import commit
 
 POLICY = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 256}
@@ -135,3 +135,15 @@ def test_committed_folder_has_the_hash_of_its_plain_copy(folder, tmp_path):
     before = content_hash(folder(POLICY))
     manifest = commit(folder(POLICY), tmp_path / "checkpoint", stage="checkpoint", key="k")
     assert content_hash(manifest.folder) == before
+
+
+@pytest.mark.parametrize("config", [{"vocab_size": 3}, {"text_config": {"vocab_size": 3}}])
+def test_tokenizer_with_a_token_beyond_the_embedding_is_refused_with_the_token(folder, config):
+    path = folder({**POLICY, **config})
+    check_vocabulary(path, "model.path", {"a": 0, "b": 2})
+    with pytest.raises(UserError, match=r"^model\.path: .*token '<x>' has id 3, but config\.json says vocab_size 3"):
+        check_vocabulary(path, "model.path", {"a": 0, "<x>": 3, "<y>": 4})
+
+
+def test_model_that_does_not_tell_its_vocabulary_passes(folder):
+    check_vocabulary(folder(POLICY), "model.path", {"a": 10**9})

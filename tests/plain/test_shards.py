@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from evolve_ray import rows, shards
+from evolve_ray import attempts, rows, shards
 from evolve_ray.errors import IntegrityError
 from evolve_ray.store import Stage, read_manifest
 
@@ -63,7 +63,7 @@ def test_shard_that_died_half_written_is_computed_again(worker, stage):
     (stage.work / ".shard-00001-dead" / "rows.parquet").write_bytes(b"half")
     stage.resume()
     worker.commit_shard(1)
-    assert [path.name for path in stage.work.iterdir()] == ["shard-00001"]
+    assert sorted(path.name for path in stage.work.iterdir()) == [attempts.FOLDER, "shard-00001"]
 
 
 def test_stage_collects_counts_rejected_rows_and_rows_in_order(worker, stage):

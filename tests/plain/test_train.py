@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import json
 import pickle
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from evolve_ray.refine import load_template
 from evolve_ray.schedule import batches, learning_rate, micro_batches, micro_steps
 from evolve_ray.store import Run, Stage
 from evolve_ray.train import TrainSpec, deepspeed_config, merge
+from tests.plain.processes import run_python
 
 
 def spec(training=None, trainer=None, dtype="float32"):
@@ -161,3 +163,20 @@ def test_merge_leaves_its_inputs_alone():
 
 def test_users_value_may_replace_a_whole_table():
     assert merge({"bf16": {"enabled": True}}, {"bf16": "auto"}) == {"bf16": "auto"}
+
+
+ORDER = """
+import json
+from evolve_ray.config import Training
+from evolve_ray.schedule import batches
+print(json.dumps(batches(11, Training(batch_pairs=4, epochs=2), seed=3, iteration=2)))
+"""
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 5], ids=["start", "step 1", "ragged last batch", "epoch edge", "last step"])
+def test_training_resumed_at_any_step_sees_the_pairs_of_its_twin_in_their_order(start):
+    """11 pairs in batches of 4, twice: steps 2 and 5 are ragged, 3 begins the second epoch; another process, another hash."""
+    twin, again = (json.loads(run_python(ORDER, PYTHONHASHSEED=seed)) for seed in ("1", "2"))
+    assert [len(batch) for batch in twin] == [4, 4, 3] * 2
+    assert again[start:] == twin[start:]
+    assert sorted(row for batch in again[:3] for row in batch) == list(range(11))

@@ -1,6 +1,7 @@
 """Everything that a run starts from is checked before Ray starts, and committed once."""
 
 import json
+import shutil
 
 import pytest
 
@@ -192,3 +193,29 @@ def test_verifier_that_cannot_be_made_is_refused_before_anything_starts(recipe):
     answers = ["prompts.answer_column=a", "verifier.name=regex", "verifier.pattern='(['"]
     with pytest.raises(UserError, match=r"verifier\.pattern: .*is not a regular expression"):
         inputs.check_plugs(options.load(recipe(), answers))
+
+
+def test_faults_of_all_files_are_told_at_once(prepare, tmp_path):
+    triples = tmp_path / "triples.jsonl"
+    triples.write_text('{"prompt": "p"}\n')
+    with pytest.raises(UserError) as caught:
+        prepare(["one", "", "three"], f"activation.path={triples}", held=["ok", ""])
+    told = str(caught.value)
+    for line in ("held.jsonl:2: column 'prompt' is empty", "triples.jsonl:1: has no column 'chosen'", "prompts.jsonl:2: column"):
+        assert line in told
+    assert not (tmp_path / "run/iteration-01/prompts").exists(), "prompts were chosen without the held-out ones"
+
+
+def test_tokenizer_that_does_not_fit_the_model_is_refused_before_anything_starts(prepare, tiny_model, tmp_path):
+    folder = tmp_path / "small-vocabulary"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 10}))
+    with pytest.raises(UserError, match=r"^model\.path: .*does not fit the model.*vocab_size 10"):
+        prepare(TEXTS, f"model.path={folder}")
+
+
+def test_prompt_of_ten_megabytes_is_refused_with_its_tokens(prepare):
+    with pytest.raises(UserError, match=r"prompts\.jsonl:3: prompt has \d{7,} tokens, limit \d+") as caught:
+        prepare(["one", "two", "x" * 10_000_000, "four", "five"])
+    assert len(str(caught.value)) < 2000

@@ -1,0 +1,14 @@
+"""Is a run what it says: `python jobs/verify.py RUN`.
+
+Checks every committed file and row and prints what is to do. Exit codes: 0 sound, 2 no run, 4 damaged.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from evolve_ray.verify import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,102 @@
+"""Workers that die of a row, hang, or die with finished work in hand; on a real Ray with fake engines and scorers."""
+
+import os
+
+import psutil
+import pytest
+import ray
+
+from evolve_ray import rows, shards
+from evolve_ray.errors import NumericsError, StalledError
+from tests.fakes import DyingScorer
+from tests.wiring.test_pipeline import draft, folder, local_ray, make_context, pools, twin
+
+__all__ = ["folder", "local_ray", "pools", "twin"]  # fixtures
+
+
+def first_seed(drafts, prompt):
+    """The seed of a prompt's first draft, by which the fake engine knows it."""
+    return next(row["seed"] for row in shards.read_rows(drafts) if row["prompt_id"] == prompt and row["round"] == 1)
+
+
+@pytest.fixture
+def marked(twin, folder, tmp_path):
+    """A context whose engine goes wrong at one prompt of the third shard, the prompt's id, and the marks it leaves."""
+
+    def make(*overrides):
+        marks = tmp_path / "marks"
+        marks.mkdir()
+        prompt = shards.read_slice(twin[0].folder.parent / "prompts" / "prompts.parquet", 2, 4)[2]["prompt_id"]
+        faults = ("engine.name=tests.fakes:MarkedEngine", f'engine.env.FAKE_MARKS="{marks}"')
+        seed = f'engine.env.FAKE_SEED="{first_seed(twin[0], prompt)}"'
+        return make_context(folder, tmp_path / "run", *faults, seed, *overrides), prompt, marks
+
+    return make
+
+
+def test_a_prompt_that_always_kills_its_worker_is_rejected_by_name_and_the_others_are_equal(twin, marked):
+    context, prompt, marks = marked('engine.env.FAKE_DEATHS="99"', "engine.max_restarts=2")
+    drafts, _, pairs = draft(context)
+    assert 4 <= len(list(marks.iterdir())) <= 7, "twice the whole shard, then halves, then twice alone"
+    (lost,) = rows.read_jsonl(drafts.path("rejected.jsonl"))
+    assert (lost["id"], lost["stage"], lost["line"]) == (prompt, "generations", lost["line"])
+    assert "killed its worker" in lost["reason"]
+    assert list(shards.read_rows(drafts)) == [r for r in shards.read_rows(twin[0]) if r["prompt_id"] != prompt]
+    expected = [row for row in rows.read_table(twin[2].path("pairs.parquet")) if row["prompt_id"] != prompt]
+    assert rows.read_table(pairs.path("pairs.parquet")) == expected
+    assert prompt in (context.run.iteration(1) / "rejected.jsonl").read_text()
+
+
+def test_a_hanging_actor_is_ended_and_its_shard_done_by_the_next(twin, marked):
+    context, _, marks = marked('engine.env.FAKE_HANGS="1"', "engine.stall_s=20")
+    _, _, pairs = draft(context)
+    assert len(list(marks.iterdir())) == 1, "the fault did not fire"
+    assert pairs.path("pairs.parquet").read_bytes() == twin[2].path("pairs.parquet").read_bytes()
+
+
+def test_an_actor_that_hangs_every_time_ends_the_run_and_names_stage_and_shard(marked):
+    context, _, marks = marked('engine.env.FAKE_HANGS="99"', "engine.stall_s=20", "engine.max_restarts=1")
+    with pytest.raises(StalledError, match=r"generations: shard 2: .* no progress for 20 s, 2 times") as caught:
+        draft(context)
+    assert caught.value.exit_code == 7
+    assert len(list(marks.iterdir())) == 2
+    stopped = [process for process in psutil.process_iter(["status", "uids"]) if process.info["status"] == psutil.STATUS_STOPPED]
+    assert [p.pid for p in stopped if "Host" in " ".join(p.cmdline())] == [], "a stopped actor was left behind"
+
+
+def test_a_scorer_that_dies_with_its_scores_in_hand_gives_equal_scores(twin, folder, tmp_path):
+    DyingScorer.mark.unlink(missing_ok=True)
+    context = make_context(folder, tmp_path / "run", "scorer.name=tests.fakes:DyingScorer")
+    _, scores, pairs = draft(context)
+    assert DyingScorer.mark.exists(), "the fault did not fire"
+    assert list(shards.read_rows(scores)) == list(shards.read_rows(twin[1]))
+    assert pairs.path("pairs.parquet").read_bytes() == twin[2].path("pairs.parquet").read_bytes()
+
+
+def test_an_actor_that_is_killed_after_its_commit_gives_the_committed_shard(twin, folder, tmp_path):
+    """The answer is lost, the shard is not: the retry returns what is committed."""
+    context = make_context(folder, tmp_path / "run")
+    first = draft(context)
+    committed = first[0].folder / shards.shard_name(0)
+    before = committed.stat().st_mtime_ns
+    work = tmp_path / "work"
+    os.rename(first[0].folder, work)
+    from evolve_ray.generate import Generator
+    from evolve_ray.pipeline import Asked, generate_spec
+    from evolve_ray.store import Stage
+
+    config = context.config
+    asked = Asked(1, "generations", context.policy, context.prompts[1], config.strategy, config.sampling, 1, {})
+    stage = Stage(tmp_path / "generations", "generations", first[0].key)
+    stage.work = work
+    actor = ray.remote(shards.Host).options(num_cpus=0.5).remote(Generator, 0, "engines", 3)
+    stats = ray.get(actor.call.remote(generate_spec(context, asked, stage), "commit_shard", 0))
+    assert stats["num_in"] == 4
+    assert (work / shards.shard_name(0)).stat().st_mtime_ns == before
+    ray.kill(actor)
+
+
+def test_too_many_scores_that_are_no_numbers_end_the_run_with_the_values(pools, folder, tmp_path):
+    context = make_context(folder, tmp_path / "run", "scorer.name=tests.fakes:OddScorer", "scorer.max_rejected_fraction=0.01")
+    with pytest.raises(NumericsError, match=r"rows were rejected, more than scorer\.max_rejected_fraction.*nan"):
+        draft(context, pools)
