@@ -201,11 +201,11 @@ def test_second_call_computes_nothing_and_a_further_model_only_itself(folders, t
     before = evaluate(folders, out)
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("MANIFEST.json")}
     done = no_ray["shards"]
-    assert done == 2 * 4 * 4  # models, parts, shards
+    assert done == 2 * 5 * 4  # models, parts, shards
     assert evaluate(folders, out) == before
     assert no_ray["shards"] == done
     third = evaluate(folders, out, names=("one", "two", "wide"))
-    assert no_ray["shards"] == done + 4 * 4
+    assert no_ray["shards"] == done + 5 * 4
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert third["models"][:2] == before["models"]
     assert len(third["differences"]) == 3
@@ -237,7 +237,7 @@ def test_drafts_of_a_column_go_before_those_of_a_model(folders, tmp_path, no_ray
 def test_single_model_without_given_drafts_has_no_foreign_probe(folders, tmp_path, no_ray):
     found = evaluate(folders, tmp_path / "out", names=("one",))
     assert found["foreign"] is None
-    assert set(found["models"][0]["splits"]["held"]["probes"]) == {"keep", "quality", "majority", "parallel"}
+    assert set(found["models"][0]["splits"]["held"]["probes"]) == {"keep", "quality", "majority", "parallel", "longer"}
     assert found["differences"] == []
 
 
@@ -275,7 +275,9 @@ def test_prompt_too_long_for_one_model_is_rejected_there_and_seen_in_the_counts(
     lines = rows.read_jsonl(folders / "plain.jsonl")
     rows.write_jsonl(tmp_path / "data.jsonl", [*lines[:8], {**lines[8], "draft": "ab" * 100}])
     rows.write_jsonl(tmp_path / "drafted.jsonl", [{"draft": "ab", **line} for line in rows.read_jsonl(tmp_path / "data.jsonl")])
-    found = evaluate(folders, tmp_path / "out", "--data", f"held={tmp_path}/drafted.jsonl", names=("one",))
+    found = evaluate(
+        folders, tmp_path / "out", "--data", f"held={tmp_path}/drafted.jsonl", "engine.max_rejected_fraction=0.2", names=("one",)
+    )
     assert found["models"][0]["splits"]["held"]["probes"]["foreign"]["n"] == 8
     assert found["models"][0]["usage"]["foreign"]["num_rejected"] == 1
     folder = next((tmp_path / "out" / "models").iterdir()) / "foreign" / "generations"
