@@ -93,7 +93,7 @@ def test_one_command_gives_one_table_one_json_and_one_page_of_both_models(done):
     for model in found["models"]:
         held = model["splits"]["held"]
         assert [figures["n"] for figures in held["rounds"].values()] == [20, 20, 20]
-        assert set(held["probes"]) == {"foreign", "keep", "quality", "majority", "parallel"}
+        assert set(held["probes"]) == {"foreign", "keep", "quality", "majority", "parallel", "longer"}
     assert found["foreign"] == "y1 of before"
     for part in ("y3 - y1", "after - before", "kept correct %", "equal tokens", "evaluation.html"):
         assert part in said
