@@ -193,8 +193,12 @@ def ask_pool(batch: dict, actors: list[Any], pool: PoolOptions, stage: str, spec
     shard = int(batch["shard"][0])
     told = json.loads(batch["told"][0])
     if "error" not in told:
+        index = shard % len(actors)
         try:
-            told = {"stats": watched(actors[shard % len(actors)], shard % len(actors), shard, pool, stage, spec)}
+            told = {"stats": watched(actors[index], index, shard, pool, stage, spec)}
+        except StalledError as error:
+            ray.kill(actors[index])  # for good: nobody else waits for it in vain
+            told = {"error": pack(error)}
         except EvolveError as error:
             told = {"error": pack(error)}
         except ray.exceptions.RayActorError as error:
@@ -260,11 +264,12 @@ def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[in
             num_cpus=0.01,
             compute=ray.data.TaskPoolStrategy(size=min(2 * step.pool.actors, len(todo))),
         )
-    for row in dataset.iter_rows():
-        told = json.loads(row["told"])
+    # Without prefetching: a shard is told at once, not when the one after it is done, which may be never.
+    for batch in dataset.iter_batches(batch_size=1, prefetch_batches=0):
+        told = json.loads(batch["told"][0])
         if "error" in told:
             raise unpack(told["error"])
-        on_shard(int(row["shard"]), told["stats"])
+        on_shard(int(batch["shard"][0]), told["stats"])
 
 
 def call_all(actors: Actors, spec: Any, verb: str, *arguments: Any) -> list[Any]:

@@ -1,6 +1,8 @@
 """Workers that die of a row, hang, or die with finished work in hand; on a real Ray with fake engines and scorers."""
 
+import contextlib
 import os
+import time
 
 import psutil
 import pytest
@@ -60,8 +62,21 @@ def test_an_actor_that_hangs_every_time_ends_the_run_and_names_stage_and_shard(m
         draft(context)
     assert caught.value.exit_code == 7
     assert len(list(marks.iterdir())) == 2
-    stopped = [process for process in psutil.process_iter(["status", "uids"]) if process.info["status"] == psutil.STATUS_STOPPED]
-    assert [p.pid for p in stopped if "Host" in " ".join(p.cmdline())] == [], "a stopped actor was left behind"
+    deadline = time.monotonic() + 60
+    while left := stopped_actors():
+        assert time.monotonic() < deadline, f"stopped actors were left behind: {left}"
+        time.sleep(0.5)
+
+
+def stopped_actors():
+    """Actors of this test's Ray that SIGSTOP holds."""
+    family = psutil.Process().children(recursive=True)
+    found = []
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() == psutil.STATUS_STOPPED and "ray::Host" in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return found
 
 
 def test_a_scorer_that_dies_with_its_scores_in_hand_gives_equal_scores(twin, folder, tmp_path):
