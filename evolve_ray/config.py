@@ -214,13 +214,20 @@ class Preferences:
 
 @dataclass(frozen=True)
 class Trainer:
-    """The Ray Train worker group. `deepspeed` is merged into the DeepSpeed configuration."""
+    """The Ray Train worker group. `deepspeed` is merged into the DeepSpeed configuration.
+
+    `forward`: the sequences of a pair are read as a `tree`, in which what they share is computed once, packed up to
+    `max_tokens` tokens (padding counted) and `micro_pairs` pairs a forward; or `separate`, a row each, `micro_pairs` pairs
+    a forward. The log-probabilities are the same.
+    """
 
     workers: int = option(1, low=1)
     use_gpu: bool = option(False)
     cpus_per_worker: float = option(1.0, low=0.0, runtime=True)
     checkpoint_steps: int = option(50, low=1, runtime=True)
     max_failures: int = option(3, low=0, runtime=True)
+    forward: str = option("tree", choices=("tree", "separate"))
+    max_tokens: int = option(16384, low=1)
     gradient_checkpointing: bool = option(False)
     deepspeed: dict = option({})
     env: dict = option({}, runtime=True)
