@@ -131,11 +131,11 @@ def pack(
     are filled up with shorter ones; with `one_row` a forward is one long row, for attention that skips what is masked.
     """
     units = join_keys(groups, keys, max_tokens, max_groups)
-    every = [sequence.context + sequence.response for group in groups for sequence in group if sequence.response]
-    trunk = num_shared(min(every), max(every)) if every else 0  # all rows hold these once, for example a system prompt
+    read = [(*s.context, *s.response)[:-1] for group in groups for s in group if s.response]
+    trunk = num_shared(min(read), max(read)) if read else 0  # a row holds these once, for example a system prompt
     forwards = []
     while units:
-        longest = units[0][0]
+        longest = max(1, units[0][0])
         width = max(longest, max_tokens) if one_row else longest
         free = [width - trunk] * max(1, max_tokens // width)
         rows: list[list[int]] = [[] for _ in free]
