@@ -21,9 +21,9 @@ def steps_of_trl(
         from trl import DPOConfig, DPOTrainer
     except ImportError:
         raise UserError("--only: the rows against TRL need TRL, which is not installed; install the extra dev") from None
+    import datasets
     import torch
-    from datasets import Dataset
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
 
     rows = [
         {"prompt": [{"role": "user", "content": pair["prompt"]}]}
@@ -52,7 +52,10 @@ def steps_of_trl(
             max_grad_norm=0.0, gradient_checkpointing=False, train_sampling_strategy="sequential", disable_tqdm=True,
             precompute_ref_log_probs=True,
         )  # fmt: skip
-        DPOTrainer(
-            model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=chat().tokenizer,
+        datasets.disable_progress_bars()
+        trainer = DPOTrainer(
+            model=model, args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=chat().tokenizer,
             callbacks=[Between()],
-        ).train()  # fmt: skip
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
