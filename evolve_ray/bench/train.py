@@ -23,6 +23,7 @@ from evolve_ray.tree import Forward, Sequence, pack
 
 NAMES = ("evolve_tree_vs_separate", "dpo_vs_trl", "memory_vs_trl", "memory_vs_full_logits")
 SIX = tuple(REFERENCE.names[1:])
+Spent = tuple[float, float]  # wall and CPU seconds
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -156,24 +157,36 @@ def evolve(given: argparse.Namespace) -> Row:
 def in_turns(name: str, given: argparse.Namespace, sides: dict[str, Callable], pairs: int, counts: dict[str, Any]) -> Row:
     """Seconds of the second side over those of the first, step by step, after one step of each that is not timed."""
     work = {side: step() for side, step in sides.items()}
-    spent: dict[str, list[float]] = {side: [] for side in sides}
+    spent: dict[str, list[Spent]] = {side: [] for side in sides}
     for _ in range(given.repeats):
         for side, step in sides.items():
-            spent[side].append(seconds(given, step))
+            with Watch(given) as watch:
+                step()
+            spent[side].append(watch.spent)
     return ratio(name, spent, pairs, counts | work)
 
 
-def ratio(name: str, spent: dict[str, list[float]], pairs: int, counts: dict[str, Any]) -> Row:
+def ratio(name: str, spent: dict[str, list[Spent]], pairs: int, counts: dict[str, Any]) -> Row:
+    """Of wall seconds; that of CPU seconds, which a loaded machine disturbs less, is among the counts."""
     ours, theirs = spent.values()
-    speeds = {f"{side}, pairs/s": round(pairs * len(times) / sum(times), 3) for side, times in spent.items()}
-    return Row(name, "x", [b / a for a, b in zip(ours, theirs, strict=True)], speeds | counts)
+    speeds = {f"{side}, pairs/s": round(pairs * len(times) / sum(wall for wall, _ in times), 3) for side, times in spent.items()}
+    on_cpu = [round(b / a, 3) for (_, a), (_, b) in zip(ours, theirs, strict=True)]
+    return Row(name, "x", [b / a for (a, _), (b, _) in zip(ours, theirs, strict=True)], speeds | {"CPU ratios": on_cpu} | counts)
 
 
-def seconds(given: argparse.Namespace, step: Callable) -> float:
-    begun = time.perf_counter()
-    step()
-    synchronise(given)
-    return time.perf_counter() - begun
+class Watch:
+    """`with Watch(given) as watch`: then `watch.spent` are the wall and CPU seconds inside."""
+
+    def __init__(self, given: argparse.Namespace):
+        self.given = given
+
+    def __enter__(self) -> "Watch":
+        self.begun = (time.perf_counter(), time.process_time())
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        synchronise(self.given)
+        self.spent: Spent = (time.perf_counter() - self.begun[0], time.process_time() - self.begun[1])
 
 
 def synchronise(given: argparse.Namespace) -> None:
@@ -263,21 +276,22 @@ def against_trl(given: argparse.Namespace, vocabulary: int, layers: int, *, memo
 
     pairs = preferences(given, given.dpo_pairs * (given.repeats + 1))
     policy = Policy(given, options_of.Training(objective="dpo"), random_llama(given, vocabulary, layers), ("chosen", "rejected"))
-    spent: dict[str, list[float]] = {"ours": [], "TRL": []}
+    spent: dict[str, list[Spent]] = {"ours": [], "TRL": []}
     peaks: dict[str, list[int]] = {"ours": [], "TRL": []}
     work: list[dict[str, Any]] = []
 
-    def ours(step: int, took: float, peak: int) -> None:
+    def ours(step: int, took: Spent, peak: int) -> None:
         batch = [group for _, group in pairs[step * given.dpo_pairs : (step + 1) * given.dpo_pairs]]
-        with Peak(given) if memory else NoPeak() as own:
-            own_time = seconds(given, lambda: work.append(policy.by_trees(batch)))
+        with Peak(given) if memory else NoPeak() as own, Watch(given) as watch:
+            work.append(policy.by_trees(batch))
         if step:  # the first step of each side warms up
-            spent["ours"].append(own_time)
+            spent["ours"].append(watch.spent)
             spent["TRL"].append(took)
             peaks["ours"].append(own.bytes)
             peaks["TRL"].append(peak)
 
-    steps_of_trl(given, random_llama(given, vocabulary, layers), [row for row, _ in pairs], ours, Peak if memory else NoPeak)
+    watches = (Watch, Peak if memory else NoPeak)
+    steps_of_trl(given, random_llama(given, vocabulary, layers), [row for row, _ in pairs], ours, watches)
     counts = {"parameters": policy.model.num_parameters(), "ours": work[-1], "TRL": padded(given, [g for _, g in pairs])}
     if not memory:
         return ratio("dpo_vs_trl", spent, given.dpo_pairs, counts)

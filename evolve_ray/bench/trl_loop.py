@@ -2,7 +2,6 @@
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,11 @@ from evolve_ray.errors import UserError
 
 
 def steps_of_trl(
-    given: argparse.Namespace, model: Any, pairs: list[dict[str, str]], between: Callable[[int, float, int], None], peak: Any
+    given: argparse.Namespace,
+    model: Any,
+    pairs: list[dict[str, str]],
+    between: Callable[[int, tuple[float, float], int], None],
+    watches: tuple[Any, Any],
 ) -> None:
     """Trains `model` on rows of `prompt`, `chosen` and `rejected`; after each step `between(step, seconds, peak bytes)`.
 
@@ -22,7 +25,6 @@ def steps_of_trl(
     except ImportError:
         raise UserError("--only: the rows against TRL need TRL, which is not installed; install the extra dev") from None
     import datasets
-    import torch
     from transformers import PrinterCallback, TrainerCallback
 
     rows = [
@@ -33,16 +35,14 @@ def steps_of_trl(
 
     class Between(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            self.peak = peak(given)
+            self.watch, self.peak = (kind(given) for kind in watches)
             self.peak.__enter__()
-            self.begun = time.perf_counter()
+            self.watch.__enter__()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            if given.device == "cuda":
-                torch.cuda.synchronize()
-            took = time.perf_counter() - self.begun
+            self.watch.__exit__()
             self.peak.__exit__(None, None, None)
-            between(state.global_step - 1, took, self.peak.bytes)
+            between(state.global_step - 1, self.watch.spent, self.peak.bytes)
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = DPOConfig(
