@@ -226,6 +226,9 @@ class Trainer:
     """The Ray Train worker group. `deepspeed` is merged into the DeepSpeed configuration.
 
     A training that gets on with nothing (no step, no stored step) for `stall_s` ends the run.
+    `forward`: the sequences of a pair are read as a `tree`, in which what they share is computed once, packed up to
+    `max_tokens` tokens (padding counted) and `micro_pairs` pairs a forward; or `separate`, a row each, `micro_pairs` pairs
+    a forward. The log-probabilities are the same.
     """
 
     workers: int = option(1, low=1)
@@ -234,6 +237,8 @@ class Trainer:
     checkpoint_steps: int = option(50, low=1, runtime=True)
     max_failures: int = option(3, low=0, runtime=True)
     stall_s: float = option(7200.0, above=0.0, runtime=True)
+    forward: str = option("separate", choices=("tree", "separate"))
+    max_tokens: int = option(16384, low=1)
     gradient_checkpointing: bool = option(False)
     deepspeed: dict = option({})
     env: dict = option({}, runtime=True)

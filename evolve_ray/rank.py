@@ -15,8 +15,7 @@ from typing import Any
 
 from evolve_ray import card, rows
 from evolve_ray.errors import NumericsError, UserError
-from evolve_ray.logprobs import pair_sequences, sequence_logps
-from evolve_ray.schedule import batches, learning_rate, micro_batches
+from evolve_ray.schedule import batches, learning_rate
 from evolve_ray.store import CARD, commit, read_manifest
 from evolve_ray.train import TrainSpec, deepspeed_config
 
@@ -31,7 +30,7 @@ class Rank:
         import torch
         from ray.train.torch import get_device
 
-        from evolve_ray import objective
+        from evolve_ray import forwards, objective
         from evolve_ray.chat import Chat
 
         self.torch, self.deepspeed = torch, deepspeed
@@ -44,6 +43,12 @@ class Rank:
         self.pairs = rows.read_table(Path(spec.pairs))
         self.batches = batches(len(self.pairs), spec.training, seed=spec.seed, iteration=spec.iteration)
         self.engine: Any = None
+        given = (spec, self.chat, self.pairs, self.objective.needs, self.rank, self.world, self.device)
+        self.trees = spec.trainer.forward == "tree" and not self.objective.scores
+        if self.trees:
+            self.reader: Any = forwards.Trees(*given, self.agree)
+        else:
+            self.reader = (forwards.Scores if self.objective.scores else forwards.Separate)(*given)
         deepspeed.init_distributed(
             dist_backend="nccl" if spec.trainer.use_gpu else "gloo", auto_mpi_discovery=False, verbose=False
         )
@@ -54,6 +59,8 @@ class Rank:
 
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
         from transformers.integrations import HfDeepSpeedConfig
+
+        from evolve_ray import tree_check
 
         if self.engine is not None:
             self.engine.destroy()
@@ -69,8 +76,12 @@ class Rank:
             model.gradient_checkpointing_enable()
         model.train()
         parameters = None if frozen else model.parameters()
-        self.engine, *_ = self.deepspeed.initialize(model=model, model_parameters=parameters, config=ds_config)
+        self.model, read = model, tree_check.tree_model(model, self.device) if self.trees else model
+        self.engine, *_ = self.deepspeed.initialize(model=read, model_parameters=parameters, config=ds_config)
         self.folder = folder
+        if self.trees:
+            self.reader.config = model.config
+            self.reader.chunked = not any(self.agree([not tree_check.prove(self.engine, read, self.device)]))
 
     def run(self) -> None:
         import ray.train
@@ -93,33 +104,6 @@ class Rank:
         ray.train.report({"num_steps": len(self.batches), **log[-1]})
         self.export(log)
 
-    def values(self, indices: list[int], needs: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """`{name: B}` of the given pairs: log-probabilities, or scores where a reward model is trained.
-
-        And, beside log-probabilities, the response tokens (at least 1) of the chosen and rejected answers: `{"chosen": B, ...}`.
-        """
-        if self.objective.scores:
-            values_BN, lengths = self.scores(indices, needs), {}
-        else:
-            built = [pair_sequences(self.chat, self.spec.template, self.pairs[index], needs) for index in indices]
-            sequences = [part[name] for part in built for name in needs]
-            values_BN = sequence_logps(self.engine, sequences, self.chat.pad_id, self.device)
-            counts = {name.partition("_after_")[0]: [len(part[name].response) for part in built] for name in needs}
-            lengths = {name: self.torch.tensor(count, device=self.device).clamp(min=1) for name, count in counts.items()}
-        values_BN = values_BN.view(len(indices), len(needs))
-        return {name: values_BN[:, position] for position, name in enumerate(needs)}, lengths
-
-    def scores(self, indices: list[int], needs: tuple[str, ...]) -> Any:
-        """The reward model's scores of the given answers, pair by pair."""
-        from evolve_ray.scorers import classify
-
-        turns = [
-            ({"role": "user", "content": self.pairs[i]["prompt"]}, {"role": "assistant", "content": self.pairs[i][name]})
-            for i in indices
-            for name in needs
-        ]
-        return classify(self.engine, [self.chat.context_ids(messages, generate=False) for messages in turns], self.device)
-
     def update(self, step: int, reference: dict[str, Any]) -> dict[str, float]:
         """One optimiser update; returns its metrics, the same on every rank."""
         torch = self.torch
@@ -128,14 +112,16 @@ class Rank:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         sums: dict[str, float] = {}
-        for micro in micro_batches(batch, self.rank, self.training, self.world):
-            indices = [row for row, _ in micro]
-            weights = torch.tensor([weight for _, weight in micro], device=self.device)
-            policy, lengths = self.values(indices, self.objective.needs)
+        parts = self.reader.parts(batch)
+        for number, part in enumerate(parts):
+            indices = [row for row, _ in part.pairs]
+            weights = torch.tensor([weight for _, weight in part.pairs], device=self.device)
+            self.engine.set_gradient_accumulation_boundary(number == len(parts) - 1)
+            policy, lengths = self.reader.values(self.engine, part)
             given = {name: values[indices].to(self.device) for name, values in reference.items()}
             loss_B, metrics = self.total(self.objective, policy, given, lengths, self.training)
             self.stop_if_not_finite(loss_B, step, indices)
-            # DeepSpeed divides by the number of micro-batches and averages over ranks; `weights` undo both.
+            # DeepSpeed divides by the micro-batches of its configuration and averages over ranks; `weights` undo both.
             self.engine.backward((loss_B * weights).sum())
             self.engine.step()
             real = weights > 0
@@ -158,6 +144,12 @@ class Rank:
         self.torch.distributed.all_reduce(moved)
         values.copy_(moved)
 
+    def agree(self, values: list[int]) -> list[int]:
+        """The greatest over all ranks, number by number."""
+        moved = self.torch.tensor(values, device=self.device)
+        self.torch.distributed.all_reduce(moved, op=self.torch.distributed.ReduceOp.MAX)
+        return moved.tolist()
+
     def stop_if_not_finite(self, loss_B: Any, step: int, indices: list[int]) -> None:
         """All ranks stop together, before the backward pass, if any rank's loss is not finite."""
         bad = self.torch.tensor([float((~loss_B.isfinite()).any())], dtype=self.torch.float64)
@@ -176,7 +168,7 @@ class Rank:
     def reference(self) -> dict[str, Any]:
         """`{name: logps_P}` of all pairs under the reference policy: read if committed, else computed.
 
-        Computed with the very micro-batches of the training loop, and through the same engine where the reference is the
+        Computed with the very forwards of the training loop, and through the same engine where the reference is the
         model that this phase starts from: then the policy's log-probabilities before the first update are these, bit by bit
         up to the order of a batched sum. Another reference model is loaded first and makes room: one model in memory.
         """
@@ -208,10 +200,9 @@ class Rank:
         epoch = self.batches[: math.ceil(len(self.pairs) / self.training.batch_pairs)]
         with torch.no_grad():
             for batch in epoch:
-                for micro in micro_batches(batch, self.rank, self.training, self.world):
-                    indices = [row for row, _ in micro]
-                    logps, _ = self.values(indices, names)
-                    for position, (row, weight) in enumerate(micro):
+                for part in self.reader.parts(batch):
+                    logps, _ = self.reader.values(self.engine, part)
+                    for position, (row, weight) in enumerate(part.pairs):
                         if weight:
                             values[row] = torch.stack([logps[name][position] for name in names]).double().cpu()
         self.all_reduce(values)
@@ -265,7 +256,7 @@ class Rank:
     def export(self, log: list[dict]) -> None:
         """Gathers the parameters one by one and commits a Hugging Face folder."""
         torch = self.torch
-        model = self.engine.module
+        model = self.model
         state = {}
         for name, parameter in model.named_parameters():
             with self.deepspeed.zero.GatheredParameters([parameter]):

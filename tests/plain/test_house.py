@@ -20,6 +20,7 @@ HEAVY = ("matplotlib", "ray", "torch", "vllm", "deepspeed", "transformers", "dat
 PLAIN = [
     "strict",
     "schedule",
+    "tree",
     "config",
     "rows",
     "store",

@@ -13,6 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.plain.conftest import tiny_model
+
+__all__ = ["tiny_model"]
+
 ROOT = Path(__file__).resolve().parents[2]
 # The tiny recipe with less of everything: the same parts, a model that has learned little.
 SMALL = [

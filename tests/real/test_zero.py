@@ -14,7 +14,7 @@ import json, sys
 from pathlib import Path
 import numpy as np
 import ray
-from evolve_ray import config, rank, train
+from evolve_ray import config, logprobs, rank, train
 from evolve_ray.refine import load_template
 from evolve_ray.store import Run, Stage
 
@@ -25,16 +25,17 @@ def probed(given):
     class Probe(rank.Rank):
         def export(self, log):
             gathered = {}
-            for name, parameter in self.engine.module.named_parameters():
+            for name, parameter in self.model.named_parameters():
                 with self.deepspeed.zero.GatheredParameters([parameter]):
                     gathered[name] = parameter.detach().float().numpy().copy()
-            partitioned = sum(not parameter.ds_persist for parameter in self.engine.module.parameters())
+            partitioned = sum(not parameter.ds_persist for parameter in self.model.parameters())
             if self.rank == 0:
                 np.savez(Path(self.spec.run.root) / "gathered.npz", **gathered)
                 (Path(self.spec.run.root) / "partitioned").write_text(str(partitioned))
             super().export(log)
 
     rank.Rank = Probe
+    logprobs.CHUNK_TOKENS = 50  # so that tiny pairs need several chunks
     train.worker(given)  # in the rank's own process this is the product's function
 
 train.worker = probed
@@ -59,9 +60,14 @@ else:
 
 def train_small(small, tmp_path, *overrides: str, out: str = "out", reference: str = "") -> dict:
     given = small.run / "iteration-01" / "pairs" / "pairs.parquet"
-    pairs = tmp_path / "pairs.parquet"
-    rows.write_table(pairs, rows.read_table(given)[:17], rows.PAIR)  # a ragged last batch
     model = small.run / "iteration-00" / "checkpoint"
+    return train_pairs(model, rows.read_table(given)[:17], tmp_path, *overrides, out=out, reference=reference)
+
+
+def train_pairs(model, table: list[dict], tmp_path, *overrides: str, out: str = "out", reference: str = "") -> dict:
+    """Two ranks on 17 pairs: a ragged last batch."""
+    pairs = tmp_path / "pairs.parquet"
+    rows.write_table(pairs, table, rows.PAIR)
     command = [sys.executable, "-c", SCRIPT, str(model), reference or str(model), str(pairs), str(tmp_path / out), *overrides]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400)
     assert result.stdout.strip(), result.stderr[-3000:]
@@ -109,6 +115,48 @@ def test_batch_1_times_accumulation_8_is_batch_8_times_accumulation_1(small, tra
     one, eight = (np.load(folder / "gathered.npz") for folder in folders)
     for name in one.files:  # AdamW's first steps have the size of the rate, whatever the gradient's
         assert np.abs(one[name] - eight[name]).max() < 2e-5, name
+
+
+def uneven_pairs() -> list[dict]:
+    """17 pairs whose forwards differ from rank to rank: many lengths, three pairs a prompt, empty and equal answers."""
+    table = []
+    for number in range(17):
+        prompt, answers = f"sort:{'dcba' * (number // 3 % 4)}x{number // 3}", ("ab" * (number * 7 % 23), "ba" * (number * 5 % 11))
+        made = dict.fromkeys(rows.PAIR.names) | {"pair_id": f"p{number}", "prompt_id": prompt, "prompt": prompt}
+        made |= {
+            "chosen": answers[0],
+            "rejected": answers[number % 5 > 0],
+            "chosen_finished": True,
+            "rejected_finished": number % 2 == 0,
+        }
+        table.append(made)
+    return table
+
+
+def test_trees_on_two_ranks_have_the_losses_and_the_weights_of_separate_forwards(tiny_model, tmp_path):
+    """Few tokens a forward and a chunk: the ranks differ in forwards and in chunks, and must wait for each other."""
+    import numpy as np
+
+    both = (*SIXTEEN, "training.nll=0.1", "training.micro_pairs=4")
+    kinds = {"tree": ("trainer.forward=tree", "trainer.max_tokens=300"), "separate": ("trainer.forward=separate",)}
+    logs, weights, references = {}, {}, {}
+    for kind, own in kinds.items():
+        assert train_pairs(tiny_model, uneven_pairs(), tmp_path, *both, *own, out=kind)["kind"] is None
+        logs[kind] = rows.read_jsonl(tmp_path / kind / "checkpoint" / "training_log.jsonl")
+        weights[kind] = np.load(tmp_path / kind / "gathered.npz")
+        references[kind] = rows.read_table(tmp_path / kind / "reference" / "reference.parquet")
+        assert int((tmp_path / kind / "partitioned").read_text()) > 0
+    assert len(logs["tree"]) == 2
+    for tree, separate in zip(logs["tree"], logs["separate"], strict=True):
+        assert tree.keys() == separate.keys()
+        assert tree["loss"] == pytest.approx(separate["loss"], rel=1e-5)
+        assert tree["gradient_norm"] == pytest.approx(separate["gradient_norm"], rel=1e-4)
+    for tree, separate in zip(references["tree"], references["separate"], strict=True):
+        assert [tree[name] for name in rows.REFERENCE.names[1:]] == pytest.approx(
+            [separate[name] for name in rows.REFERENCE.names[1:]], rel=1e-5, abs=1e-5
+        )
+    for name in weights["tree"].files:
+        assert np.abs(weights["tree"][name] - weights["separate"][name]).max() < 2e-5, name
 
 
 def test_another_reference_model_is_computed_through_zero_3_and_recorded(small, place, tmp_path):

@@ -1,0 +1,32 @@
+"""Rows of a benchmark: a figure with its range, and the counts that explain it."""
+
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """`values` are the repeats of one figure; `counts` hold what was done beside how long it took."""
+
+    name: str
+    unit: str
+    values: list[float]
+    counts: dict[str, Any] = field(default_factory=dict)
+
+
+def as_json(row: Row) -> dict[str, Any]:
+    figures = {"median": statistics.median(row.values), "low": min(row.values), "high": max(row.values)}
+    return {"name": row.name, **figures, "unit": row.unit, "repeats": len(row.values), "counts": row.counts}
+
+
+def as_text(made: list[Row]) -> str:
+    """One line a row with median and range, then its counts."""
+    width = max(len(row.name) for row in made)
+    lines = []
+    for row in made:
+        figures = as_json(row)
+        shown = f"{figures['median']:.3g} {row.unit} [{figures['low']:.3g}, {figures['high']:.3g}] of {len(row.values)}"
+        lines.append(f"{row.name:{width}}  {shown}")
+        lines += [f"{'':{width}}    {name}: {value}" for name, value in row.counts.items()]
+    return "\n".join(lines)

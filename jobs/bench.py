@@ -1,0 +1,14 @@
+"""Measures this package against plainer ways and other libraries: `python jobs/bench.py train [--json FILE] [--device cuda]`.
+
+Both sides of a ratio run in turns in one process, so that a machine's mood falls on both. Sizes are options; see --help.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from evolve_ray.bench import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
