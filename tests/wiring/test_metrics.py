@@ -1,6 +1,7 @@
 """The metrics of a real Ray at the port that its own Prometheus configuration names."""
 
 import time
+import types
 import urllib.request
 
 import pytest
@@ -35,9 +36,9 @@ def ray_port():
 
 def test_actors_and_driver_are_seen_by_prometheus(ray_port, tmp_path):
     ray, url = ray_port
-    actor = ray.remote(Host).options(num_cpus=0).remote(Counting, "engines")
+    actor = ray.remote(Host).options(num_cpus=0).remote(Counting, name="engines")
     for shard in range(2):
-        ray.get(actor.call.remote("spec", "commit_shard", shard))
+        ray.get(actor.call.remote(types.SimpleNamespace(work=str(tmp_path)), "commit_shard", shard))
     run = Run(tmp_path)
     follower = Follower(run, "watched", Metrics())
     run.event("stage_start", stage="checkpoint", iteration=1)
