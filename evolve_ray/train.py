@@ -124,8 +124,10 @@ def worker(config: dict) -> None:
     kept = Path(config["error"])
     if kept.exists():
         return
+    from evolve_ray import builds
     from evolve_ray.rank import Rank
 
+    builds.settle()
     try:
         Rank(config["spec"]).run()
     except RuntimeError:

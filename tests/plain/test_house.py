@@ -58,6 +58,7 @@ PLAIN = [
     "evaluate_driver",
     "explain",
     "answers",
+    "builds",
     "judge",
     "alpaca",
     "arena_hard",

@@ -1,0 +1,48 @@
+"""What a killed build leaves behind blocks nobody, and a living one is not disturbed."""
+
+import subprocess
+import sys
+
+from evolve_ray import builds
+from tests.plain.processes import ROOT
+
+RANK = "import sys\nfrom pathlib import Path\nfrom evolve_ray import builds\nbuilds.settle(Path(sys.argv[1]))\n"
+
+
+def rank(folder, more=""):
+    return subprocess.Popen(
+        [sys.executable, "-c", RANK + more, str(folder)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def build(folder):
+    left = folder / "operator" / "lock"
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.touch()
+    return left
+
+
+def test_lock_of_a_killed_build_is_taken_away(tmp_path):
+    left = build(tmp_path)
+    assert rank(tmp_path).wait(20) == 0
+    assert not left.exists()
+
+
+def test_build_of_a_living_rank_is_left_alone_and_that_of_a_killed_one_is_not(tmp_path):
+    living = rank(tmp_path, "print('here', flush=True)\nsys.stdin.read()\n")
+    assert living.stdout.readline() == "here\n"
+    left = build(tmp_path)
+    assert rank(tmp_path).wait(20) == 0
+    assert left.exists()
+    living.kill()
+    living.communicate()
+    assert rank(tmp_path).wait(20) == 0
+    assert not left.exists()
+
+
+def test_folder_that_the_user_named_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "theirs"))
+    assert builds.settle() == tmp_path / "theirs"
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert builds.settle() == tmp_path / "cache" / "evolve-ray" / "operators"
