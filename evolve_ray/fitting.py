@@ -96,7 +96,7 @@ def changes(config: Config, cluster: Cluster, phase: str, shape: Shape) -> Itera
     if phase == "training":
         if config.trainer.gradient_checkpointing is False:
             yield set_to("trainer", gradient_checkpointing=True)
-        if getattr(config.trainer, "forward", "tree") == "separate":
+        if config.trainer.forward == "separate":
             yield set_to("trainer", forward="tree")
         if config.training.micro_pairs > 1:
             yield set_to("training", micro_pairs=1)

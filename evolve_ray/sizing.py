@@ -73,11 +73,11 @@ def forward_tokens(config: Config, training: Training) -> int:
     nodes |= {name.partition("_after_")[2] for name in names if "_after_" in name}
     beyond = max(0, len(nodes) + sum("_after_" in name for name in names) - 2)
     pair = config.model.context_tokens + beyond * config.sampling.max_tokens
-    return max(pair, getattr(config.trainer, "max_tokens", 0))
+    return max(pair, config.trainer.max_tokens)
 
 
 def reads_trees(config: Config, training: Training) -> bool:
-    return getattr(config.trainer, "forward", "separate") == "tree" and training.objective != "reward"
+    return config.trainer.forward == "tree" and training.objective != "reward"
 
 
 def training_memory(config: Config, training: Training, shape: Shape, cluster: Cluster) -> Memory:

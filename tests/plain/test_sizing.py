@@ -18,8 +18,8 @@ LLAMA_8B = {
 }  # fmt: skip
 NODE, FOUR = Cluster(1, 8, 80.0), Cluster(4, 8, 80.0)
 RECIPES = {1: "llama31_8b.toml", 4: "llama31_8b_4nodes.toml"}
-# Rows of their own for every sequence take the logits of all of them: contexts must be shorter then.
-SHORT = [] if hasattr(options.Trainer, "forward") else ["model.context_tokens=4096", "sampling.max_tokens=1024"]
+# Rows of their own for every sequence take the logits of all of them, which do not fit: the last test of this file.
+TREES = ["trainer.forward=tree"]
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def load(folders):
     """The 8B recipe with overrides, the shape of its model, and those of its reward models."""
 
     def load(*overrides, nodes=1):
-        config = options.load(ROOT / "jobs/recipes" / RECIPES[nodes], [*folders, *SHORT, *overrides])
+        config = options.load(ROOT / "jobs/recipes" / RECIPES[nodes], [*folders, *TREES, *overrides])
         return config, read_shape(config.model.path, "model.path"), [read_shape(config.scorer.model, "", classifier=True)]
 
     return load
@@ -221,3 +221,9 @@ def test_a_cluster_of_nothing_is_refused_by_the_parser(flag, capsys):
     with pytest.raises(SystemExit):
         driver.parse(["recipe.toml", flag, "0"])
     assert f"argument {flag}: invalid number above 0" in capsys.readouterr().err
+
+
+def test_separate_forwards_of_8192_tokens_do_not_fit_where_trees_do(load):
+    for forward, fits in (("separate", False), ("tree", True)):
+        config, shape, _ = load(f"trainer.forward={forward}")
+        assert sizing.training_memory(config, config.training, shape, NODE).fits is fits
