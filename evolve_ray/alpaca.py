@@ -34,7 +34,7 @@ def package() -> Any:
         with quiet():
             import alpaca_eval
     except ImportError as error:
-        raise UserError(f"alpaca_eval: the package is missing ({error}); pip install 'evolve-ray[eval]'") from None
+        raise UserError(f"alpaca_eval: the package is missing ({error}); pip install -e '.[eval]'") from None
     return alpaca_eval
 
 

@@ -51,10 +51,8 @@ def plan(config: Config, run: Run, cluster: Cluster | None = None) -> tuple[str,
     load_template(config.template.name, config.template.layout, config.strategy.name)
     drafts = drafts_per_prompt(config.strategy)
     prompts, longest = config.prompts.per_iteration, config.sampling.max_tokens
-    held_out = sum(rows or 0 for rows in splits(config).values())  # those that only loading tells are not in it
-    generated = prompts * responses_per_prompt(config.strategy) * longest
-    answers = held_out * (config.evaluation.rounds + config.evaluation.parallel)
-    evaluated = answers * longest
+    held_out, responses, answers = texts(config)
+    generated, evaluated = responses * longest, answers * longest
     weights = model_bytes(config)
     lines = [f"run {config.name} in {run.root}", ""]
     lines += [f"model      {config.model.path} ({config.model.dtype}, context {config.model.context_tokens} tokens)"]
@@ -80,11 +78,18 @@ def plan(config: Config, run: Run, cluster: Cluster | None = None) -> tuple[str,
     return "\n".join(lines), ResourceError(f"the recipe does not fit: {faults[0]}{more}") if faults else None
 
 
+def texts(config: Config) -> tuple[int, int, int]:
+    """(held-out prompts, responses that an iteration generates, answers of its evaluation); what only loading tells counts 0."""
+    held_out = sum(rows or 0 for rows in splits(config).values())
+    responses = config.prompts.per_iteration * responses_per_prompt(config.strategy)
+    return held_out, responses, held_out * (config.evaluation.rounds + config.evaluation.parallel)
+
+
 def check_space(config: Config, run: Run) -> None:
     """Refuses to start what would not fit on the disk: the tables and checkpoints to come, and one stored step of training."""
-    drafts = config.prompts.per_iteration * responses_per_prompt(config.strategy)
-    drafts += sum(rows or 0 for rows in splits(config).values()) * (config.evaluation.rounds + config.evaluation.parallel)
-    tables, weights = drafts * config.sampling.max_tokens * CHARACTERS_PER_TOKEN, model_bytes(config) or 0
+    _, responses, answers = texts(config)
+    tables = (responses + answers) * config.sampling.max_tokens * CHARACTERS_PER_TOKEN
+    weights = model_bytes(config) or 0
     to_do = sum(not (run.iteration(number) / "checkpoint").exists() for number in range(1, config.iterations + 1))
     needed = to_do * (tables + weights) + (STEP_BYTES * weights if to_do else 0)
     free = shutil.disk_usage(run.root).free

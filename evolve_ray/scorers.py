@@ -169,7 +169,7 @@ class MathMatch:
 
     def __init__(self) -> None:
         if importlib.util.find_spec("math_verify") is None:
-            raise UserError("verifier.name: 'math' needs the package math-verify; install evolve-ray[eval]")
+            raise UserError("verifier.name: 'math' needs the package math-verify; pip install -e '.[eval]'")
         self._child: Any = None
 
     def __call__(self, prompts: list[str], answers: list[str | None], responses: list[str]) -> list[float]:

@@ -187,7 +187,7 @@ class Trackers:
             if found is None or found.origin is None:  # a folder named wandb is no package
                 raise UserError(
                     f"trackers.use: {name!r} needs the package {PACKAGES[name]}, which is not installed; "
-                    "pip install evolve-ray[track], or leave it out"
+                    "pip install -e '.[track]', or leave it out"
                 )
 
     def start(self) -> None:

@@ -318,7 +318,7 @@ def test_json_list_is_read_as_prompts(place):
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "alpaca_eval", None)
-    with pytest.raises(UserError, match=r"alpaca_eval: the package is missing .*pip install 'evolve-ray\[eval\]'"):
+    with pytest.raises(UserError, match=r"alpaca_eval: the package is missing .*pip install -e '\.\[eval\]'"):
         alpaca.package()
 
 

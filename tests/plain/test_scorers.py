@@ -200,7 +200,7 @@ def test_process_that_cannot_judge_is_no_verdict(monkeypatch):
 
 def test_math_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setattr(scorers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"verifier\.name: 'math' needs .* install evolve-ray\[eval\]"):
+    with pytest.raises(UserError, match=r"verifier\.name: 'math' needs .* install -e '\.\[eval\]'"):
         build_verifier(config.Verifier(name="math"))
 
 

@@ -18,8 +18,6 @@ LLAMA_8B = {
 }  # fmt: skip
 NODE, FOUR = Cluster(1, 8, 80.0), Cluster(4, 8, 80.0)
 RECIPES = {1: "llama31_8b.toml", 4: "llama31_8b_4nodes.toml"}
-# Rows of their own for every sequence take the logits of all of them, which do not fit: the last test of this file.
-TREES = ["trainer.forward=tree"]
 
 
 @pytest.fixture
@@ -36,7 +34,7 @@ def load(folders):
     """The 8B recipe with overrides, the shape of its model, and those of its reward models."""
 
     def load(*overrides, nodes=1):
-        config = options.load(ROOT / "jobs/recipes" / RECIPES[nodes], [*folders, *TREES, *overrides])
+        config = options.load(ROOT / "jobs/recipes" / RECIPES[nodes], [*folders, *overrides])
         return config, read_shape(config.model.path, "model.path"), [read_shape(config.scorer.model, "", classifier=True)]
 
     return load

@@ -280,7 +280,7 @@ def test_damaged_count_is_told_and_ends_no_run(loop):
 def test_missing_package_is_refused_before_anything_starts(loop, monkeypatch, origin):
     spec = None if origin is None else type("Spec", (), {"origin": None})
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: spec)
-    with pytest.raises(UserError, match=r"trackers\.use: 'tensorboard' needs the package tensorboardX.*evolve-ray\[track\]"):
+    with pytest.raises(UserError, match=r"trackers\.use: 'tensorboard' needs the package tensorboardX.*-e '\.\[track\]'"):
         loop.go()
 
 
