@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import time
 
 import pytest
 
@@ -232,6 +233,7 @@ def test_wandb_is_offline_and_a_resumed_run_adds_a_part_with_the_rest(loop):
     counted = json.loads((loop.run.root / "trackers.json").read_bytes())["wandb"]["rows"]
     assert sum(count for _, count in counted) == 10
     (loop.run.root / "trackers.json").write_text(json.dumps({"wandb": {"attempt": 0, "where": "", "rows": counted[:-1]}}))
+    time.sleep(1.1)  # the client names a part by the second; two drivers are further apart than that
     loop.go(use)
     parts = sorted((loop.run.root / "wandb").glob("offline-run-*"))
     assert len(parts) == 2
