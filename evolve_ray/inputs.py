@@ -53,6 +53,7 @@ class Context:
     held_out: Manifest | None = None
     pools: Pools = field(default_factory=Pools)
     trackers: Trackers = field(default_factory=Trackers)
+    told: str = ""  # the stage that was said last: one with two parts is said once
 
     def stage(self, final: Path, name: str, key: dict, inputs: dict[str, str]) -> Stage:
         """The stage at `final` for these inputs; with --rerun-changed, what stands there for others is put aside."""
@@ -65,7 +66,10 @@ class Context:
 
     @contextlib.contextmanager
     def timed(self, stage: str, iteration: int | None) -> Iterator[None]:
-        self.say(f"  {stage}" if iteration is None else f"  iteration {iteration}: {stage}")
+        line = f"  {stage}" if iteration is None else f"  iteration {iteration}: {stage}"
+        if line != self.told:
+            self.say(line)
+        self.told = line
         with self.run.timed(stage, iteration):
             yield
 

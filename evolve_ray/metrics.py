@@ -150,7 +150,7 @@ class Follower:
                 self._tell_shards(event.get("num_shards") or self.total)
             elif event["event"] == "training":
                 for figure, value in event.items():
-                    if figure not in EVENT_FIELDS:
+                    if figure not in EVENT_FIELDS and isinstance(value, int | float):  # the step's key is a text
                         self.metrics.set("evolve_training", value, run=self.name, figure=figure)
 
     def begin(self, event: dict[str, Any]) -> None:

@@ -1,9 +1,13 @@
 """The files of cluster/: KubeRay's fields, a head that does no work, one image and one Ray everywhere, no secret in them."""
 
+import http.server
+import json
 import os
 import re
 import stat
 import subprocess
+import sys
+import threading
 import tomllib
 
 import pytest
@@ -180,3 +184,49 @@ def test_slurm_outside_of_a_job_says_how_to_submit(slurm):
 
 def test_scripts_are_executable():
     assert all(path.stat().st_mode & stat.S_IXUSR for path in CLUSTER.glob("*.sh"))
+
+
+class Prometheus(http.server.BaseHTTPRequestHandler):
+    """Answers every query with one series, but for `empty`, which it has nothing on."""
+
+    empty = "no such metric"
+
+    def do_GET(self):
+        found = [] if self.empty in self.path else [{"metric": {"kind": "prompt"}, "values": [[1.0, "2.5"], [2.0, "NaN"]]}]
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"data": {"result": found}}).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def panels(*arguments):
+    return subprocess.run([sys.executable, CLUSTER / "panels.py", *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("empty", "code"), [("no such metric", 0), ("learning_rate", 1)])
+def test_panels_are_asked_and_drawn_without_grafana_and_an_empty_one_is_said(tmp_path, monkeypatch, empty, code):
+    monkeypatch.setattr(Prometheus, "empty", empty)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Prometheus) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        command = [
+            sys.executable,
+            CLUSTER / "panels.py",
+            f"http://127.0.0.1:{server.server_port}",
+            "--picture",
+            tmp_path / "panels.png",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        server.shutdown()
+    assert done.returncode == code, done.stderr
+    assert f"{0 if code else 1:4} series  Learning rate" in done.stdout
+    assert (tmp_path / "panels.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_panels_say_that_no_prometheus_answers():
+    done = subprocess.run(
+        [sys.executable, CLUSTER / "panels.py", "http://127.0.0.1:9"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: http://127.0.0.1:9: ")

@@ -22,6 +22,7 @@ class Told(dict):
         return (name, *(tags[tag] for tag in METRICS[name][2]))
 
     def set(self, name, value, **tags):
+        assert isinstance(value, int | float)  # as Ray demands
         self[self.key("gauge", name, tags)] = value
 
     def count(self, name, value, **tags):
@@ -46,7 +47,7 @@ def test_stages_shards_and_steps_become_gauges(follower):
     assert (told["evolve_shards", "r", "done"], told["evolve_shards", "r", "waiting"]) == (1, 3)
     run.event("stage_end", stage="generations", iteration=2, seconds=1.0)
     run.event("stage_start", stage="checkpoint", iteration=2)
-    run.event("training", iteration=2, num_steps=9, step=3, num_pairs=8, loss=0.5, loss_dpo=0.25, learning_rate=1e-6)
+    run.event("training", iteration=2, key="a1b2", num_steps=9, step=3, num_pairs=8, loss=0.5, loss_dpo=0.25, learning_rate=1e-6)
     follower.look()
     assert told["evolve_stage", "r", "generations"] == 0
     assert told["evolve_stage", "r", "checkpoint"] == 1
