@@ -210,3 +210,12 @@ def test_the_checkpoint_loads_as_it_is_and_names_its_lineage(small):
     assert AutoTokenizer.from_pretrained(folder).chat_template
     assert model.generation_config.eos_token_id is not None
     assert "evolve-ray" in Path(folder / "README.md").read_text()
+
+
+def test_the_log_names_every_stage_once_and_holds_no_traceback(small):
+    lines = small.log.read_text().splitlines()
+    assert not [line for line in lines if "Traceback" in line or "Exception" in line]
+    stages = [line for line in lines if line.startswith("  iteration ")]
+    assert "  iteration 1: generations" in stages
+    assert len(stages) == len(set(stages))
+    assert len(lines) <= 100
