@@ -3,18 +3,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-fast test-faults check install lock clean cluster-check cluster-smoke
+.PHONY: demo test test-fast test-long test-faults check install lock clean cluster-check cluster-smoke
 
 demo: install
 	@$(BIN)/python jobs/iterate.py jobs/recipes/tiny.toml
 
 test: check test-fast
-	@$(BIN)/python -m pytest tests/browser tests/real
+	@$(BIN)/python -m pytest tests/wiring tests/browser tests/real
 
 # What needs no Ray runs on all cores; tests with a Ray of their own come one by one.
 test-fast: install
 	@$(BIN)/python -m pytest -n auto tests/plain tests/tensors
-	@$(BIN)/python -m pytest tests/wiring
+
+# What would take the tests over twenty minutes: controllers, shipped recipes, foreign models, hanging actors.
+test-long: install
+	@$(BIN)/python -m pytest -m long tests/wiring tests/real
 
 # Kills and stops processes of real runs; an hour on two cores. KILLS and SEED are those of the soak.
 KILLS ?= 5

@@ -229,6 +229,8 @@ class Trainer:
     `forward`: the sequences of a pair are read as a `tree`, in which what they share is computed once, packed up to
     `max_tokens` tokens (padding counted) and `micro_pairs` pairs a forward; or `separate`, a row each, `micro_pairs` pairs
     a forward. The log-probabilities are the same.
+    `lora_rank` (0: all weights are trained): adapters are trained and merged at the end of each training; a reward model is
+    always trained whole.
     """
 
     workers: int = option(1, low=1)
@@ -240,6 +242,8 @@ class Trainer:
     forward: str = option("separate", choices=("tree", "separate"))
     max_tokens: int = option(16384, low=1)
     gradient_checkpointing: bool = option(False)
+    lora_rank: int = option(0, low=0)
+    lora_alpha: int = option(32, low=1)
     deepspeed: dict = option({})
     env: dict = option({}, runtime=True)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import signal
@@ -196,6 +197,10 @@ def check_plugs(config: Config) -> None:
             find_plug({}, name, field_name)
     if config.verifier and config.verifier.name in VERIFIERS:
         build_verifier(config.verifier)
+    if config.trainer.lora_rank and importlib.util.find_spec("peft") is None:
+        raise UserError(
+            "trainer.lora_rank: needs the package peft; pip install -e '.[lora]', or leave it out to train all weights"
+        )
 
 
 class Prompter:

@@ -49,6 +49,8 @@ class Rank:
             self.reader: Any = forwards.Trees(*given, self.agree)
         else:
             self.reader = (forwards.Scores if self.objective.scores else forwards.Separate)(*given)
+        # An all-reduce for inference, which no training calls; DeepSpeed would compile it now, for a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(
             dist_backend="nccl" if spec.trainer.use_gpu else "gloo", auto_mpi_discovery=False, verbose=False
         )
@@ -60,7 +62,7 @@ class Rank:
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
         from transformers.integrations import HfDeepSpeedConfig
 
-        from evolve_ray import tree_check
+        from evolve_ray import adapters, tree_check
 
         if self.engine is not None:
             self.engine.destroy()
@@ -75,7 +77,9 @@ class Rank:
         if self.spec.trainer.gradient_checkpointing and not frozen:
             model.gradient_checkpointing_enable()
         model.train()
-        parameters = None if frozen else model.parameters()
+        if self.spec.trainer.lora_rank and not frozen and not self.objective.scores:
+            adapters.adapt(model, self.spec.trainer, self.spec.seed)
+        parameters = None if frozen else [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.model, read = model, tree_check.tree_model(model, self.device) if self.trees else model
         self.engine, *_ = self.deepspeed.initialize(model=read, model_parameters=parameters, config=ds_config)
         self.folder = folder
@@ -255,19 +259,22 @@ class Rank:
 
     def export(self, log: list[dict]) -> None:
         """Gathers the parameters one by one and commits a Hugging Face folder."""
+        from evolve_ray import adapters
+
         torch = self.torch
         model = self.model
         state = {}
-        for name, parameter in model.named_parameters():
-            with self.deepspeed.zero.GatheredParameters([parameter]):
+        for name, parts, scale in adapters.merged(model):
+            with self.deepspeed.zero.GatheredParameters(parts):
                 if self.rank == 0:
-                    state[name] = parameter.detach().to("cpu", copy=True)
+                    state[name] = adapters.merge(parts, scale)
         if self.rank == 0:
             for name, value in state.items():
                 if not value.isfinite().all():
                     raise NumericsError(f"export: the parameter {name} is not finite; nothing was committed; lower learning_rate")
+            held = model.state_dict()
             for name, buffer in model.named_buffers():
-                if name in model.state_dict():
+                if name in held:
                     state[name] = buffer.detach().cpu()
             stage = self.spec.checkpoint
             work = stage.work

@@ -42,6 +42,11 @@ class Shape:
         head = self.hidden if self.classifier else 0 if self.tied else self.vocabulary * self.hidden
         return self.vocabulary * self.hidden + head + self.layers * (projections + biases + 2 * self.hidden) + self.hidden
 
+    def adapters(self, rank: int) -> int:
+        """Parameters of LoRA adapters of all linear layers but the head."""
+        sides = 4 * self.hidden + 2 * self.attention + 2 * self.cache + 3 * (self.hidden + self.intermediate)
+        return self.layers * rank * sides
+
     @property
     def largest(self) -> int:
         """Parameters of the largest single module."""

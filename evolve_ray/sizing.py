@@ -90,9 +90,12 @@ def training_memory(config: Config, training: Training, shape: Shape, cluster: C
     width, tokens, vocabulary = BYTES[config.model.dtype], forward_tokens(config, training), shape.vocabulary
     share = shape.parameters / config.trainer.workers
     zero = config.trainer.deepspeed.get("zero_optimization") or {}
-    states = STATES[config.model.dtype] * share
+    trained = share
+    if config.trainer.lora_rank and training.objective != "reward":
+        trained = shape.adapters(config.trainer.lora_rank) / config.trainer.workers
+    states = STATES[config.model.dtype] * trained + width * (share if trained != share else 0)
     if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
-        states = 2 * width * share
+        states = width * (share + trained)
     live = min(zero.get("stage3_max_live_parameters", MAX_LIVE), shape.parameters)
     buckets = min(zero.get("reduce_bucket_size", REDUCE_BUCKET), shape.parameters)
     gathered = 2 * width * shape.largest + width * (live + buckets)
@@ -108,7 +111,7 @@ def training_memory(config: Config, training: Training, shape: Shape, cluster: C
     else:
         responses = training.micro_pairs * len(sequences(training)) * config.sampling.max_tokens
         logits = vocabulary * (2 * width * tokens + (width + 8) * responses)
-    step = 8 * min(zero.get("sub_group_size", SUB_GROUP), share)  # float32 gradients and temporaries, when all else is gone
+    step = 8 * min(zero.get("sub_group_size", SUB_GROUP), trained)  # float32 gradients and temporaries, when all else is gone
     parts = (
         ("states", states / GIB),
         ("gathered layers, buckets", gathered / GIB),

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "toy.base_steps=40", "toy.num_train=300", "toy.num_heldout=24", "toy.num_out_of_domain=8", "toy.num_triples=192",
     "prompts.per_iteration=64", "engine.shard_prompts=16", "ray.dashboard=false", "trainer.checkpoint_steps=2",
+    "engine.actors=1",
 ]  # fmt: skip
 
 
@@ -77,6 +78,7 @@ def start(run: Path, *arguments: str, recipe: str = "tiny") -> Command:
         *arguments,
     ]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= {"CC": "/bin/false", "CXX": "/bin/false"}  # nothing is compiled on the machine of a user
     with open(log, "wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
     return Command(run, process, log)
@@ -90,8 +92,8 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def small(place) -> Command:
-    """An undisturbed run of one iteration."""
-    command = start(place / "small", *SMALL, "--iterations", "1")
+    """An undisturbed run of one iteration. It has two engines; the others have one and must make the same pairs."""
+    command = start(place / "small", *SMALL, "engine.actors=2", "--iterations", "1")
     assert command.wait() == 0
     return command
 

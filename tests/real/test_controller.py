@@ -3,7 +3,11 @@
 import json
 import shutil
 
+import pytest
+
 from tests.real.conftest import SMALL, fork, start
+
+pytestmark = pytest.mark.long
 
 
 def report_of(run):

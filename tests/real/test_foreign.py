@@ -7,6 +7,8 @@ import pytest
 from evolve_ray import rows
 from tests.real.conftest import start
 
+pytestmark = pytest.mark.long
+
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|stop|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"

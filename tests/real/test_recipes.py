@@ -10,6 +10,8 @@ from evolve_ray.models import content_hash
 from evolve_ray.store import read_manifest
 from tests.real.conftest import SMALL, fork, start
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def refreshed(small):

@@ -1,6 +1,7 @@
 """What ZeRO-3 holds is what the checkpoint says: parameters bit by bit, and numbers that are not finite stop all ranks."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -69,7 +70,8 @@ def train_pairs(model, table: list[dict], tmp_path, *overrides: str, out: str = 
     pairs = tmp_path / "pairs.parquet"
     rows.write_table(pairs, table, rows.PAIR)
     command = [sys.executable, "-c", SCRIPT, str(model), reference or str(model), str(pairs), str(tmp_path / out), *overrides]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400)
+    environment = {**os.environ, "CC": "/bin/false", "CXX": "/bin/false"}  # nothing is compiled
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400, env=environment)
     assert result.stdout.strip(), result.stderr[-3000:]
     return json.loads(result.stdout.strip().splitlines()[-1])
 
@@ -190,3 +192,25 @@ def test_the_training_log_counts_every_pair_of_its_iteration(small, folder):
     log = rows.read_jsonl(small.run / "iteration-01" / "checkpoint" / "training_log.jsonl")
     table = rows.read_table(small.run / "iteration-01" / folder / f"{folder}.parquet")
     assert sum(row["num_pairs"] for row in log) == 2 * len(table)  # two epochs
+
+
+def test_adapters_are_trained_on_two_ranks_and_leave_a_plain_model(tiny_model, tmp_path):
+    """Trees, checkpointing, an optimiser in the CPU's memory and LoRA together: they must not know of each other."""
+    import numpy as np
+    from transformers import AutoModelForCausalLM
+
+    offload = "trainer.deepspeed.zero_optimization.offload_optimizer.device=cpu"
+    together = ("trainer.forward=tree", "trainer.max_tokens=300", "trainer.gradient_checkpointing=true", offload)
+    lora = ("trainer.lora_rank=4", "training.learning_rate=1e-3", "training.epochs=4")
+    assert train_pairs(tiny_model, uneven_pairs(), tmp_path, *SIXTEEN, *together, *lora)["kind"] is None
+    log = rows.read_jsonl(tmp_path / "out" / "checkpoint" / "training_log.jsonl")
+    assert log[0]["loss_dpo"] == pytest.approx(np.log(2), abs=1e-6), "an adapter begins as nothing"
+    assert log[-2]["loss_dpo"] < 0.65  # the last steps of an epoch are single pairs
+    folders = (tiny_model, tmp_path / "out" / "checkpoint")
+    before, after = (AutoModelForCausalLM.from_pretrained(folder, dtype="float32").state_dict() for folder in folders)
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not np.array_equal(before[name].numpy(), after[name].numpy())}
+    assert moved == {name for name in before if name.endswith("_proj.weight")}
+    for name in moved:
+        change = np.linalg.svd((after[name] - before[name]).numpy(), compute_uv=False)
+        assert change[4] < 1e-4 * change[0], f"{name} changed by more than rank 4"

@@ -195,6 +195,12 @@ def test_verifier_that_cannot_be_made_is_refused_before_anything_starts(recipe):
         inputs.check_plugs(options.load(recipe(), answers))
 
 
+def test_adapters_without_their_package_are_refused_before_anything_starts(recipe, monkeypatch):
+    monkeypatch.setattr(inputs.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"trainer\.lora_rank: needs the package peft; pip install -e '\.\[lora\]'"):
+        inputs.check_plugs(options.load(recipe(), ["trainer.lora_rank=8"]))
+
+
 def test_faults_of_all_files_are_told_at_once(prepare, tmp_path):
     triples = tmp_path / "triples.jsonl"
     triples.write_text('{"prompt": "p"}\n')

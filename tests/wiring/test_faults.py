@@ -49,6 +49,7 @@ def test_a_prompt_that_always_kills_its_worker_is_rejected_by_name_and_the_other
     assert prompt in (context.run.iteration(1) / "rejected.jsonl").read_text()
 
 
+@pytest.mark.long
 def test_a_hanging_actor_is_ended_and_its_shard_done_by_the_next(twin, marked):
     context, _, marks = marked('engine.env.FAKE_HANGS="1"', "engine.stall_s=20")
     _, _, pairs = draft(context)
@@ -56,6 +57,7 @@ def test_a_hanging_actor_is_ended_and_its_shard_done_by_the_next(twin, marked):
     assert pairs.path("pairs.parquet").read_bytes() == twin[2].path("pairs.parquet").read_bytes()
 
 
+@pytest.mark.long
 def test_an_actor_that_hangs_every_time_ends_the_run_and_names_stage_and_shard(marked):
     context, _, marks = marked('engine.env.FAKE_HANGS="99"', "engine.stall_s=20", "engine.max_restarts=1")
     with pytest.raises(StalledError, match=r"generations: shard 2: .* no progress for 20 s, 2 times") as caught:
