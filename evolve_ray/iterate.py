@@ -137,7 +137,7 @@ def write_pairs(
 ) -> Manifest:  # fmt: skip
     """Pairs of every prompt (of the first `limit`) whose drafts have been scored, shard by shard."""
     work = stage.start()
-    counts = {"num_in": 0, "num_rows": 0, "num_used": 0, "num_rejected": 0}
+    counts: dict[str, Any] = {"num_in": 0, "num_rows": 0, "num_used": 0, "num_rejected": 0}
     with (
         pq.ParquetWriter(work / "pairs.parquet", rows.PAIR, compression="zstd") as writer,
         open(work / "rejected.jsonl", "wb") as rejected,
