@@ -31,13 +31,13 @@ GENERATION = pa.schema(
         ("split", pa.string()),
         ("sample", pa.int64()),  # which independent sample or chain, from 0
         ("round", pa.int64()),  # y1 is round 1
-        ("kind", pa.string()),  # "answer", or "critique" for a step on the way to one
-        ("parent_id", pa.string()),  # the draft that this one refines; null in round 1
-        ("text", pa.string()),
-        ("finish_reason", pa.string()),  # "stop", or "length" for a cut answer
+        ("kind", pa.string()),  # "answer", "critique" for a step on the way to one, "skipped" for a round that was left out
+        ("parent_id", pa.string()),  # the draft that this one refines, or that ended its chain; null in round 1
+        ("text", pa.string()),  # empty where the round was left out
+        ("finish_reason", pa.string()),  # "stop", "length" for a cut answer; "unchanged" or "right" where it was left out
         ("num_prompt_tokens", pa.int64()),
         ("num_tokens", pa.int64()),
-        ("seed", pa.int64()),  # null for a draft that came with its prompt
+        ("seed", pa.int64()),  # null for a draft that came with its prompt, and for a round that was left out
         ("model", pa.string()),  # content hash of the model that wrote it; null likewise
     ]
 )

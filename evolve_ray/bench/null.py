@@ -31,3 +31,6 @@ class NullEngine:
             time.sleep(self.service_s)
         text = TEXTS[seed % 2]
         return [Completion(request_id, text, len(text) + 1, len(prompt_ids), 0, "stop")]
+
+    def counts(self) -> dict[str, int]:
+        return {}
