@@ -12,6 +12,8 @@ from evolve_ray.store import write_atomic
 
 COMMANDS = {
     "train": "training steps: trees, memory, TRL",
+    "generate": "chains against rounds with barriers and against one flat batch, on vLLM",
+    "iteration": "the share of an iteration outside of engines and training",
     "scale": "cost against size, and engines side by side, without a model",
 }
 

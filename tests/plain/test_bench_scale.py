@@ -19,8 +19,8 @@ def test_growth_is_that_of_the_largest_size_against_the_cheapest_of_the_smaller_
     made = scale.growth([[spent(10, 4.0, peak_mib=3.0), spent(100, 20.0, peak_mib=9.0), spent(1000, 220.0, peak_mib=5.0)]], 100.0)
     found = {row.name: row.values for row in made}
     assert found == {
-        "scale_time_growth": [pytest.approx(1.1)], "scale_driver_mib": [9.0], "scale_report_s": [1.0], "scale_files_per_shard": [6.0],
-        "scale_bytes_growth": [1.0],
+        "scale_time_growth": [pytest.approx(1.1)], "scale_driver_mib": [9.0], "scale_report_s": [1.0],
+        "scale_files_per_shard": [6.0], "scale_bytes_growth": [1.0],
     }  # fmt: skip
 
 
