@@ -163,6 +163,7 @@ class Generator(ShardWorker):
         return generated, rejected, stats
 
     def verify(self, prompt: dict, text: str) -> float:
+        assert self.verifier is not None
         return checked("verifier", self.verifier, [prompt["prompt"]], [prompt["answer"]], [text])[0]
 
     def encode(self, ask: Ask) -> list[int]:
