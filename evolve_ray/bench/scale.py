@@ -9,6 +9,7 @@
 
 import argparse
 import contextlib
+import datetime
 import functools
 import os
 import shutil
@@ -73,6 +74,7 @@ class Spent:
     pairs: int = 0
     shards: int = 0
     peak_mib: float = 0.0
+    first_s: float = 0.0  # until the first shard was done
 
     @property
     def each(self) -> float:
@@ -148,12 +150,20 @@ def one_run(root: Path, config: options_of.Config, pools: Any) -> Spent:
             models[-1]["drift"] = measure.measure_drift(context, 1, made, None, models[:1])
         with timed(spent, "report"):
             report.write(run, options_of.resolved(config), models)
+    spent.first_s = first_shard_s(tables.read_jsonl(run.root / "events.jsonl"))
     sizes = [path.stat().st_size for path in run.root.rglob("*") if path.is_file()]
     spent.files, spent.num_bytes, spent.largest = len(sizes), sum(sizes), max(sizes)
     spent.driver_cpu_s, spent.peak_mib = time.process_time() - cpu, memory[0]
     spent.pairs, spent.shards = chosen.stats["num_rows"], drafts.stats["num_shards"]
     shutil.rmtree(run.root)
     return spent
+
+
+def first_shard_s(events: list[dict[str, Any]]) -> float:
+    """Seconds from the start of the pipeline until its first shard was done: what it takes to get under way."""
+    started = next(event["time"] for event in events if event["event"] == "stage_start")
+    done = next(event["time"] for event in events if event["event"] == "shard")
+    return (datetime.datetime.fromisoformat(done) - datetime.datetime.fromisoformat(started)).total_seconds()
 
 
 def letters(number: int) -> str:
@@ -235,29 +245,34 @@ def actor_rows(given: argparse.Namespace, root: Path) -> list[Row]:
     from evolve_ray.shards import Pools
 
     size, service_s = 16, given.service_ms / 1000
-    took: dict[int, list[float]] = {number: [] for number in given.actors}
+    took: dict[int, list[Spent]] = {number: [] for number in given.actors}
     for number in given.actors:
         engine = {"actors": number, "shard_prompts": size, "args": {"service_s": service_s}}
         pools = Pools()
         one_run(root, recipe(root, given, 2 * number * size, **engine), pools)
         for _ in range(given.repeats):
-            spent = one_run(root, recipe(root, given, number * given.shards_each * size, **engine), pools)
-            took[number].append(spent.seconds["drafts and scores"])
+            took[number].append(one_run(root, recipe(root, given, number * given.shards_each * size, **engine), pools))
         for name in ("engines", "scorers"):
             pools.close(name)
     return side_by_side(took, size * ROUNDS * given.shards_each, service_s)
 
 
-def side_by_side(took: dict[int, list[float]], requests_each: int, service_s: float) -> list[Row]:
+def side_by_side(took: dict[int, list[Spent]], requests_each: int, service_s: float) -> list[Row]:
     """Each engine has the same work, so its seconds alone over those of many side by side are the share of the ideal."""
-    alone = statistics.median(took[min(took)])
+    seconds = {number: [spent.seconds["drafts and scores"] for spent in runs] for number, runs in took.items()}
+    alone = statistics.median(seconds[min(took)])
     made = []
-    for number, seconds in took.items():
+    for number, runs in took.items():
+        each = statistics.median(seconds[number])
         counts = {
             "requests of an engine": requests_each,
-            "requests/s": round(number * requests_each / statistics.median(seconds), 2),
-            "share of its time in which an engine served": round(requests_each * service_s / statistics.median(seconds), 3),
+            "requests/s": round(number * requests_each / each, 2),
+            "seconds": round(each, 2),
+            "of these serving": round(requests_each * service_s, 2),
+            "until the first shard was done": round(statistics.median(spent.first_s for spent in runs), 2),
+            "of these serving it": round(requests_each * service_s * number / runs[0].shards, 2),
+            "driver CPU": round(statistics.median(spent.driver_cpu_s for spent in runs), 2),
         }
         unit = f"of {number} times {min(took)}" if number > min(took) else "of itself"
-        made.append(Row(f"scale_{number}_actors", unit, [alone / value for value in seconds], counts))
+        made.append(Row(f"scale_{number}_actors", unit, [alone / value for value in seconds[number]], counts))
     return made

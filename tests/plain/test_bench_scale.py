@@ -25,12 +25,28 @@ def test_growth_is_that_of_the_largest_size_against_the_cheapest_of_the_smaller_
 
 
 def test_engines_side_by_side_are_held_against_one_alone():
-    made = scale.side_by_side({1: [10.0], 2: [10.0], 8: [12.5, 10.0, 20.0]}, requests_each=400, service_s=0.02)
+    took = {1: [10.0], 2: [10.0], 8: [12.5, 10.0, 20.0]}
+    runs = {
+        number: [scale.Spent(1, {"drafts and scores": seconds}, shards=10) for seconds in some] for number, some in took.items()
+    }
+    made = scale.side_by_side(runs, requests_each=400, service_s=0.02)
     assert [row.name for row in made] == ["scale_1_actors", "scale_2_actors", "scale_8_actors"]
     assert made[-1].values == [0.8, 1.0, 0.5]
     assert as_json(made[-1])["median"] == 0.8
-    assert made[-1].counts["requests/s"] == 256.0
-    assert made[-1].counts["share of its time in which an engine served"] == 0.64
+    counts = made[-1].counts
+    assert (counts["requests/s"], counts["seconds"], counts["of these serving"]) == (256.0, 12.5, 8.0)
+
+
+def test_the_pipeline_is_under_way_when_its_first_shard_is_done():
+    at = [
+        ("06.000", "driver_start"),
+        ("07.000", "stage_start"),
+        ("09.250", "shard"),
+        ("10.000", "shard"),
+        ("11.000", "stage_start"),
+    ]
+    events = [{"event": kind, "time": f"2026-01-01T00:00:{second}+00:00"} for second, kind in at]
+    assert scale.first_shard_s(events) == 2.25
 
 
 def test_every_prompt_of_the_sizes_is_another_one():
