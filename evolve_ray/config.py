@@ -73,13 +73,20 @@ class Template:
 
 @dataclass(frozen=True)
 class Strategy:
-    """What a generation strategy asks of the model for one prompt."""
+    """What a generation strategy asks of the model for one prompt.
+
+    `stop_unchanged` and `stop_right` are of `chain`, in the generation of training data alone: it ends where a refinement
+    equals its draft, or where the verifier gives a draft its full mark (1.0). Rounds that are left out are rows of kind
+    `skipped`, which are neither scored nor selected.
+    """
 
     name: str = option("chain", choices=("chain", "parallel", "few_shot", "critique", "best_of"), plug=True)
     rounds: int = option(4, low=1)
     samples: int = option(4, low=1)  # of `parallel`, and of each round of `best_of`
     shots: int = option(3, low=1)  # earlier responses that `few_shot` shows
     show: str = option("last", choices=("last", "best"))  # which of them
+    stop_unchanged: bool = option(False)
+    stop_right: bool = option(False)
 
 
 @dataclass(frozen=True)

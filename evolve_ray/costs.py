@@ -206,12 +206,16 @@ STAGE = {
     "num_tokens": "tokens generated",
     "num_prompt_tokens": "prompted",
     "num_cached_tokens": "from cache",
+    "num_saved_tokens": "saved by stopping",
+    "num_guessed_tokens": "guessed",
+    "num_accepted_tokens": "guessed right",
     "num_engine_steps": "engine steps",
     "num_updates": "updates",
     "engine_seconds": "engine s",
     "start_seconds": "start s",
     "idle_seconds": "idle s",
     "score_seconds": "scoring s",
+    "train_seconds": "training s",
 }
 
 

@@ -3,6 +3,7 @@
 The drafts were written by the policy that the iteration started from. One shard's texts are in memory at a time.
 """
 
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -15,20 +16,23 @@ VERSION = 1
 DIVERSITY_PROMPTS = 1000  # distinct-2 falls with the size of the sample, so every iteration's is of as many prompts
 
 
-def figures(shards: Iterable[tuple[list[dict], list[dict]]], pairs: list[dict]) -> dict[str, Any]:
+def figures(shards: Iterable[tuple[list[dict], list[dict]]], pairs: Iterable[dict]) -> dict[str, Any]:
     """Figures of drafts, their scores and the pairs that were selected from them; `shards` gives (drafts, scores) of each.
+
+    Drafts and pairs come in the same order of prompts, so that those of one shard are in memory at a time.
 
     Lengths are in tokens; rates and shares are from 0 to 1; correlations are Pearson's, null where one side is constant,
     over all drafts and `within_prompt` (deviations from the prompt's mean). `truth` is null without a verifier. In it
     `pair_order` counts pairs of one prompt's drafts: ordered by the scorer as by the verifier, the other way round, or alike
     though the verifier tells them apart. `labels` counts selected pairs whose chosen draft is truly better, equal, worse.
     """
-    paired = {pair[member] for pair in pairs for member in ("chosen_id", "rejected_id")}
-    correct_of: dict[str, float] = {}  # of the drafts in pairs
     counts: Counter[str] = Counter()
+    winning: Counter[int] = Counter()
     rounds: dict[int, Counter[str]] = defaultdict(Counter)
     texts: dict[int, list[str]] = defaultdict(list)
-    columns: dict[str, list[float]] = {name: [] for name in ("prompt", "score", "correct", "tokens")}
+    columns = {name: array("d") for name in ("prompt", "score", "correct", "tokens")}
+    left = iter(pairs)
+    pair = next(left, None)
     for drafts, scores in shards:
         score_of = {row["draft_id"]: row for row in scores}
         for group in by_prompt(drafts):
@@ -37,13 +41,19 @@ def figures(shards: Iterable[tuple[list[dict], list[dict]]], pairs: list[dict]) 
                 for draft in group:
                     texts[draft["round"]].append(draft["text"])
             scored = [{**draft, **score_of[draft["draft_id"]]} for draft in group if draft["draft_id"] in score_of]
-            correct_of |= {d["draft_id"]: d["correct"] for d in scored if d["draft_id"] in paired and d["correct"] is not None}
-            count_order([d for d in scored if d["correct"] is not None], counts)
-            columns["prompt"] += [counts["num_prompts"] - 1] * len(scored)
-            columns["score"] += [draft["score"] for draft in scored]
-            columns["correct"] += [np.nan if draft["correct"] is None else draft["correct"] for draft in scored]
-            columns["tokens"] += [draft["num_tokens"] for draft in scored]
-    prompt, score, correct, tokens = (np.array(columns[name], dtype=np.float64) for name in columns)
+            known = [draft for draft in scored if draft["correct"] is not None]
+            count_order(known, counts)
+            correct_of, ids = {draft["draft_id"]: draft["correct"] for draft in known}, {draft["draft_id"] for draft in group}
+            while pair is not None and pair["chosen_id"] in ids:
+                winning[pair["chosen_round"]] += 1
+                count_label(pair, correct_of, counts)
+                pair = next(left, None)
+            columns["prompt"].extend([counts["num_prompts"] - 1] * len(scored))
+            columns["score"].extend(draft["score"] for draft in scored)
+            columns["correct"].extend(np.nan if draft["correct"] is None else draft["correct"] for draft in scored)
+            columns["tokens"].extend(draft["num_tokens"] for draft in scored)
+    assert pair is None, f"pair of {pair['chosen_id']}: the pairs are not in the order of the drafts"
+    prompt, score, correct, tokens = (np.frombuffer(columns[name]) if columns[name] else np.empty(0) for name in columns)
     total: Counter[str] = sum(rounds.values(), Counter())
     return {
         "num_prompts": counts["num_prompts"],
@@ -61,9 +71,9 @@ def figures(shards: Iterable[tuple[list[dict], list[dict]]], pairs: list[dict]) 
         "cut_rate": ratio(total["cut"], total["n"]),
         "duplicate_rate": ratio(counts["duplicates"], total["n"]),
         "unchanged_rate": ratio(counts["unchanged"], counts["refinements"]),
-        "winning_rounds": {str(number): n for number, n in sorted(Counter(pair["chosen_round"] for pair in pairs).items())},
+        "winning_rounds": {str(number): n for number, n in sorted(winning.items())},
         "score_tokens": correlations(score, tokens, prompt),
-        "truth": truth(score, correct, prompt, counts, pairs, correct_of),
+        "truth": truth(score, correct, prompt, counts),
     }
 
 
@@ -102,18 +112,18 @@ def count_order(group: list[dict], counts: Counter) -> None:
     counts["scorer_ties"] += int(np.sum((true != 0) & (given == 0)))
 
 
-def truth(
-    score: np.ndarray, correct: np.ndarray, prompt: np.ndarray, counts: Counter, pairs: list[dict], correct_of: dict[str, float]
-) -> dict[str, Any] | None:
+def count_label(pair: dict, correct_of: dict[str, float], counts: Counter) -> None:
+    """Adds a selected pair by how the verifier orders its two drafts, where it knows both."""
+    if pair["chosen_id"] in correct_of and pair["rejected_id"] in correct_of:
+        order = int(np.sign(correct_of[pair["chosen_id"]] - correct_of[pair["rejected_id"]]))
+        counts[("equal", "better", "worse")[order]] += 1
+
+
+def truth(score: np.ndarray, correct: np.ndarray, prompt: np.ndarray, counts: Counter) -> dict[str, Any] | None:
     """The scorer and the selected pairs against the verifier; see `figures`."""
     known = ~np.isnan(correct)
     if not known.any():
         return None
-    labels = Counter(
-        ("equal", "better", "worse")[int(np.sign(correct_of[pair["chosen_id"]] - correct_of[pair["rejected_id"]]))]
-        for pair in pairs
-        if pair["chosen_id"] in correct_of and pair["rejected_id"] in correct_of
-    )
     return {
         "pair_order": {
             "share": ratio(counts["agree"], counts["agree"] + counts["disagree"]),
@@ -121,8 +131,8 @@ def truth(
         },
         "score_correct": correlations(score[known], correct[known], prompt[known]),
         "labels": {
-            "accuracy": ratio(labels["better"], labels.total()),
-            **{f"num_{name}": labels[name] for name in ("better", "equal", "worse")},
+            "accuracy": ratio(counts["better"], counts["better"] + counts["equal"] + counts["worse"]),
+            **{f"num_{name}": counts[name] for name in ("better", "equal", "worse")},
         },
     }
 

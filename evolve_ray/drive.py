@@ -12,7 +12,7 @@ from evolve_ray import config as options
 from evolve_ray import rows
 from evolve_ray.chat import Chat
 from evolve_ray.errors import UserError
-from evolve_ray.refine import Ask, Draft, Given, Judge, Strategy, Template
+from evolve_ray.refine import Ask, Draft, Given, Judge, Skip, Strategy, Template, Verify
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Engine(Protocol):
 
     def step(self) -> list[Completion]: ...
 
+    def counts(self) -> dict[str, int]: ...  # what else it counted since the last call
+
 
 @dataclass(frozen=True)
 class GenerateSpec:
@@ -60,6 +62,7 @@ class GenerateSpec:
     seed: int
     scope: int | str  # the iteration, or "evaluation"
     judge: "RemoteJudge | None" = None  # the scorer, for strategies that ask it
+    verifier: options.Verifier | None = None  # likewise
 
 
 @dataclass
@@ -130,6 +133,7 @@ class Drive:
         """`encode` turns an ask into token ids; `judge` is there for strategies that ask the scorer."""
         self.engine, self.encode, self.spec, self.judge = engine, encode, spec, judge
         self.beat: Callable[[], None] = lambda: None  # called with every finished response
+        self.verify: Callable[[dict, str], float] | None = None  # what the verifier says of a prompt's response
         self.live: dict[str, tuple[Chain, Ask, int, int]] = {}
         self.judged: dict[int, Chain] = {}
         names = ("num_asks", "num_answers", "num_steps", "num_judged", "num_prompt_tokens", "num_cached_tokens", "num_tokens")
@@ -166,6 +170,15 @@ class Drive:
             chain.drafts.append(row)
             self.advance(chain, Draft(row["draft_id"], row["text"], 0, 1, None, row["finish_reason"]))
             return
+        if isinstance(asks, Verify):
+            if self.verify is None:
+                raise UserError(f"strategy.name: {spec.strategy.name!r} asks the verifier, but none is at hand here")
+            self.advance(chain, self.verify(chain.prompt, asks.draft.text))
+            return
+        if isinstance(asks, Skip):
+            self.skip(chain, asks)
+            self.advance(chain, None)
+            return
         if isinstance(asks, Judge):
             if self.judge is None:
                 raise UserError(f"strategy.name: {spec.strategy.name!r} asks for scores, but no scorer is at hand here")
@@ -193,6 +206,13 @@ class Drive:
             request_id = "/".join(map(str, (prompt_id, ask.sample, ask.round, *kind, position)))
             self.live[request_id] = (chain, ask, position, seed)
             self.engine.submit(request_id, ids, seed)
+
+    def skip(self, chain: Chain, left_out: Skip) -> None:
+        """A row for each round that is left out. It saves about the tokens of the draft that it would have refined."""
+        refined = next(row for row in chain.drafts if row["draft_id"] == left_out.draft.draft_id)
+        chain.drafts += [skipped_row(refined, number, left_out.reason) for number in left_out.rounds]
+        for name, number in (("num_skipped", 1), ("num_saved_tokens", refined["num_tokens"])):
+            self.stats[name] = self.stats.get(name, 0) + number * len(left_out.rounds)
 
     def take(self, completion: Completion) -> None:
         """A finished response becomes a row, and a draft for its strategy."""
@@ -230,6 +250,22 @@ def draft_row(completion: Completion, prompt: dict, ask: Ask, seed: int | None, 
         "num_tokens": completion.num_tokens,
         "seed": seed,
         "model": model_hash,
+    }
+
+
+def skipped_row(refined: dict, number: int, reason: str) -> dict:
+    """The row of a round that a chain left out after the draft `refined`: written by nobody, at no cost."""
+    return refined | {
+        "draft_id": rows.content_id("skipped", refined["draft_id"], number),
+        "round": number,
+        "kind": "skipped",
+        "parent_id": refined["draft_id"],
+        "text": "",
+        "finish_reason": reason,
+        "num_prompt_tokens": 0,
+        "num_tokens": 0,
+        "seed": None,
+        "model": None,
     }
 
 

@@ -167,6 +167,8 @@ def fate(draft: dict, pair: dict, also: list[dict], reason: str) -> str:
         for other in also:
             if draft["draft_id"] == other[f"{member}_id"]:
                 return f"{member} of pair {other['pair_id']}"
+    if draft["kind"] == "skipped":
+        return f"left out: the draft before it is {draft['finish_reason']}"
     return "critique" if draft["kind"] != "answer" else f"not used: {reason}"
 
 

@@ -12,11 +12,16 @@ from evolve_ray.chat import Chat
 from evolve_ray.drive import Completion, Drive, Engine, GenerateSpec
 from evolve_ray.errors import ResourceError, UserError, first_line
 from evolve_ray.refine import Ask, Strategy, find_plug
+from evolve_ray.scorers import build_verifier, checked
 from evolve_ray.shards import PoolOptions, ShardWorker
 from evolve_ray.strategies import STRATEGIES
 
 # The engine runs inside the actor's own process and is stepped by it: that is what makes the schedule reproducible.
 ENGINE_ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+GUESSED = {
+    "num_guessed_tokens": "vllm:spec_decode_num_draft_tokens",
+    "num_accepted_tokens": "vllm:spec_decode_num_accepted_tokens",
+}
 VERSION = 2
 
 
@@ -32,11 +37,12 @@ class VllmEngine:
                 dtype=spec.dtype,
                 max_model_len=spec.context_tokens,
                 max_num_seqs=spec.engine.max_num_seqs,
-                disable_log_stats=True,
+                disable_log_stats="speculative_config" not in spec.engine.args,  # where `counts` reads
                 **spec.engine.args,
             )
         except TypeError as error:
             raise UserError(f"engine.args: vLLM does not take them: {first_line(error)}") from None
+        self.counted = dict.fromkeys(GUESSED, 0)
         self.use(spec, chat)
 
     def use(self, spec: GenerateSpec, chat: Chat) -> None:
@@ -85,6 +91,15 @@ class VllmEngine:
                 )
         return done
 
+    def counts(self) -> dict[str, int]:
+        """Tokens that speculation guessed and those of them that the model accepted, since the last call; {} without it."""
+        if not self.llm.llm_engine.log_stats:
+            return {}
+        found = {metric.name: int(metric.value) for metric in self.llm.get_metrics() if metric.name in GUESSED.values()}
+        now = {name: found.get(metric, 0) for name, metric in GUESSED.items()}
+        before, self.counted = self.counted, now
+        return {name: now[name] - before[name] for name in GUESSED}
+
 
 def repack_tied_head(model: Any) -> None:
     """On CPU, vLLM computes logits from a packed copy of the output layer. If that layer is tied to the embedding, the
@@ -110,6 +125,7 @@ class Generator(ShardWorker):
         started = time.monotonic()
         self.chat = Chat(spec.model)
         self.engine = find_plug(ENGINES, spec.engine.name, "engine.name")(spec, self.chat)
+        self.verifier = build_verifier(spec.verifier) if spec.verifier else None
         self.start_seconds = time.monotonic() - started
 
     def renew(self, spec: GenerateSpec) -> None:
@@ -119,6 +135,8 @@ class Generator(ShardWorker):
             self.engine.reload(spec, self.chat)
         else:
             self.engine.use(spec, self.chat)
+        if spec.verifier != self.spec.verifier:
+            self.verifier = build_verifier(spec.verifier) if spec.verifier else None
         self.spec = spec
         self.start_seconds += time.monotonic() - started
 
@@ -132,15 +150,21 @@ class Generator(ShardWorker):
 
         drive = Drive(self.engine, self.encode, spec, spec.judge.open() if spec.judge else None)
         drive.beat = self.beat
+        drive.verify = self.verify if spec.verifier else None
         with dead_engine_ends_actor():
             generated, rejected, stats = drive.run(prompts, start)
         stats |= {"num_in": len(prompts), "engine_seconds": round(time.monotonic() - started, 3)}
+        stats |= self.engine.counts()
         stats |= {
             "start_seconds": round(self.start_seconds, 3),
             "num_cut": sum(r["finish_reason"] == "length" for r in generated),
         }
         self.start_seconds = 0.0
         return generated, rejected, stats
+
+    def verify(self, prompt: dict, text: str) -> float:
+        assert self.verifier is not None
+        return checked("verifier", self.verifier, [prompt["prompt"]], [prompt["answer"]], [text])[0]
 
     def encode(self, ask: Ask) -> list[int]:
         return self.chat.context_ids(ask.messages)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -13,13 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from evolve_ray import models, prompts, rows
 from evolve_ray.config import Config, Preferences, flatten, from_json, resolved, texts_in_view, trainings
 from evolve_ray.errors import IntegrityError, StalledError, UserError
 from evolve_ray.refine import Template, find_plug, load_template
 from evolve_ray.scorers import VERIFIERS, build_verifier, reward_model_names
 from evolve_ray.shards import Pools
-from evolve_ray.store import Manifest, Run, Stage, sha256_file, write_atomic
+from evolve_ray.store import Manifest, Run, Stage, blocks, sha256_file, write_atomic
 from evolve_ray.toy.parts import toy_parts
 from evolve_ray.trackers import Trackers
 
@@ -134,7 +137,7 @@ class Context:
         folder.mkdir(parents=True, exist_ok=True)  # iteration 0 has no stage without held-out prompts and given pairs
         order = ("held_out", "base_evaluation", "activation_pairs", "offline_pairs", "prompts", "generations", "scores", "pairs")
         parts = [folder / name / "rejected.jsonl" for name in (*order, "evaluation")]
-        write_atomic(folder / "rejected.jsonl", b"".join(part.read_bytes() for part in parts if part.exists()))
+        write_atomic(folder / "rejected.jsonl", (block for part in parts if part.exists() for block in blocks(part)))
 
 
 def settle_config(config: Config, run: Run, *, rerun_changed: bool) -> None:
@@ -209,6 +212,7 @@ class Prompter:
     def __init__(self, context: Context, toy: dict[str, str]):
         self.context, self.toy, self.config = context, toy, context.config
         self._chat: Any = None
+        self._limit: int | None = None
 
     def commit_all(self) -> None:
         """Commits everything, or names the faults of all files in one sentence each."""
@@ -263,27 +267,29 @@ class Prompter:
         room = config.model.context_tokens - texts_in_view(config.strategy) * config.sampling.max_tokens
         return room - len(self.chat.context_ids(widest))
 
-    def bounded(self, table: list[dict], path: str, allowed: float) -> tuple[list[dict], list[dict]]:
-        """Rows that fit the context; more than `allowed` of them too long is the user's to decide."""
-        limit = self.limit()
-        kept, rejected = prompts.with_token_counts(
-            table, self.count, limit, field="model.context_tokens - the responses in view * sampling.max_tokens - the template"
-        )
-        if len(rejected) > allowed * len(table):
-            shown = "; ".join(f"{row['file']}:{row['line']}: {row['reason']}" for row in rejected[: prompts.MAX_SHOWN])
+    def fitting(self, table: list[dict]) -> tuple[list[dict], list[dict]]:
+        """(rows that fit the context, with their tokens; rejected ones)."""
+        self._limit = self.limit() if self._limit is None else self._limit
+        field = "model.context_tokens - the responses in view * sampling.max_tokens - the template"
+        return prompts.with_token_counts(table, self.count, self._limit, field=field)
+
+    def check_loss(self, too_long: list[dict], num_rows: int, path: str) -> None:
+        """More than the allowed fraction of prompts too long is the user's to decide."""
+        if len(too_long) > self.config.prompts.max_rejected_fraction * num_rows:
+            shown = "; ".join(f"{row['file']}:{row['line']}: {row['reason']}" for row in too_long[: prompts.MAX_SHOWN])
             raise UserError(
-                f"{path}: {len(rejected)} of {len(table)} prompts are too long: {shown}; raise model.context_tokens, lower "
+                f"{path}: {len(too_long)} of {num_rows} prompts are too long: {shown}; raise model.context_tokens, lower "
                 "sampling.max_tokens, or allow the loss with prompts.max_rejected_fraction"
             )
-        return kept, rejected
 
-    def commit(self, stage: Stage, table: list[dict], rejected: list[dict], name: str, schema: Any, num_in: int) -> Manifest:
-        rows.write_table(stage.start() / name, table, schema)
+    def commit(self, stage: Stage, table: Any, rejected: list[dict], name: str, schema: Any, num_in: int) -> Manifest:
+        """Prompts stand in row groups, so that who works on a shard reads a part of them alone."""
+        rows.write_table(stage.start() / name, table, schema, group_rows=prompts.BLOCK_ROWS if schema == rows.PROMPT else None)
         return stage.commit(rejected, num_in=num_in, num_rows=len(table))
 
     def held_out(self, final: Path | None = None) -> Manifest:
         """The prompts of every evaluation split, committed at `final` (iteration 0's held_out/)."""
-        config, part = self.config, self.config.evaluation
+        part = self.config.evaluation
         read = (
             "splits",
             "prompt_column",
@@ -310,7 +316,8 @@ class Prompter:
             num_in += len(found) + len(duplicates)
             beyond = found[part.limit :] if part.limit else []
             rejected += duplicates + [rows.reject(row, "held_out", f"beyond evaluation.limit {part.limit}") for row in beyond]
-            kept, too_long = self.bounded(found[: part.limit or None], path, config.prompts.max_rejected_fraction)
+            kept, too_long = self.fitting(found[: part.limit or None])
+            self.check_loss(too_long, len(kept) + len(too_long), path)
             rejected += too_long
             table += [{**row, "prompt_id": evaluation_id(split, row["prompt_id"])} for row in kept]
         return self.commit(stage, table, rejected, "prompts.parquet", rows.PROMPT, num_in)
@@ -358,22 +365,34 @@ class Prompter:
                     f"{part.path}: {self.config.iterations} iterations of {part.per_iteration} fresh prompts need {needed}, but "
                     f"{len(table)} are usable; lower prompts.per_iteration or iterations, or give more prompts"
                 )
+            order = prompts.fresh_order(table["prompt_id"], seed=self.config.seed)
             for number, stage in stages.items():
                 if found[number] is None:
-                    fresh = prompts.fresh_slice(table, seed=self.config.seed, iteration=number, per_iteration=part.per_iteration)
+                    fresh = prompts.fresh_slice(table, order, iteration=number, per_iteration=part.per_iteration)
                     lost = rejected if number == 1 else []
                     found[number] = self.commit(stage, fresh, lost, "prompts.parquet", rows.PROMPT, len(fresh) + len(lost))
         context.prompts = {number: manifest for number, manifest in found.items() if manifest}
 
-    def read_training(self, part: Any) -> tuple[list[dict], list[dict]]:
-        table, duplicates = prompts.read_prompts(
-            self.toy.get(part.path, part.path), prompt_column=part.prompt_column, answer_column=part.answer_column,
-            answer_pattern=part.answer_pattern, id_column=part.id_column, source_split=part.split,
-        )  # fmt: skip
+    def read_training(self, part: Any) -> tuple[pa.Table, list[dict]]:
+        """Usable training prompts as one table, which takes a fraction of the memory of as many dicts, and the rejected rows."""
         held = self.context.held_out
         texts = {row["prompt"]: row["split"] for row in rows.read_table(held.path("prompts.parquet"))} if held else {}
-        table, overlap = prompts.drop_held_out(table, texts)
-        table, too_long = self.bounded(table, part.path, part.max_rejected_fraction)
+        duplicates: list[dict] = []
+        overlap: list[dict] = []
+        too_long: list[dict] = []
+        blocks_of: list[pa.Table] = []
+        scanned = prompts.scan_prompts(
+            self.toy.get(part.path, part.path), duplicates, prompt_column=part.prompt_column, answer_column=part.answer_column,
+            answer_pattern=part.answer_pattern, id_column=part.id_column, source_split=part.split,
+        )  # fmt: skip
+        while block := list(itertools.islice(scanned, prompts.BLOCK_ROWS)):
+            kept, held_here = prompts.drop_held_out(block, texts)
+            kept, long_here = self.fitting(kept)
+            overlap += held_here
+            too_long += long_here
+            blocks_of.append(pa.Table.from_pylist(kept, schema=rows.PROMPT))
+        table = pa.concat_tables(blocks_of).combine_chunks()
+        self.check_loss(too_long, len(table) + len(too_long), part.path)
         return table, duplicates + overlap + too_long
 
 

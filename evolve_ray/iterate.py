@@ -18,7 +18,7 @@ from evolve_ray.evaluate import add_best_of, summarise
 from evolve_ray.inputs import Context, Policy
 from evolve_ray.pipeline import EVALUATION_SCOPE, Asked, generate_and_score, generate_spec, run_steps, scores_loss
 from evolve_ray.refine import find_plug
-from evolve_ray.store import Manifest, Stage
+from evolve_ray.store import Manifest, Stage, full_disk_named
 
 
 def iterate(context: Context) -> dict[str, Any]:
@@ -137,9 +137,11 @@ def write_pairs(
 ) -> Manifest:  # fmt: skip
     """Pairs of every prompt (of the first `limit`) whose drafts have been scored, shard by shard."""
     work = stage.start()
-    rejected: list[dict] = []
-    counts = {"num_in": 0, "num_rows": 0, "num_used": 0}
-    with pq.ParquetWriter(work / "pairs.parquet", rows.PAIR, compression="zstd") as writer:
+    counts: dict[str, Any] = {"num_in": 0, "num_rows": 0, "num_used": 0, "num_rejected": 0}
+    with (
+        pq.ParquetWriter(work / "pairs.parquet", rows.PAIR, compression="zstd") as writer,
+        open(work / "rejected.jsonl", "wb") as rejected,
+    ):
         for shard in range(scores.stats["num_shards"]):
             name = f"{shards.shard_name(shard)}/rows.parquet"
             score_of = {row["draft_id"]: row["score"] for row in rows.read_table(scores.path(name))}
@@ -152,6 +154,7 @@ def write_pairs(
                     f"{scores.folder}: scores {len(score_of)} drafts that {drafts.folder} does not hold; delete both"
                 )
             made: list[dict] = []
+            lost: list[dict] = []
             here = shards.read_slice(prompts.path("prompts.parquet"), shard, size)
             for prompt in here[: None if limit is None else max(0, limit - shard * size)]:
                 candidates = by_prompt.get(prompt["prompt_id"], [])
@@ -165,10 +168,14 @@ def write_pairs(
                 counts["num_in"] += len(candidates)
                 counts["num_used"] += len(used)
                 made += found
-                rejected += unused
+                lost += unused
             counts["num_rows"] += len(made)
-            writer.write_table(pa.Table.from_pylist(made, schema=rows.PAIR))
-    return stage.commit(rejected, **counts)
+            counts["num_rejected"] += len(lost)
+            with full_disk_named(work):
+                writer.write_table(pa.Table.from_pylist(made, schema=rows.PAIR))
+                rejected.writelines(rows.canonical(row) + b"\n" for row in lost)
+                rejected.flush()
+    return stage.commit(**counts)
 
 
 def fit(context: Context, iteration: int, policy: Policy, given: Manifest, training: options.Training, name: str) -> Policy:

@@ -10,8 +10,10 @@ from evolve_ray.rows import read_jsonl
 from evolve_ray.store import Manifest, Run, read_manifest
 
 TOKENS = ("num_prompt_tokens", "num_cached_tokens", "num_tokens")  # prompted, of these found in the prefix cache, generated
-TOTALS = (*TOKENS, "num_engine_steps", "num_updates", "seconds", "engine_seconds", "start_seconds", "idle_seconds",
-          "score_seconds")  # fmt: skip
+# Tokens that rounds left out would have taken, each as many as the draft before it; tokens that were guessed, and of these right.
+SPARED = ("num_saved_tokens", "num_guessed_tokens", "num_accepted_tokens")
+TOTALS = (*TOKENS, *SPARED, "num_engine_steps", "num_updates", "seconds", "engine_seconds", "start_seconds", "idle_seconds",
+          "score_seconds", "train_seconds")  # fmt: skip
 
 
 def committed_stages(run: Run) -> Iterator[tuple[int, Manifest]]:
@@ -29,7 +31,8 @@ def ledger(run: Run, actors: int) -> dict[str, Any]:
     `seconds` is wall time over all attempts. The engine's own: `engine_seconds` at work and `start_seconds` (start, new
     weights), summed over `actors` engines; `idle_seconds` is what is left of actors x wall time, Ray's start included. Drafts
     and scores are made in one pipeline, whose wall time stands at the drafts; the reference's stands at its training.
-    `num_engine_steps` are forwards of the engine, `num_updates` optimiser updates. Null: a stage has no such figure.
+    `num_engine_steps` are forwards of the engine, `num_updates` optimiser updates. `train_seconds` are those of a training's
+    reference and updates, without the start of its workers and without its files. Null: a stage has no such figure.
     """
     seconds = wall_seconds(read_jsonl(run.root / "events.jsonl"))
     lines = [line(number, manifest, seconds, actors) for number, manifest in committed_stages(run)]
@@ -56,6 +59,7 @@ def line(iteration: int, manifest: Manifest, seconds: dict[tuple[int, str], floa
         "iteration": iteration,
         "stage": name,
         **{key: manifest.stats.get(key) for key in ("num_in", "num_rows", "num_rejected", *TOKENS)},
+        **{key: added(key) for key in SPARED},
         "num_engine_steps": added("num_steps") if engine is not None else None,
         "num_updates": added("num_steps") if engine is None else None,
         "seconds": round(wall, 3),
@@ -63,6 +67,7 @@ def line(iteration: int, manifest: Manifest, seconds: dict[tuple[int, str], floa
         "start_seconds": start,
         "idle_seconds": None if engine is None else round(max(0.0, actors * wall - engine - (start or 0.0)), 3),
         "score_seconds": added("score_seconds"),
+        "train_seconds": added("train_seconds"),
     }
 
 

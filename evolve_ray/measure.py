@@ -30,8 +30,9 @@ def measure_drift(
     if manifest is None:
         with context.timed("drift", iteration):
             columns = ["chosen_id", "rejected_id", "chosen_round"]
-            pairs = pq.read_table(inputs["pairs"].path("pairs.parquet"), columns=columns).to_pylist()
-            found = drift.figures(by_shard(inputs["generations"], inputs["scores"]), pairs)
+            with pq.ParquetFile(inputs["pairs"].path("pairs.parquet")) as file:
+                pairs = (pair for batch in file.iter_batches(columns=columns) for pair in batch.to_pylist())
+                found = drift.figures(by_shard(inputs["generations"], inputs["scores"]), pairs)
             rows.write_jsonl(stage.start() / "drift.jsonl", [found])
             manifest = stage.commit(num_in=found["num_drafts"], num_rows=1)
     found = rows.read_jsonl(manifest.path("drift.jsonl"))[0]

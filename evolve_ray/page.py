@@ -44,9 +44,11 @@ def rejected_counts(run: Run) -> list[tuple[int, str, str, int]]:
     for path in sorted(run.root.glob("iteration-*/rejected.jsonl")):
         number = int(path.parent.name.removeprefix("iteration-"))
         with open(path, "rb") as file:
-            for line in file:
-                row = json.loads(line)
-                counts[number, row["stage"], NUMBERS.sub("N", row["reason"])] += 1
+            # Lines with sorted keys end alike where stage and reason are alike: millions of them are parsed once a reason.
+            ends = Counter(line[line.rfind(b',"reason":') + 1 :] for line in file)
+        for end, times in ends.items():
+            row = json.loads(end if end.startswith(b"{") else b"{" + end)
+            counts[number, row["stage"], NUMBERS.sub("N", row["reason"])] += times
     ordered = sorted(counts.items(), key=lambda item: (item[0][0], -item[1], item[0]))
     return [(*key, count) for key, count in ordered]
 

@@ -54,6 +54,7 @@ def generate_and_score(context: Context, asked: Asked, folder: Path, *, scored: 
         "template": context.template.hash,
         "options": [resolved(part, runtime=False) for part in (asked.strategy, asked.sampling, config.engine)],
         "judge": key_of(judges) if strategies.asks_scorer(asked.strategy) else None,
+        "verifier": resolved(config.verifier) if asked.strategy.stop_right else None,
     }
     drafts_stage = context.stage(folder / "generations", "generations", generation_key, {"prompts": prompts.identity})
     scores_stage = context.stage(folder / "scores", "scores", key_of(asked.reward_models), {"generations": drafts_stage.key})
@@ -122,4 +123,5 @@ def generate_spec(context: Context, asked: Asked, stage: Stage) -> GenerateSpec:
         shard_prompts=config.engine.shard_prompts, model=str(asked.policy.folder), model_hash=asked.policy.hash,
         dtype=config.model.dtype, context_tokens=config.model.context_tokens, template=context.template,
         strategy=asked.strategy, sampling=asked.sampling, engine=config.engine, seed=config.seed, scope=asked.scope,
+        verifier=config.verifier if asked.strategy.stop_right else None,
     )  # fmt: skip

@@ -7,17 +7,20 @@ are counted; nothing else is dropped here.
 import json
 import math
 import re
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from evolve_ray.errors import UserError
 from evolve_ray.rows import content_id, derive_seed, reject
 
 MAX_SHOWN = 20
+BLOCK_ROWS = 4096  # rows that are dicts at a time where a table is read piece by piece
 
 
 def read_records(path: str, split: str, faults: list[str]) -> Iterator[tuple[int, dict]]:
@@ -26,17 +29,23 @@ def read_records(path: str, split: str, faults: list[str]) -> Iterator[tuple[int
     if path.endswith((".jsonl", ".json", ".parquet")) and not file.exists():
         raise UserError(f"{path}: no such file; give the path of a JSONL or Parquet file, or a datasets name")
     if file.is_file() and path.endswith(".parquet"):
-        try:
-            rows = pq.read_table(file).to_pylist()
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise UserError(f"{path}: is no readable Parquet file: {error}") from None
-        yield from enumerate(rows, start=1)
+        yield from enumerate(read_parquet(file), start=1)
     elif is_json_list(file):
         yield from read_json_list(file, faults)
     elif file.is_file():
         yield from read_jsonl(file, faults)
     else:
         yield from enumerate(read_dataset(path, split), start=1)
+
+
+def read_parquet(file: Path) -> Iterator[dict]:
+    """The rows of a Parquet file, a batch of them in memory at a time."""
+    try:
+        with pq.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=BLOCK_ROWS):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{file}: is no readable Parquet file: {error}") from None
 
 
 def read_jsonl(file: Path, faults: list[str]) -> Iterator[tuple[int, dict]]:
@@ -167,8 +176,15 @@ def show(path: str, faults: list[str]) -> UserError:
     return UserError(f"{path}: {len(faults)} unusable row{plural}: {shown}{more}")
 
 
-def read_prompts(
+def read_prompts(path: str, **columns: str) -> tuple[list[dict], list[dict]]:
+    """Prompt rows (without `num_tokens`) in the file's order, and the rejected duplicates; see `scan_prompts`."""
+    rejected: list[dict] = []
+    return list(scan_prompts(path, rejected, **columns)), rejected
+
+
+def scan_prompts(
     path: str,
+    rejected: list[dict],
     *,
     prompt_column: str,
     answer_column: str = "",
@@ -177,14 +193,14 @@ def read_prompts(
     draft_column: str = "",
     source_split: str = "train",
     split: str = "train",
-) -> tuple[list[dict], list[dict]]:
-    """Prompt rows (without `num_tokens`) in the file's order, and the rejected duplicates.
+) -> Iterator[dict]:
+    """Prompt rows (without `num_tokens`) in the file's order; duplicates go to `rejected`, and faults are raised at the end.
 
     With `draft_column` a row also has its text as `draft`; of duplicates the first one's counts.
     """
     faults: list[str] = []
-    rows: dict[str, dict] = {}
-    rejected: list[dict] = []
+    lines: dict[str, int] = {}  # of each id
+    texts: dict[str, str] = {}  # and what stands there, where the id does not say that itself
     for line, record in read_records(path, source_split, faults):
         where = f"{path}:{line}"
         prompt = text_of(record, prompt_column, where, faults)
@@ -196,26 +212,22 @@ def read_prompts(
         wanted = ((answer_column, answer), (id_column, given), (draft_column, draft))
         if prompt is None or any(column and text is None for column, text in wanted):
             continue
-        prompt_id = given or content_id("prompt", prompt, answer)
-        row = {
-            "prompt_id": prompt_id,
-            "prompt": prompt,
-            "answer": answer,
-            "split": split,
-            "file": path,
-            "line": line,
-            **({"draft": draft} if draft_column else {}),
-        }
-        first = rows.setdefault(prompt_id, row)
-        if first is not row:
-            if (first["prompt"], first["answer"]) != (prompt, answer):
-                faults.append(f"{where}: id {given!r} stands at line {first['line']} too, with another text")
-            rejected.append(reject(row, "prompts", f"duplicate of line {first['line']}"))
+        text_id = content_id("prompt", prompt, answer)
+        prompt_id = given or text_id
+        row = {"prompt_id": prompt_id, "prompt": prompt, "answer": answer, "split": split, "file": path, "line": line}
+        if prompt_id in lines:
+            if given and texts[prompt_id] != text_id:
+                faults.append(f"{where}: id {given!r} stands at line {lines[prompt_id]} too, with another text")
+            rejected.append(reject(row, "prompts", f"duplicate of line {lines[prompt_id]}"))
+            continue
+        lines[prompt_id] = line
+        if given:
+            texts[prompt_id] = text_id
+        yield {**row, "draft": draft} if draft_column else row
     if faults:
         raise show(path, faults)
-    if not rows:
+    if not lines:
         raise UserError(f"{path}: holds no prompts; give a file with at least one row")
-    return list(rows.values()), rejected
 
 
 def read_triples(
@@ -275,10 +287,16 @@ def count_rows(path: str) -> int | None:
         return sum(1 for line in lines if line.strip())
 
 
-def fresh_slice(rows: list[dict], *, seed: int, iteration: int, per_iteration: int) -> list[dict]:
-    """The prompts of one iteration: disjoint from those of every other, in an order that only content and seed decide."""
-    order = sorted(rows, key=lambda row: (derive_seed("order", seed, row["prompt_id"]), row["prompt_id"]))
-    return order[(iteration - 1) * per_iteration : iteration * per_iteration]
+def fresh_order(prompt_ids: pa.ChunkedArray, *, seed: int) -> pa.Array:
+    """Row numbers in the order in which a run takes its prompts: only their ids and the seed decide."""
+    places = pa.array(array("q", (derive_seed("order", seed, prompt_id.as_py()) for prompt_id in prompt_ids)))
+    keys = pa.table({"place": places, "prompt_id": prompt_ids})
+    return pc.sort_indices(keys, sort_keys=[("place", "ascending"), ("prompt_id", "ascending")])
+
+
+def fresh_slice(table: pa.Table, order: pa.Array, *, iteration: int, per_iteration: int) -> pa.Table:
+    """The prompts of one iteration: disjoint from those of every other."""
+    return table.take(order.slice((iteration - 1) * per_iteration, per_iteration)).combine_chunks()
 
 
 def drop_held_out(rows: list[dict], held_out: dict[str, str]) -> tuple[list[dict], list[dict]]:

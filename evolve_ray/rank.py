@@ -43,6 +43,7 @@ class Rank:
         self.pairs = rows.read_table(Path(spec.pairs))
         self.batches = batches(len(self.pairs), spec.training, seed=spec.seed, iteration=spec.iteration)
         self.engine: Any = None
+        self.seconds = 0.0  # of the reference and of updates, in this attempt
         given = (spec, self.chat, self.pairs, self.objective.needs, self.rank, self.world, self.device)
         self.trees = spec.trainer.forward == "tree" and not self.objective.scores
         if self.trees:
@@ -83,6 +84,8 @@ class Rank:
         self.model, read = model, tree_check.tree_model(model, self.device) if self.trees else model
         self.engine, *_ = self.deepspeed.initialize(model=read, model_parameters=parameters, config=ds_config)
         self.folder = folder
+        if self.rank == 0:
+            self.spec.run.event("model_loaded", iteration=self.spec.iteration, key=self.spec.checkpoint.key)
         if self.trees:
             self.reader.config = model.config
             self.reader.chunked = not any(self.agree([not tree_check.prove(self.engine, read, self.device)]))
@@ -97,7 +100,9 @@ class Rank:
         start, log = self.restore()
         told, untold = time.monotonic(), len(log)
         for step in range(start, len(self.batches)):
+            begun = time.monotonic()
             log.append(self.update(step, reference))
+            self.seconds += time.monotonic() - begun
             if self.rank == 0 and time.monotonic() - told > PROGRESS_S:
                 here = {"iteration": self.spec.iteration, "key": self.spec.checkpoint.key, "num_steps": len(self.batches)}
                 self.spec.run.event("training", **here, **log[-1], steps=log[untold:])
@@ -182,7 +187,9 @@ class Rank:
         manifest = stage.committed()
         if manifest is None:
             self.load(self.spec.reference_model, frozen=self.spec.reference_model != self.spec.model)
+            begun = time.monotonic()
             table = self.compute_reference(names)
+            self.seconds += time.monotonic() - begun
             if self.rank == 0:
                 work = stage.start()
                 filled = [{name: row.get(name) for name in rows.REFERENCE.names} for row in table]
@@ -298,6 +305,7 @@ class Rank:
                 num_rows=len(self.pairs),
                 num_rejected=0,
                 num_steps=len(log),
+                train_seconds=round(self.seconds, 3),
             )
             shutil.rmtree(work, ignore_errors=True)
         torch.distributed.barrier()

@@ -51,11 +51,27 @@ class Judge:
 
 
 @dataclass(frozen=True)
+class Verify:
+    """One request to the recipe's verifier: the strategy receives its value of a draft, 1.0 for exactly right."""
+
+    draft: Draft
+
+
+@dataclass(frozen=True)
+class Skip:
+    """No request: these rounds are left out, since `draft` needs no refinement for this reason. The strategy receives None."""
+
+    draft: Draft
+    rounds: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
 class Given:
     """A request for the draft that the prompt's row brings along in its column `draft`: round 1, nothing is generated."""
 
 
-Strategy = Generator[Ask | list[Ask] | Judge | Given, Any, list[Draft]]
+Strategy = Generator[Ask | list[Ask] | Judge | Verify | Skip | Given, Any, list[Draft]]
 
 # The parts of a template and the fields that each must have. A strategy that is not named needs the first three alone.
 FIELDS = {

@@ -5,6 +5,7 @@ Ids are content hashes and seeds derive from (run seed, iteration, row id): neve
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,13 @@ GENERATION = pa.schema(
         ("split", pa.string()),
         ("sample", pa.int64()),  # which independent sample or chain, from 0
         ("round", pa.int64()),  # y1 is round 1
-        ("kind", pa.string()),  # "answer", or "critique" for a step on the way to one
-        ("parent_id", pa.string()),  # the draft that this one refines; null in round 1
-        ("text", pa.string()),
-        ("finish_reason", pa.string()),  # "stop", or "length" for a cut answer
+        ("kind", pa.string()),  # "answer", "critique" for a step on the way to one, "skipped" for a round that was left out
+        ("parent_id", pa.string()),  # the draft that this one refines, or that ended its chain; null in round 1
+        ("text", pa.string()),  # empty where the round was left out
+        ("finish_reason", pa.string()),  # "stop", "length" for a cut answer; "unchanged" or "right" where it was left out
         ("num_prompt_tokens", pa.int64()),
         ("num_tokens", pa.int64()),
-        ("seed", pa.int64()),  # null for a draft that came with its prompt
+        ("seed", pa.int64()),  # null for a draft that came with its prompt, and for a round that was left out
         ("model", pa.string()),  # content hash of the model that wrote it; null likewise
     ]
 )
@@ -104,12 +105,14 @@ def derive_seed(*parts: Any) -> int:
     return int(digest(list(parts))[:12], 16) % 2**31
 
 
-def write_table(path: Path, rows: list[dict], schema: pa.Schema) -> None:
-    """Writes `rows` as one Parquet file; the same rows give the same bytes."""
-    names = set(schema.names)
-    for row in rows[:1]:
-        assert set(row) == names, f"row has {sorted(set(row) ^ names)} too many or too few for the schema"
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
+def write_table(path: Path, rows: list[dict] | pa.Table, schema: pa.Schema, *, group_rows: int | None = None) -> None:
+    """Writes `rows` as one Parquet file, in row groups of `group_rows`; the same rows give the same bytes."""
+    if not isinstance(rows, pa.Table):
+        names = set(schema.names)
+        for row in rows[:1]:
+            assert set(row) == names, f"row has {sorted(set(row) ^ names)} too many or too few for the schema"
+        rows = pa.Table.from_pylist(rows, schema=schema)
+    pq.write_table(rows, path, compression="zstd", row_group_size=group_rows)
 
 
 def read_table(path: Path) -> list[dict]:
@@ -117,10 +120,13 @@ def read_table(path: Path) -> list[dict]:
     return pq.read_table(path).to_pylist()
 
 
-def write_jsonl(path: Path, rows: list[dict]) -> None:
+def write_jsonl(path: Path, rows: Iterable[dict]) -> int:
+    """Writes one line a row, as they come; returns their number."""
+    number = 0
     with open(path, "wb") as file:
-        for row in rows:
+        for number, row in enumerate(rows, start=1):  # noqa: B007 (the last one is what counts)
             file.write(canonical(row) + b"\n")
+    return number
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -5,6 +5,7 @@ process that slice and commit the result. Steps follow each other in one streami
 shard k+1 is generated. A pool belongs to the driver and outlives a pipeline: engines start once and get new weights.
 """
 
+import itertools
 import json
 import logging
 import shutil
@@ -180,7 +181,16 @@ def shard_name(shard: int) -> str:
 
 
 def read_slice(path: Path, shard: int, size: int) -> list[dict]:
-    return pq.read_table(path).slice(shard * size, size).to_pylist()
+    """The rows of a shard; of the table no more is read than the row groups in which they stand."""
+    first, last = shard * size, (shard + 1) * size
+    with pq.ParquetFile(path) as file:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        ends = list(itertools.accumulate(sizes))
+        touched = [group for group, end in enumerate(ends) if end > first and end - sizes[group] < last]
+        if not touched:
+            return []
+        before = ends[touched[0]] - sizes[touched[0]]
+        return file.read_row_groups(touched).slice(first - before, size).to_pylist()
 
 
 def ask_pool(batch: dict, actors: list[Any], pool: PoolOptions, stage: str, spec: Any) -> dict:
@@ -303,27 +313,27 @@ class Loss:
 
 def finish(stage: Stage, num_shards: int, num_in: int, loss: Loss | None = None) -> Manifest:
     """Commits a sharded stage as a whole, after the conservation law: rows in = rows accounted for."""
-    expected = {shard_name(shard) for shard in range(num_shards)}
+    names = {shard_name(shard) for shard in range(num_shards)}
     totals: dict[str, float] = {}
-    rejected: list[dict] = []
-    for name in sorted(expected):
+    files: list[Path] = []  # of rejected rows, which are read one shard at a time
+    for name in sorted(names):
         manifest = read_manifest(stage.work / name)
         if manifest is None:
             raise IntegrityError(f"{stage.work / name}: is missing though its stage ended; submit the same command again")
         for key, value in manifest.stats.items():
             totals[key] = totals.get(key, 0) + value
-        rejected += read_jsonl(manifest.path("rejected.jsonl"))
+        files.append(manifest.path("rejected.jsonl"))
     for path in stage.work.iterdir():
-        if path.name not in expected:
+        if path.name not in names:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    used = totals.pop("num_in", 0)
-    totals.pop("num_rejected", None)
+    used, num_rejected = totals.pop("num_in", 0), totals.pop("num_rejected", 0)
+    rejected = (row for file in files for row in read_jsonl(file))
     if used != num_in:
         raise IntegrityError(f"{stage.final}: {num_in} rows went in, but {used} were accounted for; delete {stage.work}")
-    if loss and len(rejected) > loss.allowed * num_in:
-        shown = "; ".join(f"{row['id']}: {row['reason']}" for row in rejected[:SHOWN])
+    if loss and num_rejected > loss.allowed * num_in:
+        shown = "; ".join(f"{row['id']}: {row['reason']}" for row in itertools.islice(rejected, SHOWN))
         raise loss.error(
-            f"{stage.final}: {len(rejected)} of {num_in} rows were rejected, more than {loss.option} ({loss.allowed:g}) allows: "
+            f"{stage.final}: {num_rejected} of {num_in} rows were rejected, more than {loss.option} ({loss.allowed:g}) allows: "
             f"{shown}; raise it to go on without them, or mend the cause and delete {stage.work}"
         )
     return stage.commit(rejected, num_in=num_in, num_shards=num_shards, **totals)

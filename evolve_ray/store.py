@@ -14,7 +14,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,17 @@ class Manifest:
         return self.folder / name
 
 
-def sha256_file(path: Path) -> str:
-    value = hashlib.sha256()
+def blocks(path: Path) -> Iterator[bytes]:
+    """A file's bytes, a MiB at a time."""
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
-            value.update(block)
+            yield block
+
+
+def sha256_file(path: Path) -> str:
+    value = hashlib.sha256()
+    for block in blocks(path):
+        value.update(block)
     return value.hexdigest()
 
 
@@ -64,12 +70,12 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replaces one file as a whole; a reader sees the old or the new bytes."""
+def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Replaces one file as a whole, by bytes or blocks of them; a reader sees the old or the new bytes."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with full_disk_named(path):
         with open(aside, "wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -213,10 +219,11 @@ class Stage:
             shutil.rmtree(path, ignore_errors=True)
         return self.work
 
-    def commit(self, rejected: list[dict] | None = None, **stats: Any) -> Manifest:
-        with full_disk_named(self.work):
-            write_jsonl(self.work / "rejected.jsonl", rejected or [])
-        stats["num_rejected"] = len(rejected or [])
+    def commit(self, rejected: Iterable[dict] = (), **stats: Any) -> Manifest:
+        """Writes rejected.jsonl and commits; `num_rejected` among the counts says that the caller has written that file."""
+        if "num_rejected" not in stats:
+            with full_disk_named(self.work):
+                stats["num_rejected"] = write_jsonl(self.work / "rejected.jsonl", rejected)
         return commit(self.work, self.final, stage=self.name, key=self.key, inputs=self.inputs, **stats)
 
 

@@ -5,20 +5,35 @@ A strategy is a plain generator: it yields one `Ask` (or a list of them) and rec
 to test it. Drafts of one prompt differ in (sample, round, kind).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
-from evolve_ray.refine import Ask, Draft, Judge, Strategy, Template
+from evolve_ray.refine import Ask, Draft, Judge, Skip, Strategy, Template, Verify
 
 
 def chain(prompt: str, template: Template, options: Any) -> Strategy:
-    """`rounds` drafts, each a refinement of the one before (the paper's choice)."""
+    """`rounds` drafts, each a refinement of the one before (the paper's choice); fewer where `stop_...` ends it early."""
     draft = yield Ask(template.direct(prompt), sample=0, round=1)
     drafts = [draft]
     for number in range(2, options.rounds + 1):
+        if reason := (yield from end_of(drafts, options)):
+            yield Skip(draft, tuple(range(number, options.rounds + 1)), reason)
+            break
         draft = yield Ask(template.refinement(prompt, draft.text), sample=0, round=number, parent_id=draft.draft_id)
         drafts.append(draft)
     return drafts
+
+
+def end_of(drafts: list[Draft], options: Any) -> Generator[Verify, Any, str]:
+    """Why a chain needs no further round, "" where it does. A draft that was cut by length is never the end."""
+    last = drafts[-1]
+    if last.finish_reason != "stop":
+        return ""
+    if options.stop_unchanged and len(drafts) > 1 and last.text == drafts[-2].text:
+        return "unchanged"
+    if options.stop_right and (yield Verify(last)) == 1.0:
+        return "right"
+    return ""
 
 
 def parallel(prompt: str, template: Template, options: Any) -> Strategy:

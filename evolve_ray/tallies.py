@@ -52,10 +52,11 @@ def twice(ids: Iterable[Any], what: str) -> Iterator[str]:
 
 def covers(wanted: list[str], found: list[str], lost: list[str], what: str) -> Iterator[str]:
     """Every one of `wanted` is found or rejected, none both, no other, and the found ones are in order."""
+    known, told = set(wanted), {*found, *lost}
     for names, fault in (
-        ([name for name in wanted if name not in {*found, *lost}], "are neither there nor rejected"),
+        ([name for name in wanted if name not in told], "are neither there nor rejected"),
         (sorted({*found} & {*lost}), "are there and rejected too"),
-        ([name for name in [*found, *lost] if name not in set(wanted)], "were not in what it was made from"),
+        ([name for name in [*found, *lost] if name not in known], "were not in what it was made from"),
     ):
         if names:
             yield f"{len(names)} {what} {fault}: {listed(names)}"

@@ -65,6 +65,11 @@ def check_together(config: Config, reader: Reader) -> None:
             reader.fail("trackers.use", f"names {name!r} twice; name each tracker once")
     if not config.trackers.project.strip():
         reader.fail("trackers.project", "is empty; name a project")
+    for name in ("stop_unchanged", "stop_right"):
+        if getattr(config.strategy, name) and config.strategy.name != "chain" and ":" not in config.strategy.name:
+            reader.fail(f"strategy.{name}", f"means nothing to strategy {config.strategy.name!r}; leave it out")
+    if config.strategy.stop_right and config.verifier is None:
+        reader.fail("strategy.stop_right", "asks the verifier, and there is none; add a [verifier] table")
     texts = texts_in_view(config.strategy)
     if texts * config.sampling.max_tokens >= config.model.context_tokens:
         reader.fail(

@@ -1,6 +1,7 @@
-"""Measures this package against plainer ways and other libraries: `python jobs/bench.py train [--json FILE] [--device cuda]`.
+"""Measures this package: `python jobs/bench.py train|generate|iteration|scale [--json FILE]`.
 
-Both sides of a ratio run in turns in one process, so that a machine's mood falls on both. Sizes are options; see --help.
+Where two sides are compared, they run in turns in one process, so that a machine's mood falls on both. Sizes are options; see
+--help.
 """
 
 import sys

@@ -31,6 +31,9 @@ class FakeEngine:
         letters = hashlib.sha256(str(seed).encode()).hexdigest()[:6]
         return [Completion(request_id, letters, 7, len(prompt_ids), 0, "stop" if seed % 5 else "length")]
 
+    def counts(self):
+        return {}
+
 
 class ModelEngine(FakeEngine):
     """Answers with three letters of `ab` that the model's hash, the request and its seed decide: often the same ones."""
@@ -104,6 +107,13 @@ class LetterScorer:
 
     def __call__(self, prompts, answers, responses):
         return [sum(map(ord, response)) / (len(response) + 1) + len(response) / 100 for response in responses]
+
+
+class EvenDigit:
+    """A verifier that finds half of what `FakeEngine` writes right: texts that begin with an even digit."""
+
+    def __call__(self, prompts, answers, responses):
+        return [float(response[0] in "02468ace") for response in responses]
 
 
 class LongerIsBetter:

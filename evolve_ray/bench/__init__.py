@@ -10,7 +10,12 @@ from evolve_ray.bench.table import Row, as_json, as_text
 from evolve_ray.errors import run_command
 from evolve_ray.store import write_atomic
 
-COMMANDS = {"train": "training steps: trees, memory, TRL"}
+COMMANDS = {
+    "train": "training steps: trees, memory, TRL",
+    "generate": "chains against rounds with barriers and against one flat batch, on vLLM",
+    "iteration": "the share of an iteration outside of engines and training",
+    "scale": "cost against size, and engines side by side, without a model",
+}
 
 
 def main(arguments: list[str]) -> int:

@@ -223,6 +223,8 @@ def test_unicode_line_separator_in_a_comment_does_not_shift_lines():
             "activation.training.label_smoothing",
         ),
         (["model.context_tokens=200", "sampling.max_tokens=50", "strategy.name=few_shot"], "sampling.max_tokens"),
+        (["strategy.name=parallel", "strategy.stop_unchanged=true"], "strategy.stop_unchanged"),
+        (["strategy.stop_right=true"], "strategy.stop_right"),
         (["controller.name=plateau"], "controller.name"),
         (["controller.name=guard"], "controller.name"),
         (["controller.split=x"], "controller.split"),

@@ -247,3 +247,75 @@ def test_critiques_are_rows_of_their_own_kind_before_the_answer_that_they_lead_t
     ]
     assert (stats["num_asks"], stats["num_answers"]) == (9, 6)
     assert len({row["seed"] for row in rows}) == len({row["draft_id"] for row in rows}) == 9
+
+
+class SettlingEngine(FakeEngine):
+    """Repeats itself from the round on that its prompt has in `settles`; a round above 9 never comes."""
+
+    def __init__(self, settles, **more):
+        super().__init__(**more)
+        self.settles = settles
+
+    def answer(self, request_id, ids):
+        done = super().answer(request_id, ids)
+        name, _, number, _ = request_id.split("/")
+        settled = min(int(number), self.settles.get(name, 9))
+        return Completion(request_id, f"{name} {settled}", settled, len(ids), 0, done.finish_reason)
+
+
+UNCHANGED = options.Strategy(rounds=4, stop_unchanged=True)
+RIGHT = options.Strategy(rounds=4, stop_right=True)
+
+
+def of_prompt(rows, name):
+    return [(row["round"], row["kind"], row["text"], row["finish_reason"]) for row in rows if row["prompt_id"] == name]
+
+
+def test_chain_that_changes_nothing_any_more_leaves_its_rounds_out_and_says_so():
+    engine = SettlingEngine({"a": 2, "b": 3})
+    rows, _, stats = run(engine, strategy=UNCHANGED)
+    assert of_prompt(rows, "a") == [
+        (1, "answer", "a 1", "stop"), (2, "answer", "a 2", "stop"), (3, "answer", "a 2", "stop"), (4, "skipped", "", "unchanged"),
+    ]  # fmt: skip
+    assert [row[1] for row in of_prompt(rows, "b")] == ["answer"] * 4  # its fixed point is seen in the last round only
+    assert ("submit", "a/0/4/0") not in engine.log
+    assert (stats["num_answers"], stats["num_skipped"], stats["num_saved_tokens"]) == (11, 1, 2)
+    left_out = next(row for row in rows if row["kind"] == "skipped")
+    assert (left_out["num_tokens"], left_out["num_prompt_tokens"], left_out["seed"], left_out["model"]) == (0, 0, None, None)
+    assert left_out["parent_id"] == next(r["draft_id"] for r in rows if (r["prompt_id"], r["round"]) == ("a", 3))
+    assert len({row["draft_id"] for row in rows}) == len(rows) == 12
+    assert all(set(row) == set(GENERATION.names) for row in rows)
+
+
+def test_drafts_before_the_end_of_a_chain_are_those_of_the_whole_chain():
+    whole, _, stats = run(SettlingEngine({"a": 2, "b": 1}), strategy=options.Strategy(rounds=4))
+    short, _, _ = run(SettlingEngine({"a": 2, "b": 1}), strategy=UNCHANGED)
+    assert [row for row in short if row["kind"] == "answer"] == [row for row in whole if row in short]
+    assert "num_skipped" not in stats
+
+
+def verified(strategy, right, **more):
+    engine = FakeEngine(**more)
+    drive = Drive(engine, encode, spec(strategy))
+    drive.verify = lambda prompt, text: right.get(text, 0.5)
+    template = load_template("tiny", "conversation")
+    return drive.run(PROMPTS, lambda prompt: STRATEGIES["chain"](prompt, template, strategy))
+
+
+def test_chain_ends_where_the_verifier_gives_its_full_mark():
+    rows, _, stats = verified(RIGHT, {"answer to b/0/2/0": 1.0, "answer to c/0/1/0": 1.0, "answer to a/0/4/0": 1.0})
+    kinds = {name: [(number, reason) for number, kind, _, reason in of_prompt(rows, name) if kind == "skipped"] for name in "abc"}
+    assert kinds == {"a": [], "b": [(3, "right"), (4, "right")], "c": [(2, "right"), (3, "right"), (4, "right")]}
+    assert (stats["num_skipped"], stats["num_saved_tokens"]) == (5, 15)
+
+
+def test_a_draft_that_was_cut_ends_no_chain():
+    rows, _, _ = verified(RIGHT, {"answer to b/0/2/0": 1.0}, cut=("b/0/2/0",))
+    assert [row["kind"] for row in rows] == ["answer"] * 12
+    rows, _, _ = run(SettlingEngine({"a": 2}, cut=("a/0/3/0", "a/0/4/0")), strategy=UNCHANGED)
+    assert [row["kind"] for row in rows] == ["answer"] * 12
+
+
+def test_strategy_that_asks_the_verifier_is_refused_where_there_is_none():
+    with pytest.raises(UserError, match=r"strategy\.name: 'chain' asks the verifier"):
+        run(strategy=RIGHT)

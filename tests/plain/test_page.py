@@ -13,6 +13,7 @@ from evolve_ray import charts, page, recipe, report
 from evolve_ray.charts import Point, Series
 from evolve_ray.config import load, resolved
 from evolve_ray.pairs import SELECTIONS
+from evolve_ray.rows import reject, write_jsonl
 from evolve_ray.store import Run, Stage
 from evolve_ray.strategies import STRATEGIES
 from tests.plain.processes import ROOT
@@ -218,6 +219,15 @@ def test_reasons_of_rejected_rows_are_counted_together_beyond_their_numbers(ran)
     found = page.rejected_counts(ran)
     (ran.iteration(1) / "rejected.jsonl").unlink()
     assert found == [(1, "pairs", "duplicate of line N", 2), (1, "pairs", "selection.margin is 0.5", 1)]
+
+
+def test_reasons_of_lines_as_stages_write_them_are_counted(tmp_path):
+    run = Run(tmp_path)
+    run.iteration(1).mkdir()
+    found = [reject({"id": f"d{n}"}, "pairs", f'margin {n}, "reason":"x"') for n in range(3)]
+    found.append(reject({"id": "p"}, "prompts", "too long", num_tokens=9, limit=5))
+    write_jsonl(run.iteration(1) / "rejected.jsonl", found)
+    assert page.rejected_counts(run) == [(1, "pairs", 'margin N, "reason":"x"', 3), (1, "prompts", "too long", 1)]
 
 
 def test_parts_that_were_not_measured_are_left_out():

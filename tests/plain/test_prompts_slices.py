@@ -3,10 +3,12 @@
 import json
 import random
 
+import pyarrow as pa
 import pytest
 
 from evolve_ray import prompts
 from evolve_ray.errors import UserError
+from evolve_ray.rows import PROMPT, derive_seed, write_table
 
 ROWS = [
     {"prompt_id": f"p{n}", "prompt": f"text {n}", "answer": None, "split": "train", "file": "f", "line": n} for n in range(40)
@@ -18,7 +20,10 @@ def ids(rows):
 
 
 def slices(rows, seed=0):
-    return [ids(prompts.fresh_slice(rows, seed=seed, iteration=number, per_iteration=13)) for number in (1, 2, 3)]
+    table = pa.Table.from_pylist(rows)
+    order = prompts.fresh_order(table["prompt_id"], seed=seed)
+    parts = [prompts.fresh_slice(table, order, iteration=number, per_iteration=13) for number in (1, 2, 3)]
+    return [ids(part.to_pylist()) for part in parts]
 
 
 def test_iterations_get_disjoint_prompts():
@@ -34,6 +39,23 @@ def test_prompts_of_an_iteration_do_not_depend_on_the_order_of_the_file():
 
 def test_prompts_of_an_iteration_depend_on_the_seed():
     assert slices(ROWS, seed=1)[0] != slices(ROWS)[0]
+
+
+def test_order_is_by_derived_seed_and_then_by_id():
+    names = ["p2", "\N{PILE OF POO}", "\N{FULLWIDTH LATIN SMALL LETTER A}", "p10", "p1"]
+    expected = sorted(names, key=lambda name: (derive_seed("order", 3, name), name))
+    order = prompts.fresh_order(pa.chunked_array([names]), seed=3)
+    assert [names[place] for place in order.to_pylist()] == expected
+
+
+def test_slice_of_a_table_is_written_with_the_bytes_of_its_rows(tmp_path):
+    table = [{**row, "num_tokens": 3} for row in ROWS]
+    streamed = pa.concat_tables([pa.Table.from_pylist(table[first : first + 7], schema=PROMPT) for first in range(0, 40, 7)])
+    order = prompts.fresh_order(streamed["prompt_id"], seed=0)
+    part = prompts.fresh_slice(streamed.combine_chunks(), order, iteration=2, per_iteration=13)
+    write_table(tmp_path / "streamed", part, PROMPT, group_rows=4096)
+    write_table(tmp_path / "rows", part.to_pylist(), PROMPT)
+    assert (tmp_path / "streamed").read_bytes() == (tmp_path / "rows").read_bytes()
 
 
 def test_order_is_not_that_of_the_file():

@@ -50,6 +50,18 @@ def test_shards_are_disjoint_slices_that_cover_the_table(stage, tmp_path):
     assert [len(part) for part in parts] == [2, 2, 1]
 
 
+@pytest.mark.parametrize("group_rows", [1, 2, 3, 4, 7, 20])
+@pytest.mark.parametrize("size", [1, 2, 5, 40])
+def test_a_slice_reads_only_the_row_groups_that_it_touches(tmp_path, group_rows, size, monkeypatch):
+    table = [{**PROMPTS[0], "prompt_id": f"p{n}"} for n in range(19)]
+    rows.write_table(tmp_path / "prompts.parquet", table, rows.PROMPT, group_rows=group_rows)
+    read, groups = shards.pq.ParquetFile.read_row_groups, []
+    monkeypatch.setattr(shards.pq.ParquetFile, "read_row_groups", lambda file, some: groups.append(len(some)) or read(file, some))
+    parts = [shards.read_slice(tmp_path / "prompts.parquet", shard, size) for shard in range(-(-19 // size) + 1)]
+    assert [row for part in parts for row in part] == table
+    assert max(groups) <= min(-(-19 // group_rows), -(-size // group_rows) + 1)
+
+
 def test_shard_is_computed_once_and_returned_afterwards(worker, stage):
     first = worker.commit_shard(1)
     before = (stage.work / "shard-00001" / "rows.parquet").stat().st_mtime_ns

@@ -9,7 +9,7 @@ import ray
 from safetensors.numpy import save_file
 
 from evolve_ray import config as options
-from evolve_ray import inputs, iterate, pipeline, rows, shards
+from evolve_ray import inputs, iterate, pipeline, rows, shards, tallies
 from evolve_ray.errors import ResourceError, UserError
 from evolve_ray.store import Run
 from evolve_ray.toy.tokenizer import make_tokenizer
@@ -161,6 +161,22 @@ def test_committed_stages_are_returned_without_ray(pools, folder, tmp_path, monk
         json.loads((run / "iteration-01" / "pairs" / "MANIFEST.json").read_text())["stats"]["num_rows"]
         == first[2].stats["num_rows"]
     )
+
+
+def test_rounds_that_a_chain_leaves_out_are_rows_that_nobody_scores_or_selects(pools, folder, tmp_path):
+    overrides = ("strategy.stop_right=true", "verifier.name=tests.fakes:EvenDigit", "prompts.answer_column=answer")
+    drafts, scores, pairs = draft(make_context(folder, tmp_path / "run", *overrides), pools)
+    table = list(shards.read_rows(drafts))
+    left_out = {row["draft_id"]: row for row in table if row["kind"] == "skipped"}
+    assert left_out, "no chain ended early"
+    assert len(table) == 80
+    assert drafts.stats["num_skipped"] == len(left_out) == 80 - drafts.stats["num_answers"]
+    assert drafts.stats["num_saved_tokens"] == 7 * len(left_out)
+    assert not {row["draft_id"] for row in shards.read_rows(scores)} & set(left_out)
+    members = {pair[name] for pair in rows.read_table(pairs.path("pairs.parquet")) for name in ("chosen_id", "rejected_id")}
+    unused = {row["id"] for row in rows.read_jsonl(pairs.path("rejected.jsonl"))}
+    assert members | unused == {row["draft_id"] for row in table} - set(left_out)
+    assert list(tallies.check(drafts, {})) == list(tallies.check(scores, {"generations": drafts})) == []
 
 
 def test_every_unused_row_of_the_iteration_is_in_its_rejected_file(twin):
