@@ -15,8 +15,8 @@ from urllib.parse import urlparse
 
 from evolve_ray import config as options
 from evolve_ray.errors import ResourceError, UserError, first_line, on_sigterm, run_command
+from evolve_ray.keeper import kept
 from evolve_ray.metrics import Follower
-from evolve_ray.mirror import mirrored
 from evolve_ray.objects import check_uri, is_uri
 from evolve_ray.sizing import Cluster, cluster_of_ray
 from evolve_ray.store import Run, submission_id
@@ -126,7 +126,7 @@ def run(
     started = time.monotonic()
     folder = Run(root)
     tracked = Trackers(config, folder, say)
-    with folder.locked(), mirrored(uri, folder) if uri else contextlib.nullcontext():
+    with folder.locked(), kept(uri, folder) if uri else contextlib.nullcontext():
         inputs.settle_config(config, folder, rerun_changed=rerun_changed)
         folder.event("driver_start", pid=os.getpid(), job=submission_id(), command=again, folder=os.getcwd())
         say(f"run {config.name} in {root}" + (f", kept in {uri}" if uri else ""))

@@ -10,20 +10,16 @@ import json
 import os
 import re
 import shutil
-import signal
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from evolve_ray.errors import EvolveError, IntegrityError, Terminated, on_sigterm
-from evolve_ray.objects import Lease, Store
+from evolve_ray.errors import IntegrityError
+from evolve_ray.lease import Lease
+from evolve_ray.objects import Store
 from evolve_ray.store import (
     CARD,
     MANIFEST,
     Manifest,
-    Run,
     fsync_path,
     full_disk_named,
     parse_manifest,
@@ -33,9 +29,7 @@ from evolve_ray.store import (
 )
 
 ASIDE = ".superseded-"
-NOTE = ".mirror.json"  # in the working copy: the number of the lock that its last driver held
-POLL_S = 2.0
-LOOSE_S = 30.0  # how old files outside of committed folders may get in the store while nothing else is uploaded
+FETCH = ".fetch-"  # what is on its way from the store
 
 
 def is_working(place: str) -> bool:
@@ -44,21 +38,28 @@ def is_working(place: str) -> bool:
 
 
 def committed_places(names: Iterable[str]) -> list[str]:
-    """The outermost committed folders among the files of a run, without shards and steps of a stage that is committed.
+    """The committed folders of a run among its files: stages, and shards, steps and stages in the working folder of a stage
+    that is not committed itself.
 
     A folder whose own name begins with a dot is in the making, whatever is in it: its manifest is written before its rename.
+    A shard outside of a working folder is a part of a stage, of which more may still be under way.
     """
     found = {PurePosixPath(name).parent for name in names if PurePosixPath(name).name == MANIFEST}
-    found = {place for place in found if place.name and (place.name.startswith(ASIDE) or not place.name.startswith("."))}
-    ended = {place.parent / f".{place.name}-" for place in found}
+    ended = {str(place.parent / f".{place.name}-") for place in found}
 
     def counts(place: PurePosixPath) -> bool:
         above = [parent for parent in place.parents if parent.name]
-        if any(parent in found or parent.name.startswith(".fetch-") for parent in above):
+        working = [parent for parent in above if is_working(parent.name)]
+        if is_working(place.name) or any(parent.name.startswith(FETCH) for parent in above):
             return False
-        return not any(re.sub(r"-[^-]*$", "-", str(parent)) in map(str, ended) for parent in above if is_working(parent.name))
+        if any(re.sub(r"-[^-]*$", "-", str(parent)) in ended for parent in working):
+            return False
+        if not working:
+            return len(above) == 1
+        nearest = 1 if place.name.startswith("shard-") else 2  # between: steps/, parallel/
+        return above.index(working[0]) < nearest and not any(parent in found for parent in above if parent not in working)
 
-    return sorted(str(place) for place in found if counts(place))
+    return sorted(str(place) for place in found if place.name and counts(place))
 
 
 def loose_files(names: Iterable[str], places: list[str]) -> list[str]:
@@ -129,7 +130,7 @@ class Mirror:
         self.held[place] = data
         if mine and mine.identity == theirs.identity:
             return
-        aside = final.with_name(f".fetch-{final.name}")
+        aside = final.with_name(f"{FETCH}{final.name}")
         with full_disk_named(aside):
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
@@ -231,92 +232,3 @@ class Mirror:
     def aside_of(self, manifest: Manifest) -> Path:
         """Where `Stage.put_aside` moves a committed folder."""
         return manifest.folder.with_name(f"{ASIDE}{manifest.folder.name}-{manifest.key[:12]}")
-
-
-@contextlib.contextmanager
-def mirrored(uri: str, run: Run) -> Iterator[None]:
-    """Holds the lock in the store, fetches, and uploads in a thread what the block commits; at its end all is uploaded.
-
-    A fault of the thread ends the driver as SIGTERM does, and then comes out here as what it is.
-    """
-    store = Store(uri)
-    lease = Lease(store, run.root)
-    before = lease.take()
-    faults: list[EvolveError] = []
-    done = threading.Event()
-
-    def fail(error: EvolveError) -> None:
-        faults.append(error)
-        while not done.wait(POLL_S):
-            if signal.getsignal(signal.SIGTERM) is on_sigterm:  # not while Ray starts, which has a handler of its own
-                return os.kill(os.getpid(), signal.SIGTERM)
-
-    mirror = Mirror(store, run.root, lease)
-    note, own = run.root / NOTE, json.dumps({"uri": uri, "number": lease.number}).encode()
-    thread = threading.Thread(target=follow, args=(mirror, done, fail), name="mirror in the object store", daemon=True)
-    with lease.beating(fail):
-        try:
-            alone = read_note(note, uri) == {"uri": uri, "number": before}
-            if alone:
-                write_atomic(note, own)
-            mirror.restore(alone=alone)
-            write_atomic(note, own)
-            thread.start()
-            yield
-        except BaseException as error:
-            done.set()
-            if faults and isinstance(error, Terminated):
-                raise faults[0] from None
-            if not isinstance(error, KeyboardInterrupt):  # somebody who waits for the end
-                settle(mirror, thread, faults)
-            with contextlib.suppress(EvolveError):
-                store.patience_s = 5.0
-                lease.release()
-            raise
-        done.set()
-        thread.join()
-        if faults:
-            raise faults[0]
-        mirror.sync()
-        lease.release()
-
-
-def read_note(path: Path, uri: str) -> dict:
-    """The note of a working copy; one that is not there says that nobody has used the store yet."""
-    try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {"uri": uri, "number": 0}
-
-
-def settle(mirror: Mirror, thread: threading.Thread, faults: list[EvolveError]) -> None:
-    """After a fault of the run: the store also gets what there is, if it can; the fault is what the user is told."""
-    with contextlib.suppress(EvolveError):
-        if thread.is_alive():
-            thread.join()
-        if not faults:
-            mirror.sync()
-
-
-def follow(mirror: Mirror, done: threading.Event, fail: Callable[[EvolveError], None]) -> None:
-    """Uploads after each event, since every commit is followed by one; loose files less often."""
-    events, seen, sent = mirror.root / "events.jsonl", -1, time.monotonic()
-    while not done.wait(POLL_S):
-        size = events.stat().st_size if events.exists() else 0
-        loose = time.monotonic() - sent > LOOSE_S
-        if size == seen and not loose:
-            continue
-        try:
-            mirror.sync(loose=loose)
-        except EvolveError as error:
-            return fail(error)
-        seen, sent = size, time.monotonic() if loose else sent
-
-
-@contextlib.contextmanager
-def fetched(uri: str) -> Iterator[Path]:
-    """A run of an object store in a temporary folder, each committed file held against its manifest on the way."""
-    store = Store(uri)
-    with tempfile.TemporaryDirectory(prefix="evolve-ray-") as folder:
-        Mirror(store, Path(folder), Lease(store, Path(folder))).fetch_all(alone=False)
-        yield Path(folder)

@@ -1,4 +1,4 @@
-"""Objects under one URI of an object store, and the lock that a driver holds there.
+"""Objects under one URI of an object store.
 
 Every verb is repeated with growing pauses while the store is out of order, and ends with one sentence if it stays so.
 """
@@ -6,19 +6,15 @@ Every verb is repeated with growing pauses while the store is out of order, and 
 import argparse
 import contextlib
 import errno
-import json
-import os
+import functools
 import re
-import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlparse
 
-from evolve_ray.errors import EvolveError, IntegrityError, LockedError, ResourceError, UserError, first_line
-from evolve_ray.store import now, submission_id
+from evolve_ray.errors import EvolveError, ResourceError, UserError, first_line
 
 PACKAGES = {"s3": ("s3fs", 'pip install -e ".[s3]"'), "gs": ("gcsfs", "pip install gcsfs")}
 # The client repeats a request, or a part of a large file, once; the rest is done here, where it ends before the lock is stale.
@@ -27,9 +23,7 @@ CLIENTS: dict[str, dict[str, Any]] = {
     "gs": {},
 }
 REFUSED = {"PermissionError", "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "InvalidRegionError"}
-PATIENCE_S = 120.0  # how long a store may be out of order: well below STALE_S
-BEAT_S = 20.0
-STALE_S = 300.0  # a lock without a heartbeat for so long is taken over
+PATIENCE_S = 120.0  # how long a store may be out of order: well below lease.STALE_S
 Value = TypeVar("Value")
 
 
@@ -124,7 +118,7 @@ class Store:
             raise UserError(f"{self.uri}: there is no such bucket; make it or choose another --run") from None
 
     def put_new(self, name: str, data: bytes) -> bytes:
-        """Writes an object that is not there yet; what the object holds afterwards, which is somebody else's if they came first."""
+        """Writes an object that is not there yet; gives back what it holds then, which is another's if they came first."""
 
         def call() -> bytes:
             there = self.read(name)  # also after an answer that was lost: the object may be there, and may be ours
@@ -163,114 +157,4 @@ class Store:
     def remove(self, names: list[str]) -> None:
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                self.persistently(name, lambda name=name: self.fs.rm_file(self.at(name)))
-
-
-class Lease:
-    """The lock of a run in a store: the object with the highest number under LOCK/, each written only if it is not there.
-
-    Numbers only grow, so whoever takes over from a driver that only slept is seen by it before its next manifest.
-    """
-
-    def __init__(self, store: Store, folder: Path, beat_s: float = BEAT_S, stale_s: float = STALE_S):
-        self.store, self.folder, self.beat_s, self.stale_s = store, folder, beat_s, stale_s
-        self.number, self.beaten, self.writing = 0, 0.0, threading.Lock()
-        self.own: dict[str, Any] = {
-            "host": socket.gethostname(), "pid": os.getpid(), "job": submission_id(), "start": now(), "folder": str(folder),
-            "boot": boot_id(), "released": False,
-        }  # fmt: skip
-
-    def name(self, number: int) -> str:
-        return f"LOCK/{number:06d}.json"
-
-    def numbers(self) -> list[int]:
-        return [int(name[5:11]) for name in self.store.names("LOCK") if re.fullmatch(r"LOCK/\d{6}\.json", name)]
-
-    def record(self) -> bytes:
-        return json.dumps({**self.own, "beat": time.time()}, indent=1).encode()
-
-    def take(self) -> int:
-        """The number of the holder before, 0 if there was none; LockedError names a holder that may be alive.
-
-        The driver has the lock of its folder already: a holder in the same folder on the same machine is dead.
-        """
-        before = max(self.numbers(), default=0)
-        held = self.store.read(self.name(before)) if before else None
-        if held is not None:
-            holder = self.parse(before, held)
-            here = all(holder.get(name) == self.own[name] for name in ("host", "boot", "folder"))
-            if not holder["released"] and not here and time.time() - holder["beat"] < self.stale_s:
-                raise self.locked(held)
-        data = self.record()
-        held = self.store.put_new(self.name(before + 1), data)
-        if held != data:
-            raise self.locked(held)
-        self.number, self.beaten = before + 1, time.monotonic()
-        self.store.remove([self.name(number) for number in self.numbers() if number < self.number])
-        return before
-
-    def parse(self, number: int, data: bytes) -> dict[str, Any]:
-        try:
-            holder = json.loads(data)
-            return {**holder, "beat": float(holder["beat"]), "released": bool(holder["released"])}
-        except (ValueError, KeyError, TypeError):
-            where = f"{self.store.uri}/{self.name(number)}"
-            raise IntegrityError(f"{where}: is damaged; delete it if no driver works on this run, then submit again") from None
-
-    def locked(self, held: bytes) -> LockedError:
-        holder = " ".join(held.decode("utf-8", "replace").split())
-        return LockedError(
-            f"{self.store.uri}: another driver works on this run: {holder}; wait for it or end it; if it is dead, submit again "
-            f"{self.stale_s:g} s after its last `beat`"
-        )
-
-    def check(self) -> None:
-        """LockedError if somebody took over, or might have: no heartbeat arrived for as long as makes a lock stale."""
-        last = max(self.numbers(), default=self.number)
-        if last != self.number:
-            raise self.locked(self.store.read(self.name(last)) or b"an unnamed process")
-        if time.monotonic() - self.beaten > self.stale_s:
-            raise LockedError(
-                f"{self.store.uri}: this driver was out of touch for {self.stale_s:g} s; submit the same command again"
-            )
-
-    def beat(self) -> None:
-        self.check()
-        with self.writing:
-            started = time.monotonic()
-            self.store.put(self.name(self.number), self.record())
-            self.beaten = started
-
-    def release(self) -> None:
-        """The next driver need not wait. A heartbeat that comes later says so too."""
-        self.own["released"] = True
-        with self.writing:
-            self.store.put(self.name(self.number), self.record())
-
-    @contextlib.contextmanager
-    def beating(self, fail: Callable[[EvolveError], None]) -> Iterator[None]:
-        """Heartbeats until the block ends; `fail` is told, once, when the lock is lost or the store stays away."""
-        done = threading.Event()
-
-        def work() -> None:
-            while not done.wait(self.beat_s):
-                try:
-                    self.beat()
-                except EvolveError as error:
-                    return fail(error)
-
-        thread = threading.Thread(target=work, name="lock of the object store", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join(1.0)
-
-
-def boot_id() -> str:
-    """This start of this machine's kernel."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
+                self.persistently(name, functools.partial(self.fs.rm_file, self.at(name)))

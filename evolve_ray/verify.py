@@ -14,7 +14,7 @@ from evolve_ray import plan, tallies
 from evolve_ray.config import Config
 from evolve_ray.errors import IntegrityError, run_command
 from evolve_ray.explain import read_config
-from evolve_ray.mirror import fetched
+from evolve_ray.keeper import fetched
 from evolve_ray.objects import check_uri, is_uri
 from evolve_ray.store import MANIFEST, Manifest, Run, file_faults, read_manifest
 
@@ -37,9 +37,7 @@ class Findings:
 def main(arguments: list[str]) -> int:
     """Returns the exit code: 0 for a sound run, 4 for one that is not; the last line on stderr is one sentence."""
     parser = argparse.ArgumentParser(prog="verify.py", description="Checks every file and row that a run has committed.")
-    parser.add_argument(
-        "run", metavar="RUN", help="a run directory or s3://BUCKET/PREFIX, which is fetched into a temporary folder"
-    )
+    parser.add_argument("run", metavar="RUN", help="a run directory, or s3://BUCKET/PREFIX: it is fetched to a temporary folder")
     given = parser.parse_args(arguments)
 
     def command() -> int:
