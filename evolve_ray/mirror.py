@@ -81,6 +81,7 @@ class Mirror:
     def __init__(self, store: Store, root: Path, lease: Lease):
         self.store, self.root, self.lease = store, root, lease
         self.held: dict[str, bytes] = {}  # manifests that the store holds, by place
+        self.begun: set[str] = set()  # places of which the store may hold a part
         self.sent: dict[str, tuple[int, int]] = {}  # size and time of the loose files that it holds
 
     def parse(self, place: str, data: bytes) -> Manifest:
@@ -177,10 +178,10 @@ class Mirror:
                 data = (self.root / place / MANIFEST).read_bytes()
                 if self.held.get(place) != data:
                     self.upload(place, data)
-            except FileNotFoundError:  # a step that has just been replaced by the next one
-                self.withdraw(place)
-        for place in sorted(self.held.keys() - set(places)):
-            if is_working(place) or self.aside_of(self.parse(place, self.held[place])).exists():
+            except FileNotFoundError:  # a step that was just replaced, shards that just became a stage: the next call sees it
+                pass
+        for place in sorted((self.held.keys() | self.begun) - set(places)):
+            if is_working(place) or (place in self.held and self.aside_of(self.parse(place, self.held[place])).exists()):
                 self.withdraw(place)
         if loose:
             self.lease.check()
@@ -195,6 +196,7 @@ class Mirror:
             self.withdraw(place)
             held = None
         if held is None:
+            self.begun.add(place)
             for name in mine.files:
                 self.lease.check()
                 self.store.upload(f"{place}/{name}", self.root / place / name)
@@ -223,6 +225,7 @@ class Mirror:
         self.remove([f"{place}/{MANIFEST}"])
         self.remove(self.store.names(place))
         self.held.pop(place, None)
+        self.begun.discard(place)
 
     def remove(self, names: list[str]) -> None:
         if names:

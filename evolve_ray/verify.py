@@ -16,7 +16,7 @@ from evolve_ray.errors import IntegrityError, run_command
 from evolve_ray.explain import read_config
 from evolve_ray.keeper import fetched
 from evolve_ray.objects import check_uri, is_uri
-from evolve_ray.store import MANIFEST, Manifest, Run, file_faults, read_manifest
+from evolve_ray.store import CARD, MANIFEST, Manifest, Run, file_faults, read_manifest
 
 SHOWN = 20  # faults of one folder
 
@@ -136,7 +136,7 @@ def strangers(manifest: Manifest) -> Iterator[str]:
     """Files that stand in a committed folder without being in its manifest."""
     for path in sorted(manifest.folder.rglob("*")):
         name = path.relative_to(manifest.folder).as_posix()
-        if path.is_file() and name not in manifest.files and name != MANIFEST:
+        if path.is_file() and name not in manifest.files and name not in (MANIFEST, CARD):
             yield f"{path}: is not in the manifest of its folder"
 
 
