@@ -338,10 +338,16 @@ def test_step_that_is_replaced_while_it_is_uploaded_leaves_nothing(at, place, tm
 
 
 def test_only_stages_and_what_stands_in_the_working_folder_of_an_unfinished_one_are_committed():
-    places = ["pairs", "generations", ".scores-k/shard-0", ".superseded-pairs-k", ".evaluation-k/generations",
-              ".evaluation-k/parallel/scores", ".evaluation-k/.scores-q/shard-7", ".checkpoint-k/steps/step-2"]  # fmt: skip
-    others = ["generations/shard-0", ".scores-k", ".scores-k/.shard-1", ".generations-k/shard-0", "half/generations",
-              ".fetch-x/shard-1", ".evaluation-k/generations/shard-0", ".evaluation-k/scores/shard-0", "half/shard-0"]  # fmt: skip
+    making = [
+        ".scores-k/shard-0",
+        ".evaluation-k/generations",
+        ".evaluation-k/parallel/scores",
+        ".evaluation-k/.scores-q/shard-7",
+    ]
+    places = ["pairs", "generations", ".superseded-pairs-k", ".checkpoint-k/steps/step-2", *making]
+    unfinished = [".scores-k", ".scores-k/.shard-1", "half/generations", "half/shard-0", ".fetch-x/shard-1"]
+    inner = ["generations/shard-0", ".evaluation-k/generations/shard-0", ".evaluation-k/scores/shard-0"]
+    others = [*unfinished, *inner, ".generations-k/shard-0"]  # the last one's stage is committed
     names = [f"i/{name}/{MANIFEST}" for name in (*places, *others)]
     names += ["i/pairs/README.md", "i/pairs/odd", MANIFEST, "i/.x", "LOCK"]
     assert committed_places(names) == sorted(f"i/{name}" for name in places)
