@@ -63,10 +63,19 @@ def committed_places(names: Iterable[str]) -> list[str]:
 
 
 def loose_files(names: Iterable[str], places: list[str]) -> list[str]:
-    """The files that no manifest is for: configuration, events, reports, cards; not the lock, which is the machine's own."""
-    inside = tuple(f"{place}/" for place in places)
-    kept = [name for name in names if not is_working(name) and not name.startswith("LOCK")]
-    return [name for name in kept if not name.startswith(inside) or (name.endswith(f"/{CARD}") and name[: -len(CARD)] in inside)]
+    """The files that no manifest is for: configuration, events, reports, trackers, cards; not the lock, which is the machine's.
+
+    Never what else stands below the name of a stage: it may be a part of one whose manifest is still to come.
+    """
+
+    def counts(name: str) -> bool:
+        top, *inner = PurePosixPath(name).parts
+        if is_working(name) or top == "LOCK":
+            return False
+        card = len(inner) == 2 and inner[1] == CARD and f"{top}/{inner[0]}" in places
+        return not top.startswith("iteration-") or len(inner) < 2 or card
+
+    return [name for name in names if counts(name)]
 
 
 def files_of(root: Path) -> list[str]:
@@ -82,7 +91,7 @@ class Mirror:
         self.store, self.root, self.lease = store, root, lease
         self.held: dict[str, bytes] = {}  # manifests that the store holds, by place
         self.begun: set[str] = set()  # places of which the store may hold a part
-        self.sent: dict[str, tuple[int, int]] = {}  # size and time of the loose files that it holds
+        self.sent: dict[str, tuple[int, int]] = {}  # the loose files that it holds, with the size and time of those sent
 
     def parse(self, place: str, data: bytes) -> Manifest:
         try:
@@ -110,6 +119,7 @@ class Mirror:
             self.fetch(place)
         for name in loose_files(names, places):
             path = self.root / name
+            self.sent[name] = (-1, -1)
             if not (alone and path.exists()):
                 self.fetch_loose(name, path)
         return names, places
@@ -185,9 +195,14 @@ class Mirror:
                 self.withdraw(place)
         if loose:
             self.lease.check()
-            for name in loose_files(names, places):
+            kept = loose_files(names, places)
+            for name in kept:
                 with contextlib.suppress(FileNotFoundError):
                     self.upload_loose(name)
+            gone = sorted(self.sent.keys() - set(kept))  # a tracker writes its file anew under another name
+            self.remove(gone)
+            for name in gone:
+                del self.sent[name]
 
     def upload(self, place: str, data: bytes) -> None:
         mine, manifest = self.parse(place, data), f"{place}/{MANIFEST}"
@@ -198,7 +213,7 @@ class Mirror:
         if held is None:
             self.begun.add(place)
             for name in mine.files:
-                self.lease.check()
+                self.lease.check(within_s=5.0)
                 self.store.upload(f"{place}/{name}", self.root / place / name)
             self.lease.check()
             held = self.store.put_new(manifest, data)

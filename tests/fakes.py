@@ -52,10 +52,10 @@ class ModelEngine(FakeEngine):
 
 
 class SlowEngine(FakeEngine):
-    """Takes a tenth of a second for each answer, so that somebody outside can act between two shards."""
+    """Takes a quarter of a second for each answer, so that somebody outside can act between two shards."""
 
     def step(self):
-        time.sleep(0.1)
+        time.sleep(0.25)
         return super().step()
 
 

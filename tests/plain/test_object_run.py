@@ -76,6 +76,7 @@ def test_lock_without_a_heartbeat_is_taken_over_and_its_holder_finds_out_before_
         second.take()
     second.stale_s = 0.0
     assert second.take() == 1
+    sleeper.lease.checked -= 60.0  # it slept
     proxy.requests.clear()
     for act in (sleeper.sync, sleeper.lease.beat, lambda: sleeper.withdraw("iteration-01/pairs")):
         with pytest.raises(LockedError, match="another driver works on this run"):
@@ -206,8 +207,15 @@ def test_files_without_a_manifest_follow_whoever_worked_last(at, place, tmp_path
     mirror(at(place), other).restore(alone=False)
     assert {name: (other / name).read_text() for name in texts} == texts | {"events.jsonl": "one\n"}
     (root / "report.json").write_text("younger")
-    mirror(at(place), root).restore(alone=True)
+    again = mirror(at(place), root)
+    again.restore(alone=True)
     assert (root / "report.json").read_text() == "younger"
+    (root / "tensorboard/x").rename(root / "tensorboard/y")
+    again.sync(loose=False)
+    assert "tensorboard/x" in objects_of(at(place))
+    again.sync()
+    assert [name for name in objects_of(at(place)) if "tensorboard" in name] == ["tensorboard/y"]
+    at(place).put("report.json", b"{}")
     mirror(at(place), root).restore(alone=False)
     assert (root / "report.json").read_text() == "{}"
 
