@@ -34,11 +34,11 @@ install:
 
 # The CPU lock, from pyproject.toml; carries no index address.
 lock: install
-	@$(BIN)/python -m uv pip compile pyproject.toml --extra cpu --extra eval --extra track --extra lora --extra dev --python-version 3.11 \
+	@$(BIN)/python -m uv pip compile pyproject.toml --extra cpu --extra eval --extra track --extra s3 --extra lora --extra dev --python-version 3.11 \
 	  --constraint .ci/cpu-constraints.txt --no-emit-find-links --no-emit-index-url --no-annotate --no-header \
 	  --output-file cluster/requirements-cpu.txt
 	@cd / && env -u UV_FIND_LINKS -u PIP_FIND_LINKS $(CURDIR)/$(BIN)/python -m uv --no-config pip compile $(CURDIR)/pyproject.toml \
-	  --extra gpu --extra eval --extra track --extra lora --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	  --extra gpu --extra eval --extra track --extra s3 --extra lora --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	  --no-emit-find-links --no-emit-index-url --no-annotate --no-header --output-file $(CURDIR)/cluster/requirements-gpu.txt
 
 # The files of cluster/ by tools that need no cloud; uv fetches them for this one call.

@@ -10,6 +10,7 @@ from typing import Any
 from evolve_ray import costs, page, report
 from evolve_ray.errors import UserError, run_command
 from evolve_ray.markup import document, escape, section, table
+from evolve_ray.objects import run_argument
 from evolve_ray.rows import digest, read_table
 from evolve_ray.store import Run, read_manifest, write_atomic
 from evolve_ray.views import name_of
@@ -18,7 +19,7 @@ from evolve_ray.views import name_of
 def main(arguments: list[str]) -> int:
     """Returns the exit code; a known fault is one sentence on stderr."""
     parser = argparse.ArgumentParser(prog="report.py", description="Rewrites the page of a run, or compares several runs.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a run directory with a report.json")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=run_argument, help="a run directory with a report.json")
     parser.add_argument("--html", metavar="FILE", type=Path, help="where the page goes (one run: RUN/report.html)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="where the figures go")
     given = parser.parse_args(arguments)

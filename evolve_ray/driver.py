@@ -15,7 +15,9 @@ from urllib.parse import urlparse
 
 from evolve_ray import config as options
 from evolve_ray.errors import ResourceError, UserError, first_line, on_sigterm, run_command
+from evolve_ray.keeper import kept
 from evolve_ray.metrics import Follower
+from evolve_ray.objects import check_uri, is_uri
 from evolve_ray.sizing import Cluster, cluster_of_ray
 from evolve_ray.store import Run, submission_id
 
@@ -29,7 +31,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="options that replace the recipe's, e.g. training.beta=0.2"
     )
-    parser.add_argument("--run", help="the run directory (default: runs/NAME, NAME from the recipe)")
+    parser.add_argument("--run", help="the run directory or s3://BUCKET/PREFIX (default: runs/NAME, NAME from the recipe)")
+    parser.add_argument("--work", help="the folder in which a run of an object store works (default: runs/s3/BUCKET/PREFIX)")
     parser.add_argument("--iterations", type=int, help="how many iterations (the recipe's `iterations`)")
     parser.add_argument("--plan", action="store_true", help="print what would run and what it would take, then stop")
     parser.add_argument("--verbose", action="store_true", help="print shards and steps too, not a line a stage")
@@ -64,16 +67,16 @@ def main(arguments: list[str]) -> int:
         if given.iterations is not None:
             overrides.append(f"iterations={given.iterations}")
         config = options.load(given.recipe, overrides)
-        root = run_folder(given.run or f"runs/{config.name}")
+        root, uri = places(given.run or f"runs/{config.name}", given.work)
         if given.plan:
             from evolve_ray.plan import plan
 
             text, fault = plan(config, Run(root), cluster_of(given))
-            say(text)
+            say(text + (f"\n\n{uri} was not asked: `committed` is what stands in {root}" if uri else ""))
             if fault:
                 raise fault
             return 0
-        return run(config, root, rerun_changed=given.rerun_changed, again=again, verbose=given.verbose)
+        return run(config, root, uri, rerun_changed=given.rerun_changed, again=again, verbose=given.verbose)
 
     return run_command(command, again)
 
@@ -92,17 +95,29 @@ def cluster_of(given: argparse.Namespace) -> Cluster | None:
         stop_ray()
 
 
+def places(name: str, work: str | None) -> tuple[Path, str]:
+    """The folder that a run works in, and the URI of the object store that holds what it commits; "" where there is none."""
+    if is_uri(name):
+        uri, below = check_uri(name)
+        return run_folder(work or f"runs/{below}"), uri
+    if work:
+        raise UserError(f"--work {work}: is for runs of an object store only; give the folder as --run")
+    return run_folder(name), ""
+
+
 def run_folder(name: str) -> Path:
-    """The run directory; today a local or shared file system."""
+    """A folder on a local or shared file system."""
     url = urlparse(name)
     if url.scheme == "file":
         return Path(url.path).resolve()
-    if "://" in name:
-        raise UserError(f"--run {name}: {url.scheme}:// is not supported yet; give a folder on storage that all nodes share")
+    if is_uri(name):
+        raise UserError(f"{name}: is in an object store; give a folder on storage that all nodes share")
     return Path(name).resolve()
 
 
-def run(config: options.Config, root: Path, *, rerun_changed: bool, again: str = "", verbose: bool = False) -> int:
+def run(
+    config: options.Config, root: Path, uri: str = "", *, rerun_changed: bool, again: str = "", verbose: bool = False
+) -> int:  # fmt: skip
     """`again` is the command as typed, kept for jobs/status.py and jobs/verify.py."""
     from evolve_ray import inputs, iterate, report
     from evolve_ray.plan import check_space
@@ -111,10 +126,10 @@ def run(config: options.Config, root: Path, *, rerun_changed: bool, again: str =
     started = time.monotonic()
     folder = Run(root)
     tracked = Trackers(config, folder, say)
-    with folder.locked():
+    with folder.locked(), kept(uri, folder) if uri else contextlib.nullcontext():
         inputs.settle_config(config, folder, rerun_changed=rerun_changed)
         folder.event("driver_start", pid=os.getpid(), job=submission_id(), command=again, folder=os.getcwd())
-        say(f"run {config.name} in {root}")
+        say(f"run {config.name} in {root}" + (f", kept in {uri}" if uri else ""))
         follower = Follower(folder, config.name)
         try:
             tracked.start()
@@ -134,7 +149,7 @@ def run(config: options.Config, root: Path, *, rerun_changed: bool, again: str =
         folder.event("driver_end", seconds=round(time.monotonic() - started, 3))
     say("")
     say(report.table(result))
-    say(f"\nrun: {root}\nreport: {root / 'report.html'}\ncheckpoint: {result['checkpoint']}")
+    say(f"\nrun: {uri or root}\nreport: {root / 'report.html'}\ncheckpoint: {result['checkpoint']}")
     return 0
 
 

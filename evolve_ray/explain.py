@@ -13,6 +13,7 @@ from evolve_ray import rows
 from evolve_ray.config import Config, from_json, resolved
 from evolve_ray.errors import IntegrityError, UserError, run_command
 from evolve_ray.models import content_hash
+from evolve_ray.objects import run_argument
 from evolve_ray.refine import load_template
 from evolve_ray.store import Manifest, read_manifest, sha256_file
 
@@ -25,7 +26,7 @@ SHOWN = 5  # ids that an error lists
 def main(arguments: list[str]) -> int:
     """Returns the exit code; a known fault is one sentence on stderr."""
     parser = argparse.ArgumentParser(prog="explain.py", description="Follows a training pair back to where it comes from.")
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    parser.add_argument("run", metavar="RUN", type=run_argument, help="a run directory")
     parser.add_argument("pair", metavar="PAIR_ID", help="a pair_id of one of its pairs.parquet, or the beginning of one")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     given = parser.parse_args(arguments)

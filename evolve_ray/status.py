@@ -17,6 +17,7 @@ from typing import Any
 
 from evolve_ray.errors import IntegrityError, UserError, run_command
 from evolve_ray.ledger import committed_stages
+from evolve_ray.objects import run_argument
 from evolve_ray.store import MANIFEST, Manifest, Run, read_manifest
 
 TRAININGS = ("checkpoint", "activation", "reward_model")
@@ -26,7 +27,7 @@ FRESH_S = 120.0  # a younger last event speaks for a driver on another host, wha
 def main(arguments: list[str]) -> int:
     """Returns the exit code; a known fault is one sentence on stderr."""
     parser = argparse.ArgumentParser(prog="status.py", description="Says where a run stands, in progress, finished or dead.")
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    parser.add_argument("run", metavar="RUN", type=run_argument, help="a run directory")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     given = parser.parse_args(arguments)
 

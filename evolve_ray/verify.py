@@ -6,7 +6,7 @@ Nothing is changed. A run that is not finished is sound: what is to do is listed
 import argparse
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,9 @@ from evolve_ray import plan, tallies
 from evolve_ray.config import Config
 from evolve_ray.errors import IntegrityError, run_command
 from evolve_ray.explain import read_config
-from evolve_ray.store import MANIFEST, Manifest, Run, file_faults, read_manifest
+from evolve_ray.keeper import fetched
+from evolve_ray.objects import check_uri, is_uri
+from evolve_ray.store import CARD, MANIFEST, Manifest, Run, file_faults, read_manifest
 
 SHOWN = 20  # faults of one folder
 
@@ -35,19 +37,28 @@ class Findings:
 def main(arguments: list[str]) -> int:
     """Returns the exit code: 0 for a sound run, 4 for one that is not; the last line on stderr is one sentence."""
     parser = argparse.ArgumentParser(prog="verify.py", description="Checks every file and row that a run has committed.")
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    parser.add_argument("run", metavar="RUN", help="a run directory, or s3://BUCKET/PREFIX: it is fetched to a temporary folder")
     given = parser.parse_args(arguments)
 
     def command() -> int:
-        found = verify(given.run)
-        print(text(given.run, found))
-        if found.faults:
-            first = next(iter(found.faults.values()))[0]
-            count = f"{len(found.faults)} folder{'s' * (len(found.faults) > 1)}"
-            raise IntegrityError(f"{given.run}: {count} not as committed: {first}; repair with: {repair(given.run, found)}")
-        return 0
+        if not is_uri(given.run):
+            return tell(Path(given.run), lambda said: said)
+        uri, _ = check_uri(given.run)
+        with fetched(uri) as folder:
+            return tell(folder, lambda said: said.replace(str(folder), uri).replace("rm -r ", "delete "))
 
     return run_command(command, shlex.join(["python", "jobs/verify.py", *arguments]))
+
+
+def tell(root: Path, named: Callable[[str], str]) -> int:
+    """Prints what was found and raises the first fault, in the words of `named`: the run may be known by another name."""
+    found = verify(root)
+    print(named(text(root, found)))
+    if found.faults:
+        first = next(iter(found.faults.values()))[0]
+        count = f"{len(found.faults)} folder{'s' * (len(found.faults) > 1)}"
+        raise IntegrityError(named(f"{root}: {count} not as committed: {first}; repair with: {repair(root, found)}"))
+    return 0
 
 
 def verify(root: Path) -> Findings:
@@ -125,7 +136,7 @@ def strangers(manifest: Manifest) -> Iterator[str]:
     """Files that stand in a committed folder without being in its manifest."""
     for path in sorted(manifest.folder.rglob("*")):
         name = path.relative_to(manifest.folder).as_posix()
-        if path.is_file() and name not in manifest.files and name != MANIFEST:
+        if path.is_file() and name not in manifest.files and name not in (MANIFEST, CARD):
             yield f"{path}: is not in the manifest of its folder"
 
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import signal
 import tempfile
+import time
 from pathlib import Path
 
 from evolve_ray.generate import Completion
@@ -51,6 +52,14 @@ class ModelEngine(FakeEngine):
         drawn = hashlib.sha256(f"{self.model} {seed}".encode()).digest()
         text = "".join("ab"[byte % 2] for byte in drawn[:3])
         return [Completion(request_id, text, 3 + drawn[4] % 4, len(prompt_ids), 0, "stop" if drawn[3] % 8 else "length")]
+
+
+class SlowEngine(FakeEngine):
+    """Takes a quarter of a second for each answer, so that somebody outside can act between two shards."""
+
+    def step(self):
+        time.sleep(0.25)
+        return super().step()
 
 
 class DyingEngine(FakeEngine):

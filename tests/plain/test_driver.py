@@ -10,7 +10,7 @@ import time
 import pytest
 
 from evolve_ray import driver
-from evolve_ray.errors import ResourceError, UserError, run_command
+from evolve_ray.errors import ResourceError, run_command
 from evolve_ray.plan import check_space
 from evolve_ray.store import Run
 from tests.plain.processes import ROOT, run_python
@@ -42,7 +42,9 @@ def test_nothing_heavy_is_imported_before_the_recipe_is_valid(recipe):
         (["training.bta=1"], "command line: training.bta: unknown option; did you mean 'beta'?"),
         (["--iterations", "-1"], "command line: iterations: is -1, but must be at least 0"),
         (["seed"], "command line: 'seed': must have the form key=value, for example training.beta=0.2"),
-        (["--run", "s3://bucket/run"], "--run s3://bucket/run: s3:// is not supported yet"),
+        (["--run", "s3://bucket"], "s3://bucket: names no place for a run; give s3://BUCKET/PREFIX"),
+        (["--run", "ftp://host/run"], "ftp://host/run: ftp:// is not supported; give a folder, s3://BUCKET/PREFIX or gs://"),
+        (["--work", "folder"], "--work folder: is for runs of an object store only; give the folder as --run"),
         (["--plan"], "prompts.jsonl: no such file"),
     ],
 )
@@ -84,11 +86,6 @@ def test_unknown_fault_is_not_hidden(recipe, monkeypatch):
 @pytest.mark.parametrize(("name", "folder"), [("file:///a/b", "/a/b"), ("/a/../b", "/b")])
 def test_run_folder_is_absolute(name, folder):
     assert str(driver.run_folder(name)) == folder
-
-
-def test_run_folder_on_an_object_store_is_refused():
-    with pytest.raises(UserError, match="storage that all nodes share"):
-        driver.run_folder("gs://bucket")
 
 
 def test_the_log_is_a_line_a_stage_and_verbose_adds_the_lines_below_it(capsys):

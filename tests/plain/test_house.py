@@ -74,6 +74,10 @@ PLAIN = [
     "attempts",
     "tallies",
     "verify",
+    "objects",
+    "lease",
+    "mirror",
+    "keeper",
 ]
 STAGES = {"generate", "score", "train", "rank", "objective", "logprobs", "probe"}
 ALLOWED_BETWEEN_STAGES = {("train", "rank"), ("rank", "train"), ("rank", "objective"), ("rank", "logprobs")}

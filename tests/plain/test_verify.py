@@ -257,6 +257,11 @@ def test_what_was_put_aside_is_left_alone(run):
     assert faults(run) == {}
 
 
+def test_model_card_is_in_no_manifest_and_no_fault(run):
+    (run / "iteration-01/checkpoint/README.md").write_text("# A model")
+    assert faults(run) == {}
+
+
 def test_folder_that_is_no_run_is_refused(tmp_path, run):
     with pytest.raises(UserError, match="is no run directory"):
         verify.verify(tmp_path / "nowhere")
