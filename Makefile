@@ -15,9 +15,9 @@ test: check test-fast
 test-fast: install
 	@$(BIN)/python -m pytest -n auto tests/plain tests/tensors
 
-# What would take the tests over twenty minutes: controllers, shipped recipes, foreign models, hanging actors.
+# What would take the tests over twenty minutes: controllers, shipped recipes, foreign models, hanging actors, object stores.
 test-long: install
-	@$(BIN)/python -m pytest -m long tests/wiring tests/real
+	@$(BIN)/python -m pytest -m long tests/plain tests/wiring tests/real
 
 # Kills and stops processes of real runs; an hour on two cores. KILLS and SEED are those of the soak.
 KILLS ?= 5

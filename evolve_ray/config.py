@@ -75,9 +75,8 @@ class Template:
 class Strategy:
     """What a generation strategy asks of the model for one prompt.
 
-    `stop_unchanged` and `stop_right` are of `chain`, in the generation of training data alone: it ends where a refinement
-    equals its draft, or where the verifier gives a draft its full mark (1.0). Rounds that are left out are rows of kind
-    `skipped`, which are neither scored nor selected.
+    `stop_unchanged`, `stop_right`: a `chain` of training data ends where a refinement equals its draft, or where the verifier
+    gives a draft its full mark (1.0). Rounds left out are rows of kind `skipped`, which are neither scored nor selected.
     """
 
     name: str = option("chain", choices=("chain", "parallel", "few_shot", "critique", "best_of"), plug=True)
@@ -232,12 +231,10 @@ class Preferences:
 class Trainer:
     """The Ray Train worker group. `deepspeed` is merged into the DeepSpeed configuration.
 
-    A training that gets on with nothing (no step, no stored step) for `stall_s` ends the run.
-    `forward`: the sequences of a pair are read as a `tree`, in which what they share is computed once, packed up to
-    `max_tokens` tokens (padding counted) and `micro_pairs` pairs a forward; or `separate`, a row each, `micro_pairs` pairs
-    a forward. The log-probabilities are the same.
-    `lora_rank` (0: all weights are trained): adapters are trained and merged at the end of each training; a reward model is
-    always trained whole.
+    A training without a step, stored or done, for `stall_s` ends the run.
+    `forward`: the sequences of a pair are read as a `tree`, what they share once, packed up to `max_tokens` tokens (padding
+    counted) and `micro_pairs` pairs a forward; or `separate`, a row each, `micro_pairs` pairs a forward. The values are the same.
+    `lora_rank` (0: all weights): adapters are trained and merged at the end; a reward model is always trained whole.
     """
 
     workers: int = option(1, low=1)

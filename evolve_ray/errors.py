@@ -81,18 +81,23 @@ class Terminated(KeyboardInterrupt):
     """Somebody sent SIGTERM: `ray job stop`, a batch system, an operator."""
 
 
-def on_sigterm(*_: object) -> None:
+_taken: list[int] = []  # SIGTERM, if it came: where Ray waits, it makes a plain KeyboardInterrupt of what a handler raises
+
+
+def on_sigterm(number: int, *_: object) -> None:
+    _taken.append(number)
     raise Terminated
 
 
 def run_command(command: Callable[[], int], again: str) -> int:
     """The exit code of a command; a known fault is one sentence on stderr, its last line. `again` is the command as typed."""
+    _taken.clear()
     with contextlib.suppress(ValueError):  # not in the main thread: whoever has that decides
         signal.signal(signal.SIGTERM, on_sigterm)
     try:
         return command()
-    except KeyboardInterrupt as error:
-        how, code = ("ended by SIGTERM", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+    except KeyboardInterrupt:
+        how, code = ("ended by SIGTERM", 143) if _taken else ("interrupted", 130)
         print(f"{how}; what is committed stays; continue with: {again}", file=sys.stderr)
         return code
     except EvolveError as error:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from evolve_ray.errors import EvolveError, Terminated, on_sigterm
+from evolve_ray.errors import EvolveError, on_sigterm
 from evolve_ray.lease import Lease
 from evolve_ray.mirror import Mirror
 from evolve_ray.objects import Store
@@ -64,7 +64,7 @@ def kept(uri: str, run: Run) -> Iterator[None]:
             store.patience_s = 5.0
             with contextlib.suppress(EvolveError):
                 lease.release()
-            if faults and isinstance(error, Terminated):
+            if faults and isinstance(error, KeyboardInterrupt):
                 raise faults[0] from None
             raise
 

@@ -152,7 +152,9 @@ class Wandb:
         import wandb
 
         mode: Any = os.environ.get("WANDB_MODE", "offline")
-        quiet = wandb.Settings(console="off", silent=True, disable_git=True, save_code=False, x_disable_stats=True)
+        quiet = wandb.Settings(
+            console="off", silent=True, disable_git=True, save_code=False, x_disable_stats=True, x_service_wait=120
+        )
         self.run = wandb.init(
             project=opened.project, name=opened.name, id=opened.identity, resume="allow", dir=str(opened.root),
             mode=mode, config=opened.config, settings=quiet,

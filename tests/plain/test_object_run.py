@@ -20,6 +20,8 @@ from tests.plain.processes import run_python
 from tests.plain.test_verify import run as sound_run
 from tests.stores import CREDENTIALS, at, fetched, make, mirror, objects_of, place, proxy, request, server, way
 
+pytestmark = pytest.mark.long  # a minute and a half of drivers
+
 __all__ = ["at", "place", "proxy", "server", "sound_run", "way"]
 
 

@@ -92,6 +92,7 @@ class Driver:
         return self.process.wait(60)
 
 
+@pytest.mark.long
 def test_run_that_is_killed_goes_on_in_another_folder_with_the_pairs_of_a_run_on_a_disk(recipe, proxy, at, place, tmp_path):
     twin, here, there = tmp_path / "twin", tmp_path / "here", tmp_path / "there"
     with Driver(recipe, tmp_path / "twin.log", proxy.port, "--run", twin) as driver:
