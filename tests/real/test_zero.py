@@ -70,7 +70,7 @@ def train_pairs(model, table: list[dict], tmp_path, *overrides: str, out: str = 
     pairs = tmp_path / "pairs.parquet"
     rows.write_table(pairs, table, rows.PAIR)
     command = [sys.executable, "-c", SCRIPT, str(model), reference or str(model), str(pairs), str(tmp_path / out), *overrides]
-    environment = {**os.environ, "CC": "/bin/false", "CXX": "/bin/false"}  # nothing is compiled
+    environment = {**os.environ, "CC": "/bin/false", "CXX": "/bin/false"}  # DeepSpeed compiles nothing
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400, env=environment)
     assert result.stdout.strip(), result.stderr[-3000:]
     return json.loads(result.stdout.strip().splitlines()[-1])
