@@ -19,7 +19,8 @@ fail() {
 
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$place/token"
 (umask 077 && head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH")
-gcs=9579 dashboard=18365 scraper=18370
+# Below 10002, where the ports of Ray's workers begin.
+gcs=9579 dashboard=9581 scraper=9586
 address=http://127.0.0.1:$dashboard
 pids=()
 # A process and everything below it.
@@ -48,17 +49,17 @@ node() {
   pids+=($!)
 }
 node head --head --node-ip-address=127.0.0.1 --port=$gcs --dashboard-host=127.0.0.1 --dashboard-port=$dashboard \
-  --dashboard-agent-listen-port=18366 --ray-client-server-port=18367
+  --dashboard-agent-listen-port=9582 --ray-client-server-port=9583
 await 60 ray job list --address "$address" || fail "the head did not start, see $place/head.log"
 if RAY_AUTH_MODE=disabled curl -sf "$address/api/jobs/" >/dev/null; then fail "the job API answers without a token"; fi
-node worker --address=127.0.0.1:$gcs --dashboard-agent-listen-port=18368
+node worker --address=127.0.0.1:$gcs --dashboard-agent-listen-port=9584
 worker=${pids[1]}
 if command -v prometheus >/dev/null; then # with the configuration that Ray wrote for it
   prometheus --config.file=/tmp/ray/session_latest/metrics/prometheus/prometheus.yml --storage.tsdb.path="$place/prometheus" \
     --web.listen-address=127.0.0.1:$scraper >"$place/prometheus.log" 2>&1 &
   pids+=($!)
 fi
-both() { [ "$(ray list nodes --address "$address" --filter state=ALIVE --format json | grep -c '"node_id"')" = 2 ]; }
+both() { [ "$(ray list nodes --address "$address" --filter state=ALIVE --format json | grep -o '"node_id"' | wc -l)" = 2 ]; }
 await 30 both || fail "the second node did not join, see $place/worker.log"
 git clone --quiet . "$place/clone"
 echo "two nodes are alive; submitting"
@@ -79,7 +80,7 @@ doomed=$(family "$worker")
 engines=$(xargs -n1 ps -o args= -p <<<"$doomed" | grep -c '^ray::' || true)
 xargs kill -KILL <<<"$doomed"
 echo "killed the second node while drafts were generated; $engines of Ray's workers were on it"
-node replacement --address=127.0.0.1:$gcs --dashboard-agent-listen-port=18369
+node replacement --address=127.0.0.1:$gcs --dashboard-agent-listen-port=9585
 await 60 both || fail "the new node did not join, see $place/replacement.log"
 echo "another node is there"
 wait "$job" || fail "the job failed, see $place/job.log"
