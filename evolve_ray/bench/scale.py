@@ -116,7 +116,8 @@ def recipe(root: Path, given: argparse.Namespace, prompts: int, **engine: Any) -
         "engine": {"name": "evolve_ray.bench.null:NullEngine", "cpus_per_actor": 0.5, **engine},
         "scorer": {"name": "verifier", "cpus_per_actor": 0.1},
         "verifier": {"name": "exact"},
-        "ray": {"num_cpus": 2 * max(8, *given.actors), "dashboard": False},  # logical ones: engines that sleep need no more
+        # Logical CPUs: engines that sleep need none. Ray ends idle processes beyond this number, and each step has two an engine.
+        "ray": {"num_cpus": 4 * max(8, *given.actors), "dashboard": False},
     }
     return options_of.build(tree, "scale", "", ())
 

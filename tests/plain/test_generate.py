@@ -2,12 +2,14 @@
 
 import pickle
 import random
+from types import SimpleNamespace
 
 import pytest
 
 from evolve_ray import config as options
 from evolve_ray.drive import Completion, Drive, GenerateSpec
 from evolve_ray.errors import UserError
+from evolve_ray.generate import GUESSED, VllmEngine
 from evolve_ray.refine import load_template
 from evolve_ray.rows import GENERATION, derive_seed
 from evolve_ray.strategies import STRATEGIES
@@ -319,3 +321,26 @@ def test_a_draft_that_was_cut_ends_no_chain():
 def test_strategy_that_asks_the_verifier_is_refused_where_there_is_none():
     with pytest.raises(UserError, match=r"strategy\.name: 'chain' asks the verifier"):
         run(strategy=RIGHT)
+
+
+def test_an_engine_that_speculates_counts_its_guesses_since_the_last_call():
+    guessed = 0
+
+    def metrics():
+        values = {
+            "vllm:spec_decode_num_draft_tokens": guessed,
+            "vllm:spec_decode_num_accepted_tokens": guessed // 4,
+            "vllm:other": 1.5,
+        }
+        return [SimpleNamespace(name=name, value=value) for name, value in values.items()]
+
+    engine = VllmEngine.__new__(VllmEngine)
+    engine.counted = dict.fromkeys(GUESSED, 0)
+    engine.llm = SimpleNamespace(llm_engine=SimpleNamespace(log_stats=True), get_metrics=metrics)
+    assert engine.counts() == {"num_guessed_tokens": 0, "num_accepted_tokens": 0}
+    guessed = 100
+    assert engine.counts() == {"num_guessed_tokens": 100, "num_accepted_tokens": 25}
+    guessed = 180
+    assert engine.counts() == {"num_guessed_tokens": 80, "num_accepted_tokens": 20}
+    engine.llm.llm_engine.log_stats = False
+    assert engine.counts() == {}
