@@ -77,16 +77,12 @@ def one_line(error: BaseException) -> str:
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in str(error))
 
 
-class Terminated(KeyboardInterrupt):
-    """Somebody sent SIGTERM: `ray job stop`, a batch system, an operator."""
-
-
-_taken: list[int] = []  # SIGTERM, if it came: where Ray waits, it makes a plain KeyboardInterrupt of what a handler raises
+_taken: list[int] = []  # SIGTERM, if it came: where Ray waits, it makes a plain KeyboardInterrupt of all that a handler raises
 
 
 def on_sigterm(number: int, *_: object) -> None:
     _taken.append(number)
-    raise Terminated
+    raise KeyboardInterrupt
 
 
 def run_command(command: Callable[[], int], again: str) -> int:

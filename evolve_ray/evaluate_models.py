@@ -19,8 +19,9 @@ from evolve_ray.checkpoints import Named
 from evolve_ray.driver import say
 from evolve_ray.errors import UserError
 from evolve_ray.evaluate_figures import Rows, add_probes, every_two, model_figures
-from evolve_ray.inputs import Context, Policy, Prompter
+from evolve_ray.inputs import Context, Policy
 from evolve_ray.models import check_policy
+from evolve_ray.prompter import Prompter, evaluation_id
 from evolve_ray.scorers import same_answer
 from evolve_ray.store import Manifest, Run, sha256_file
 
@@ -119,7 +120,7 @@ def read_column(part: options.Evaluation, path: str, split: str, column: str) ->
         path, prompt_column=part.prompt_column, answer_column=part.answer_column, answer_pattern=part.answer_pattern,
         draft_column=column, source_split=part.split, split=split,
     )  # fmt: skip
-    return {inputs.evaluation_id(split, row["prompt_id"]): row["draft"] for row in found}
+    return {evaluation_id(split, row["prompt_id"]): row["draft"] for row in found}
 
 
 def with_drafts(context: Context, name: str, table: list[dict], texts: dict[str, str], inputs_of: dict[str, str]) -> Manifest:

@@ -90,12 +90,12 @@ def training_memory(config: Config, training: Training, shape: Shape, cluster: C
     width, tokens, vocabulary = BYTES[config.model.dtype], forward_tokens(config, training), shape.vocabulary
     share = shape.parameters / config.trainer.workers
     zero = config.trainer.deepspeed.get("zero_optimization") or {}
-    trained = share
+    trained, frozen = share, 0.0
     if config.trainer.lora_rank and training.objective != "reward":
-        trained = shape.adapters(config.trainer.lora_rank) / config.trainer.workers
-    states = STATES[config.model.dtype] * trained + width * (share if trained != share else 0)
+        trained, frozen = shape.adapters(config.trainer.lora_rank) / config.trainer.workers, share
+    states = STATES[config.model.dtype] * trained + width * frozen
     if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
-        states = width * (share + trained)
+        states = 2 * width * trained + width * frozen
     live = min(zero.get("stage3_max_live_parameters", MAX_LIVE), shape.parameters)
     buckets = min(zero.get("reduce_bucket_size", REDUCE_BUCKET), shape.parameters)
     gathered = 2 * width * shape.largest + width * (live + buckets)

@@ -36,9 +36,7 @@ LOOK_S = 0.02  # between two looks at the driver's memory
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
-    parser.add_argument(
-        "--sizes", nargs="+", type=int, default=[10**3, 10**4, 10**5], help="prompts; 1000000 takes about an hour"
-    )
+    parser.add_argument("--sizes", nargs="+", type=int, default=[10**3, 10**4, 10**5], help="prompts")
     parser.add_argument("--repeats", type=int, default=1, help="of everything")
     parser.add_argument("--engines", type=int, default=2, help="null engines of the sizes")
     parser.add_argument("--shard", type=int, default=256, help="prompts of a shard of the sizes")

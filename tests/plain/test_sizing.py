@@ -77,6 +77,14 @@ def test_states_are_eighteen_bytes_a_parameter_over_all_workers(load):
     assert not sizing.training_memory(alone, alone.training, shape, NODE).fits
 
 
+def test_states_of_adapters_are_the_frozen_weights_and_little_more(load):
+    config, shape, _ = load("trainer.lora_rank=16")
+    # Of each layer: query and output 4096 to 4096, key and value 4096 to 1024, three projections between 4096 and 14336.
+    adapters = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    memory = sizing.training_memory(config, config.training, shape, NODE)
+    assert part(memory, "states") == pytest.approx((2 * 8_030_261_248 + 18 * adapters) / 8 / GIB)
+
+
 def test_checkpointing_and_offload_take_less(load):
     def total(*overrides):
         config, shape, _ = load(*overrides)

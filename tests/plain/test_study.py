@@ -16,6 +16,7 @@ from evolve_ray import inputs, iterate, report, rows, shards, study
 from evolve_ray import study_tables as tables
 from evolve_ray.errors import IntegrityError
 from evolve_ray.evaluate import summarise
+from evolve_ray.prompter import Prompter
 from evolve_ray.store import Run, Stage, commit
 from evolve_ray.study_tables import Answer, Outcomes, Result
 from tests.plain.processes import ROOT, run_python
@@ -589,7 +590,7 @@ def keys(config, root, monkeypatch):
     context.found = {}
     monkeypatch.setattr(inputs.Policy, "from_manifest", classmethod(lambda cls, manifest: cls(Path(), manifest.identity)))
     rows.write_jsonl(root / "summary.jsonl", [{}])
-    prompter = inputs.Prompter(context, {})
+    prompter = Prompter(context, {})
     context.held_out = prompter.held_out()
     context.given = {name: prompter.triples(name, part) for name in ("activation", "offline") if (part := getattr(config, name))}
     iterate.evaluate(context, 0, policy, "base", folder="base_evaluation")

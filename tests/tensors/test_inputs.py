@@ -8,6 +8,7 @@ import pytest
 from evolve_ray import config as options
 from evolve_ray import inputs, rows
 from evolve_ray.errors import EvolveError, UserError
+from evolve_ray.prompter import Prompter
 from evolve_ray.store import Run
 
 
@@ -150,7 +151,7 @@ def test_prompt_beyond_the_context_is_rejected_with_its_reason_where_the_loss_is
 
 def test_longest_prompt_that_fits_leaves_room_for_its_refinement(prepare):
     context = prepare([*TEXTS[:3], "x" * 27])
-    chat = inputs.Prompter(context, {}).chat
+    chat = Prompter(context, {}).chat
     longest = max((row for number in (1, 2) for row in committed(context, number)), key=lambda row: row["num_tokens"])
     assert longest["num_tokens"] == 30
     ask = chat.context_ids(context.template.refinement(longest["prompt"], "y" * 10))

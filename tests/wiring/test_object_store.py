@@ -9,14 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
-from safetensors.numpy import save_file
 
-from evolve_ray import rows
-from evolve_ray.toy.tokenizer import make_tokenizer
 from tests.stores import at, environment, place, proxy, request, server, way
+from tests.wiring.test_pipeline import make_folder, recipe_text
 
 __all__ = ["at", "place", "proxy", "server", "way"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,36 +24,9 @@ PAIRS = "iteration-01/pairs"
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     """A recipe whose drafts, scores and pairs need no real engine; its training is never come to."""
-    root = tmp_path_factory.mktemp("inputs")
-    make_tokenizer().save_pretrained(root / "model")
-    (root / "model" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 256}')
-    save_file({"weight": np.zeros(1)}, root / "model" / "model.safetensors")
-    rows.write_jsonl(root / "prompts.jsonl", [{"prompt": f"question {number}"} for number in range(4 * NUM_SHARDS)])
-    (root / "recipe.toml").write_text(
-        f"""
-        iterations = 1
-        [model]
-        path = "{root}/model"
-        context_tokens = 200
-        [prompts]
-        path = "{root}/prompts.jsonl"
-        per_iteration = {4 * NUM_SHARDS}
-        [template]
-        name = "tiny"
-        [sampling]
-        max_tokens = 8
-        [scorer]
-        name = "tests.fakes:LetterScorer"
-        cpus_per_actor = 0.1
-        [engine]
-        name = "tests.fakes:SlowEngine"
-        shard_prompts = 4
-        cpus_per_actor = 0.5
-        [ray]
-        num_cpus = 2
-        dashboard = false
-        """
-    )
+    root = make_folder(tmp_path_factory.mktemp("inputs"), 4 * NUM_SHARDS)
+    ray = "[ray]\nnum_cpus = 2\ndashboard = false\n"
+    (root / "recipe.toml").write_text(recipe_text(root, "SlowEngine", 4 * NUM_SHARDS) + ray)
     return root / "recipe.toml"
 
 

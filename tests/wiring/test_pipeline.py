@@ -27,26 +27,29 @@ def local_ray():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model folder, of which a fake engine reads the tokenizer alone, and 20 prompts."""
-    root = tmp_path_factory.mktemp("inputs")
+    return make_folder(tmp_path_factory.mktemp("inputs"), 20)
+
+
+def make_folder(root: Path, num_prompts: int) -> Path:
+    """A model folder, of which a fake engine reads the tokenizer alone, and prompts."""
     make_tokenizer().save_pretrained(root / "model")
     (root / "model" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 256}')
     save_file({"weight": np.zeros(1)}, root / "model" / "model.safetensors")
-    rows.write_jsonl(root / "prompts.jsonl", [{"prompt": f"question {number}", "answer": "x"} for number in range(20)])
+    asked = [{"prompt": f"question {number}", "answer": "x"} for number in range(num_prompts)]
+    rows.write_jsonl(root / "prompts.jsonl", asked)
     return root
 
 
-def make_context(folder: Path, run: Path, *overrides: str) -> inputs.Context:
-    recipe = run.parent / "recipe.toml"
-    recipe.write_text(
-        f"""
+def recipe_text(folder: Path, engine: str = "FakeEngine", per_iteration: int = 20) -> str:
+    """A recipe of drafts, scores and pairs from fakes on the model and the prompts in `folder`."""
+    return f"""
         iterations = 1
         [model]
         path = "{folder}/model"
         context_tokens = 200
         [prompts]
         path = "{folder}/prompts.jsonl"
-        per_iteration = 20
+        per_iteration = {per_iteration}
         [template]
         name = "tiny"
         [sampling]
@@ -55,11 +58,15 @@ def make_context(folder: Path, run: Path, *overrides: str) -> inputs.Context:
         name = "tests.fakes:LetterScorer"
         cpus_per_actor = 0.1
         [engine]
-        name = "tests.fakes:FakeEngine"
+        name = "tests.fakes:{engine}"
         shard_prompts = 4
         cpus_per_actor = 0.5
         """
-    )
+
+
+def make_context(folder: Path, run: Path, *overrides: str) -> inputs.Context:
+    recipe = run.parent / "recipe.toml"
+    recipe.write_text(recipe_text(folder))
     config = options.load(recipe, overrides)
     run.mkdir()
     return inputs.prepare(config, Run(run), lambda line: None, lambda: None, rerun_changed=False)
