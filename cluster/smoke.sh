@@ -31,6 +31,8 @@ family() {
 finish() {
   # Only what was started here, by its id: other Ray clusters of this machine live on.
   for pid in "${pids[@]}"; do family "$pid" | xargs kill -TERM 2>/dev/null || true; done
+  wait
+  rm -rf "$sessions"
 }
 trap finish EXIT
 
@@ -43,9 +45,11 @@ await() {
   return 1
 }
 
-# Name of the log, then the options of `ray start`.
+# Name of the log, then the options of `ray start`. Each node has a folder of its own for its session, as on machines of their own:
+# in a shared one a node that leaves deletes the working directory of the job that runs on the other.
+sessions=$(mktemp -d) # short: the names of sockets have 107 characters
 node() {
-  ray start "${@:2}" --block --num-cpus=2 --object-store-memory=200000000 --disable-usage-stats >"$place/$1.log" 2>&1 &
+  ray start "${@:2}" --temp-dir="$sessions/$1" --block --num-cpus=2 --object-store-memory=200000000 --disable-usage-stats >"$place/$1.log" 2>&1 &
   pids+=($!)
 }
 node head --head --node-ip-address=127.0.0.1 --port=$gcs --dashboard-host=127.0.0.1 --dashboard-port=$dashboard \
@@ -55,7 +59,7 @@ if RAY_AUTH_MODE=disabled curl -sf "$address/api/jobs/" >/dev/null; then fail "t
 node worker --address=127.0.0.1:$gcs --dashboard-agent-listen-port=9584
 worker=${pids[1]}
 if command -v prometheus >/dev/null; then # with the configuration that Ray wrote for it
-  prometheus --config.file=/tmp/ray/session_latest/metrics/prometheus/prometheus.yml --storage.tsdb.path="$place/prometheus" \
+  prometheus --config.file="$sessions"/head/session_latest/metrics/prometheus/prometheus.yml --storage.tsdb.path="$place/prometheus" \
     --web.listen-address=127.0.0.1:$scraper >"$place/prometheus.log" 2>&1 &
   pids+=($!)
 fi
@@ -68,7 +72,7 @@ small=(toy.base_steps=40 toy.num_train=300 toy.num_heldout=24 toy.num_out_of_dom
   prompts.per_iteration=64 engine.shard_prompts=8 trainer.checkpoint_steps=2
   engine.cpus_per_actor=0.8 engine.release_for_training=true) # one engine a node, and both fit on the one that is left
 submit() {
-  ray job submit --address "$address" --submission-id "$1" --working-dir "$place/clone" -- \
+  ray job submit --address "$address" --submission-id "$1" --metadata-json '{"run": "smoke"}' --working-dir "$place/clone" -- \
     python jobs/iterate.py jobs/recipes/tiny.toml --run "$place/run" --iterations 1 "${small[@]}"
 }
 submit smoke >"$place/job.log" 2>&1 &
@@ -92,7 +96,6 @@ if command -v prometheus >/dev/null; then
 fi
 finish
 pids=()
-wait
 python jobs/verify.py "$place/run"
 unset RAY_AUTH_MODE RAY_AUTH_TOKEN_PATH
 echo "the same run on this machine alone, undisturbed"

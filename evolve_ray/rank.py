@@ -19,7 +19,7 @@ from evolve_ray.schedule import batches, learning_rate
 from evolve_ray.store import CARD, commit, read_manifest
 from evolve_ray.train import TrainSpec, deepspeed_config
 
-PROGRESS_S = 5.0  # seconds between two lines of progress
+PROGRESS_S = 5.0  # seconds between two events of progress; the last step is always told
 
 
 class Rank:
@@ -103,11 +103,12 @@ class Rank:
             begun = time.monotonic()
             log.append(self.update(step, reference))
             self.seconds += time.monotonic() - begun
-            if self.rank == 0 and time.monotonic() - told > PROGRESS_S:
+            last = step + 1 == len(self.batches)
+            if self.rank == 0 and (last or time.monotonic() - told > PROGRESS_S):
                 here = {"iteration": self.spec.iteration, "key": self.spec.checkpoint.key, "num_steps": len(self.batches)}
                 self.spec.run.event("training", **here, **log[-1], steps=log[untold:])
                 told, untold = time.monotonic(), len(log)
-            if (step + 1) % self.spec.trainer.checkpoint_steps == 0 and step + 1 < len(self.batches):
+            if (step + 1) % self.spec.trainer.checkpoint_steps == 0 and not last:
                 self.save(step + 1, log)
         # Once: Ray Train takes reports at its polling interval and blocks the workers of a quicker loop.
         ray.train.report({"num_steps": len(self.batches), **log[-1]})

@@ -112,6 +112,10 @@ class Host:
         self.worker: ShardWorker | None = None
         self.work = Work(name)
 
+    def __repr__(self) -> str:
+        """What Ray's dashboard calls the actor."""
+        return f"{self.name} {self.index}"
+
     def call(self, spec: Any, verb: str, *arguments: Any) -> Any:
         """`worker.verb(*arguments)` of a worker that was built or renewed for `spec`."""
         started = time.monotonic()
@@ -224,7 +228,7 @@ def watched(actor: Any, index: int, shard: int, pool: PoolOptions, stage: str, s
     """Counts of a shard from an actor that must get on: without a beat for `stall_s` it is ended, and Ray starts it again."""
     import ray
 
-    call = actor.call.remote(spec, "commit_shard", shard)
+    call = actor.call.options(name=f"{stage}: shard {shard}").remote(spec, "commit_shard", shard)
     beats, hangs, idle, last = Beats(Path(spec.work), index), 0, 0.0, time.monotonic()
     seen, tick = beats.read(), min(5.0, pool.stall_s / 4)
     way_out = "see its log in the Ray dashboard, or allow it more time with stall_s, then submit the same command again"
@@ -265,6 +269,7 @@ def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[in
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # its own log files keep the rest
     dataset = ray.data.from_items(todo, override_num_blocks=len(todo))
+    dataset.set_name(f"{steps[0].stage.final.parent.name} {' + '.join(step.stage.name for step in steps)}")  # in the dashboard
     for step in steps:
         dataset = dataset.map_batches(
             ask_pool,
