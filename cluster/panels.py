@@ -15,6 +15,7 @@ from pathlib import Path
 
 STEPS = 120  # points of a curve
 LABELS = ("stage", "state", "kind", "pool", "figure", "model", "split", "round")  # what tells the curves of a panel apart
+LISTED = 8  # curves that a legend names
 VARIABLES = {"$run": ".*", "$SessionName": ".*", "$window": "1m"}  # what Grafana puts in their place at the start
 
 
@@ -38,13 +39,17 @@ def draw(panels: list[tuple[str, list[dict]]], path: Path) -> None:
     figure, axes = pyplot.subplots(-(-len(panels) // columns), columns, figsize=(18, 3.2 * -(-len(panels) // columns)))
     for axis, (title, series) in zip(axes.flat, panels, strict=False):
         axis.set_title(title)
-        for one in series:
+        for number, one in enumerate(series):
             shown = {name: value for name, value in one["metric"].items() if name in LABELS}
+            label = " ".join(shown.values()) if number < LISTED else None
             times = [(float(at) - time.time()) / 60 for at, _ in one["values"]]
-            axis.plot(times, [float(value) for _, value in one["values"]], label=" ".join(shown.values()) or "value", marker=".")
+            axis.plot(times, [float(value) for _, value in one["values"]], label=label, marker=".")
         axis.set_xlabel("minutes from now")
-        if series:
-            axis.legend(fontsize=6)
+        if series and any(name in LABELS for name in series[0]["metric"]):
+            more = f"and {len(series) - LISTED} more" if len(series) > LISTED else None
+            axis.legend(fontsize=6, loc="upper left", title=more, title_fontsize=6)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 

@@ -72,7 +72,7 @@ small=(toy.base_steps=40 toy.num_train=300 toy.num_heldout=24 toy.num_out_of_dom
   prompts.per_iteration=64 engine.shard_prompts=8 trainer.checkpoint_steps=2
   engine.cpus_per_actor=0.8 engine.release_for_training=true) # one engine a node, and both fit on the one that is left
 submit() {
-  ray job submit --address "$address" --submission-id "$1" --metadata-json '{"run": "smoke"}' --working-dir "$place/clone" -- \
+  ray job submit --address "$address" --submission-id "$1" --metadata-json '{"job_name": "evolve-ray smoke"}' --working-dir "$place/clone" -- \
     python jobs/iterate.py jobs/recipes/tiny.toml --run "$place/run" --iterations 1 "${small[@]}"
 }
 submit smoke >"$place/job.log" 2>&1 &

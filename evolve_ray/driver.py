@@ -15,6 +15,7 @@ from urllib.parse import urlparse
 
 from evolve_ray import config as options
 from evolve_ray.errors import ResourceError, UserError, first_line, on_sigterm, run_command
+from evolve_ray.head import HeadWatch
 from evolve_ray.keeper import kept
 from evolve_ray.metrics import Follower
 from evolve_ray.objects import check_uri, is_uri
@@ -196,11 +197,17 @@ def join_ray(local: dict[str, Any] | None = None, *, loud: bool = False) -> None
     except Exception as error:  # Ray raises a dozen kinds, and a bare Exception when a busy machine is too slow for it
         what = f"the cluster at RAY_ADDRESS {where} cannot be joined" if where else "a local Ray cannot be started"
         raise ResourceError(f"ray: {what}: {first_line(error)}; nothing is lost: submit the same command again") from None
+    _watches.append(HeadWatch(ray.get_runtime_context().gcs_address))
     with contextlib.suppress(ValueError):
         signal.signal(signal.SIGTERM, on_sigterm)  # which Ray has taken over
 
 
+_watches: list[HeadWatch] = []  # of the Ray that this process has joined
+
+
 def stop_ray() -> None:
+    while _watches:
+        _watches.pop().stop()
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         ray.shutdown()

@@ -44,6 +44,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._made: dict[str, Any] = {}
+        self._set: dict[tuple[Any, ...], float] = {}  # every gauge's value, by its name and tags
 
     def _metric(self, name: str) -> Any:
         if name not in self._made:
@@ -60,8 +61,14 @@ class Metrics:
         return ray is not None and ray.is_initialized()
 
     def set(self, name: str, value: float, **tags: str) -> None:
+        self._set[name, *tags.items()] = value
         if self._in_ray():
             self._metric(name).set(value, tags=tags)
+
+    def repeat(self) -> None:
+        """Sets every gauge to its value again: Ray shows a gauge once after it was set, then Prometheus takes it for gone."""
+        for (name, *tags), value in list(self._set.items()):
+            self.set(name, value, **dict(tags))
 
     def count(self, name: str, value: float, **tags: str) -> None:
         if value > 0 and self._in_ray():
@@ -118,6 +125,7 @@ class Follower:
         while not last:
             last = self._done.wait(INTERVAL_S)
             self.look()
+            self.metrics.repeat()
 
     def look(self) -> None:
         """Takes what is new: whole lines of events, and evaluations."""

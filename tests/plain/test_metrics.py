@@ -6,7 +6,7 @@ import re
 import pytest
 
 from evolve_ray import rows
-from evolve_ray.metrics import METRICS, Follower, Work
+from evolve_ray.metrics import METRICS, Follower, Metrics, Work
 from evolve_ray.store import Run, Stage
 from tests.plain.processes import ROOT
 
@@ -28,6 +28,27 @@ class Told(dict):
     def count(self, name, value, **tags):
         key = self.key("counter", name, tags)
         self[key] = self.get(key, 0) + value
+
+
+class Gauge(list):
+    def set(self, value, tags):
+        self.append((value, tags))
+
+
+def test_gauges_are_set_again_and_again_because_ray_forgets_them(tmp_path, monkeypatch):
+    gauge = Gauge()
+    monkeypatch.setattr(Metrics, "_in_ray", staticmethod(lambda: True))
+    monkeypatch.setattr(Metrics, "_metric", lambda self, name: gauge)
+    follower = Follower(Run(tmp_path), "r", Metrics())
+    follower.metrics.set("evolve_iteration", 1, run="r")
+    follower.metrics.set("evolve_iteration", 2, run="r")
+    monkeypatch.setattr("evolve_ray.metrics.INTERVAL_S", 0.01)
+    follower.start()
+    while len(gauge) < 5:
+        pass
+    follower.stop()
+    assert gauge[0] == (1, {"run": "r"})
+    assert gauge[1:] == [(2, {"run": "r"})] * len(gauge[1:])
 
 
 @pytest.fixture

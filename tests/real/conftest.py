@@ -66,7 +66,8 @@ def assert_gone(family: list[psutil.Process]) -> None:
     assert not alive, f"orphans: {[process.name() for process in alive]}"
 
 
-def start(run: Path, *arguments: str, recipe: str = "tiny") -> Command:
+def start(run: Path, *arguments: str, recipe: str = "tiny", address: str = "") -> Command:
+    """The command as a process; with a Ray of its own unless `address` names one."""
     run.parent.mkdir(parents=True, exist_ok=True)
     log = run.parent / f"{run.name}-{time.time_ns()}.log"
     command = [
@@ -78,6 +79,8 @@ def start(run: Path, *arguments: str, recipe: str = "tiny") -> Command:
         *arguments,
     ]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    if address:
+        environment["RAY_ADDRESS"] = address
     with open(log, "wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
     return Command(run, process, log)

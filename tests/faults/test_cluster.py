@@ -1,0 +1,92 @@
+"""Faults of a cluster: a submitted driver killed and stopped, a node lost while it generates, the head lost."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from tests.faults.harness import after_shards, arguments, assert_equals_twin, assert_kept, committed_files, ended, finish, title
+from tests.real.cluster import await_, cluster_of
+from tests.real.conftest import Command, assert_gone, fork, start
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with cluster_of(tmp_path_factory.mktemp("cluster"), "head", "other") as found:
+        yield found
+
+
+def workers_of(cluster, driver):
+    """Processes that do a job's work: Ray's own and idle ones stay with the cluster."""
+    found = []
+    for name in cluster.nodes:
+        for process in cluster.family(name):
+            if process.pid == driver or title(process).startswith(("ray::Host", "ray::RayTrainWorker", "ray::TrainController")):
+                found.append(process)
+    return found
+
+
+def test_submitted_driver_that_is_killed_then_stopped_leaves_nobody_behind_and_is_resumed(cluster, small):
+    run = fork(small, "submitted")
+    events = Command(run, None, run).events  # type: ignore[arg-type]
+    first = cluster.submit(run)
+    await_(lambda: after_shards(1)(events()), 300, "no shard was generated")
+    driver = json.loads((run / "LOCK").read_text())["pid"]
+    left = workers_of(cluster, driver)
+    assert len(left) >= 3, "driver, engine and scorer were at work"
+    os.kill(driver, signal.SIGKILL)
+    assert cluster.wait(first, 60) == "FAILED"
+    assert_gone(left)
+    before = committed_files(run)
+    assert before
+
+    second = cluster.submit(run)
+    stored = ".checkpoint-*/steps/step-000002/MANIFEST.json"
+    await_(lambda: list((run / "iteration-01").glob(stored)), 300, "no step was stored")
+    left = workers_of(cluster, json.loads((run / "LOCK").read_text())["pid"])
+    started = time.monotonic()
+    cluster.stop_job(second)
+    assert cluster.wait(second, 60) == "STOPPED"
+    assert time.monotonic() - started < 30
+    assert_gone(left)
+    assert_kept(before)
+    assert not (run / "iteration-01" / "checkpoint").exists(), "the stop came after the training"
+
+    third = cluster.submit(run)
+    assert cluster.wait(third) == "SUCCEEDED", cluster.log(third)[-3000:]
+    assert_kept(before)
+    assert_equals_twin(run, small.run)
+
+
+def test_run_that_loses_one_of_its_two_nodes_ends_on_the_other(cluster, small):
+    run = fork(small, "one-node")
+    events = Command(run, None, run).events  # type: ignore[arg-type]
+    # An engine on each node; both fit on the one that is left.
+    sizes = ("engine.actors=2", "engine.cpus_per_actor=0.8", "engine.shard_prompts=8", "scorer.cpus_per_actor=0.1")
+    job = cluster.submit(run, *sizes)
+    await_(lambda: after_shards(1)(events()), 300, "no shard was generated")
+    assert any(title(process).startswith("ray::Host") for process in cluster.family("other")), "nothing was at work there"
+    cluster.kill("other")
+    assert cluster.wait(job) == "SUCCEEDED", cluster.log(job)[-3000:]
+    own, twin = (folder / "iteration-01" / "pairs" / "pairs.parquet" for folder in (run, small.run))
+    assert own.read_bytes() == twin.read_bytes()
+
+
+def test_driver_whose_head_is_lost_ends_within_a_minute_naming_it_and_is_resumed(small, tmp_path, monkeypatch):
+    run = fork(small, "no-head")
+    with cluster_of(tmp_path, "head", port=9470) as cluster:
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+            monkeypatch.setenv(name, cluster.environment[name])
+        with ended(start(run, *arguments(), address=f"127.0.0.1:{cluster.port}")) as command:
+            command.wait_for(after_shards(1))
+            cluster.kill("head")
+            started = time.monotonic()
+            assert command.process.wait(120) == 5
+            assert time.monotonic() - started < 60
+            assert "head" in command.log.read_text().strip().splitlines()[-1]
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name)
+    finish(run)
+    assert_equals_twin(run, small.run)
