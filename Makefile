@@ -20,7 +20,7 @@ test-long: install
 	@$(BIN)/python -m pytest -m long tests/plain tests/wiring tests/real
 
 # Kills and stops processes of real runs; an hour on two cores. KILLS and SEED are those of the soak.
-KILLS ?= 5
+KILLS ?= 10
 SEED ?= 0
 test-faults: install
 	@$(BIN)/python -m pytest tests/faults

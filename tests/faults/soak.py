@@ -5,12 +5,15 @@ kill the run must end as its twin did. Exit code 0 if it did; every kill is prin
 """
 
 import argparse
+import datetime
+import json
 import os
 import random
 import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -20,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.faults.harness import ROLES, arguments, assert_equals_twin, assert_kept, committed_files, family, finish
 from tests.real.conftest import Command, assert_gone, fork, start
 
+LONGEST_S = 60.0  # until a kill: every stage is reached, for what is committed stays
 TARGETS = ("driver", "engine", "scorer", "train worker", "raylet")
 
 
@@ -38,14 +42,23 @@ def events_of(run: Path, kind: str) -> int:
     return path.read_bytes().count(f'"event": "{kind}"'.encode()) if path.exists() else 0
 
 
+def stage_of(run: Path) -> str:
+    """The stage that the last events tell of."""
+    path = run / "events.jsonl"
+    told = [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")] if path.exists() else []
+    return next((event["stage"] for event in reversed(told) if event["event"] == "stage_start"), "start")
+
+
 def soak(out: Path, kills: int, seed: int) -> None:
     chance, done = random.Random(seed), 0
     twin = out / "twin"
     if not (twin / "report.json").exists():
         finish(twin)
     reference = Command(twin, None, out / "twin.log")  # type: ignore[arg-type]
-    longest = run_seconds(twin)
+    longest = min(run_seconds(twin), LONGEST_S)
+    members: dict[int, psutil.Process] = {}  # all that the killed commands had started
     run = fork(reference, f"soak-{seed}-{time.time_ns()}")
+    hits: Counter[str] = Counter()
     started = time.monotonic()
     while done < kills:
         command = start(run, *arguments())
@@ -62,33 +75,33 @@ def soak(out: Path, kills: int, seed: int) -> None:
             continue
         there = targets(command)
         role = role if role in there else "driver"
-        before, members = committed_files(run), family(command.process.pid)
+        before = committed_files(run)
+        members |= {process.pid: process for process in family(command.process.pid)}
         os.kill(there[role].pid, signal.SIGKILL)
         done += 1
-        print(f"kill {done} of {kills}: {role} after {moment:.1f} s; {events_of(run, 'shard')} shards so far", flush=True)
+        hits[f"{role} in {stage_of(run)}"] += 1
+        print(f"kill {done} of {kills}: {role} in {stage_of(run)} after {moment:.1f} s", flush=True)
         if role != "driver":
             # The run goes on by itself, or ends with a sentence; either way the next command continues.
             time.sleep(chance.uniform(5.0, 30.0))
             if command.process.poll() is None:
-                members = family(command.process.pid)
+                members |= {process.pid: process for process in family(command.process.pid)}
                 os.kill(command.process.pid, signal.SIGKILL)
         command.process.wait(60)
-        assert_gone(members)
         assert_kept(before)
     finish(run)
+    assert_gone(list(members.values()))
     assert_equals_twin(run, twin)
     shards, expected = events_of(run, "shard"), events_of(twin, "shard")
     print(
         f"{kills} kills, seed {seed}: equal to the twin; {time.monotonic() - started:.0f} s; {shards} shards (twin: {expected})"
     )
+    print("; ".join(f"{number} {hit}" for hit, number in hits.most_common()))
     assert shards <= expected + kills, "more was computed again than one shard for each kill"
 
 
 def run_seconds(run: Path) -> float:
     """Seconds from the first to the last event of an undisturbed run."""
-    import datetime
-    import json
-
     lines = (run / "events.jsonl").read_text().splitlines()
     first, last = (datetime.datetime.fromisoformat(json.loads(lines[at])["time"]) for at in (0, -1))
     return max(10.0, (last - first).total_seconds())

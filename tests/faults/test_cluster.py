@@ -4,8 +4,11 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
+import ray
+import yaml
 
 from tests.faults.harness import after_shards, arguments, assert_equals_twin, assert_kept, committed_files, ended, finish, title
 from tests.real.cluster import await_, cluster_of
@@ -89,4 +92,30 @@ def test_driver_whose_head_is_lost_ends_within_a_minute_naming_it_and_is_resumed
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name)
     finish(run)
+    assert_equals_twin(run, small.run)
+
+
+def test_autoscaled_cluster_grows_for_a_run_and_shrinks_to_its_head(small, tmp_path):
+    """Ray's autoscaler with its provider of local nodes: a node that is idle for a second goes, also between two phases."""
+    run = fork(small, "autoscaled")
+    example = Path(ray.__file__).parent / "autoscaler/_private/fake_multi_node/example.yaml"
+    worker = {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 2}
+    head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
+    scaling = yaml.safe_load(example.read_text()) | {"idle_timeout_minutes": 0.02, "max_workers": 2}
+    scaling["available_node_types"] = {"ray.head.default": head, "worker": worker}
+    (tmp_path / "scaling.yaml").write_text(yaml.safe_dump(scaling))
+    with cluster_of(tmp_path, port=9465) as cluster:
+        fake = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+        cluster.start("head", f"--autoscaling-config={tmp_path / 'scaling.yaml'}", cpus=0, **fake)
+        assert cluster.alive() == 1
+        job = cluster.submit(run)
+        seen = [1]
+        while (status := cluster.status(job)) not in ("SUCCEEDED", "FAILED", "STOPPED"):
+            if (now := cluster.alive()) != seen[-1]:
+                seen.append(now)
+            time.sleep(0.5)
+        assert status == "SUCCEEDED", cluster.log(job)[-3000:]
+        print(f"nodes: {seen}")
+        assert max(seen) > 1, "no node was added"
+        await_(lambda: cluster.alive() == 1, 60, "nodes stayed without work")
     assert_equals_twin(run, small.run)

@@ -52,9 +52,10 @@ class Cluster:
     def token(self) -> str:
         return (self.folder / "token").read_text()
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, *options: str, cpus: int = 2, **environment: str) -> None:
         """The head first, then others."""
-        command = [RAY, "start", "--block", "--num-cpus=2", "--object-store-memory=200000000", "--disable-usage-stats"]
+        command = [RAY, "start", "--block", f"--num-cpus={cpus}", "--object-store-memory=200000000", "--disable-usage-stats"]
+        command += options
         command += [f"--temp-dir={self.sessions / name}", f"--dashboard-agent-listen-port={free_port()}"]
         if self.nodes:
             command.append(f"--address=127.0.0.1:{self.port}")
@@ -63,7 +64,7 @@ class Cluster:
             command += [f"--dashboard-port={self.address.rsplit(':', 1)[1]}", f"--ray-client-server-port={free_port()}"]
         with open(self.folder / f"{name}.log", "wb") as log:
             self.nodes[name] = subprocess.Popen(
-                command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, cwd=self.folder
+                command, env=self.environment | environment, stdout=log, stderr=subprocess.STDOUT, cwd=self.folder
             )
         alive = len(self.nodes)
         await_(lambda: len(self.ask("nodes", "state=ALIVE")) >= alive, 90, (self.folder / f"{name}.log").read_text()[-2000:])
@@ -75,6 +76,12 @@ class Cluster:
             command += ["--filter", one]
         said = subprocess.run(command, env=self.environment, capture_output=True, text=True).stdout
         return json.loads(said[said.find("[") :]) if "[" in said else []
+
+    def alive(self) -> int:
+        """How many nodes live now, asked of the dashboard."""
+        request = urllib.request.Request(f"{self.address}/nodes?view=summary", headers={"Authorization": f"Bearer {self.token}"})
+        found = json.loads(urllib.request.urlopen(request, timeout=20).read())["data"]["summary"]
+        return sum(node["raylet"].get("state") == "ALIVE" for node in found)
 
     def family(self, name: str) -> list[psutil.Process]:
         process = psutil.Process(self.nodes[name].pid)
