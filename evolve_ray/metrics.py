@@ -70,6 +70,10 @@ class Metrics:
         for (name, *tags), value in list(self._set.items()):
             self.set(name, value, **dict(tags))
 
+    def forget(self, name: str) -> None:
+        """No value of the gauge is repeated any more."""
+        self._set = {key: value for key, value in self._set.items() if key[0] != name}
+
     def count(self, name: str, value: float, **tags: str) -> None:
         if value > 0 and self._in_ray():
             self._metric(name).inc(value, tags=tags)
@@ -169,6 +173,8 @@ class Follower:
         if event["iteration"] is not None:
             self.metrics.set("evolve_iteration", event["iteration"], run=self.name)
         self._tell_shards(0)
+        if self.stage == "checkpoint":
+            self.metrics.forget("evolve_training")  # another objective may have other figures
 
     def _tell_shards(self, total: int) -> None:
         self.metrics.set("evolve_shards", self.shards, run=self.name, state="done")

@@ -25,6 +25,10 @@ class Told(dict):
         assert isinstance(value, int | float)  # as Ray demands
         self[self.key("gauge", name, tags)] = value
 
+    def forget(self, name):
+        for key in [key for key in self if key[0] == name]:
+            del self[key]
+
     def count(self, name, value, **tags):
         key = self.key("counter", name, tags)
         self[key] = self.get(key, 0) + value
@@ -56,6 +60,13 @@ def follower(tmp_path):
     run = Run(tmp_path)
     run.event("shard", stage="generations", iteration=1, shard=9)  # of an earlier driver
     return Follower(run, "r", Told())
+
+
+def test_figures_of_a_training_are_not_those_of_the_next(follower):
+    follower.take([{"event": "stage_start", "stage": "checkpoint", "iteration": 0}, {"event": "training", "loss_direct": 2.0}])
+    assert follower.metrics["evolve_training", "r", "loss_direct"] == 2.0
+    follower.take([{"event": "stage_start", "stage": "checkpoint", "iteration": 1}, {"event": "training", "loss_dpo": 0.5}])
+    assert [key for key in follower.metrics if key[0] == "evolve_training"] == [("evolve_training", "r", "loss_dpo")]
 
 
 def test_stages_shards_and_steps_become_gauges(follower):
