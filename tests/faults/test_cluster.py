@@ -38,7 +38,7 @@ def test_submitted_driver_that_is_killed_then_stopped_leaves_nobody_behind_and_i
     await_(lambda: after_shards(1)(events()), 300, "no shard was generated")
     driver = json.loads((run / "LOCK").read_text())["pid"]
     left = workers_of(cluster, driver)
-    assert len(left) >= 3, "driver, engine and scorer were at work"
+    assert len(left) >= 2, "driver and engine were at work"
     os.kill(driver, signal.SIGKILL)
     assert cluster.wait(first, 60) == "FAILED"
     assert_gone(left)

@@ -40,13 +40,17 @@ def test_driver_killed_in_each_stage(small, stage):
     assert_equals_twin(run, small.run)
 
 
+AT_WORK = {"generations": after_shards(1), "evaluation": in_stage("evaluation")}
+
+
+@pytest.mark.parametrize("stage", AT_WORK)
 @pytest.mark.parametrize("role", ["engine", "engine's child"])
-def test_engine_killed_twice_in_a_row(small, role):
-    run = fork(small, f"killed-{role.replace(' ', '-').replace(chr(39), '')}")
+def test_engine_killed_twice_in_a_row(small, role, stage):
+    run = fork(small, f"killed-{role.replace(' ', '-').replace(chr(39), '')}-{stage}")
     # The second process of vLLM exists only where it is asked for.
     child = ('engine.env.VLLM_ENABLE_V1_MULTIPROCESSING="1"',) if role == "engine's child" else ()
     with ended(start(run, *arguments("engine.actors=1", *child))) as command:
-        first = strike(command, role, signal.SIGKILL, after_shards(1))
+        first = strike(command, role, signal.SIGKILL, AT_WORK[stage])
         deadline = time.monotonic() + 300
         while (second := find(command.process.pid, role, 300)).pid == first.pid:
             assert time.monotonic() < deadline, "no new engine was started"
@@ -57,10 +61,11 @@ def test_engine_killed_twice_in_a_row(small, role):
     assert_equals_twin(run, small.run)
 
 
-def test_reward_actor_killed(small):
-    run = fork(small, "killed-scorer")
+@pytest.mark.parametrize("stage", AT_WORK)
+def test_reward_actor_killed(small, stage):
+    run = fork(small, f"killed-scorer-{stage}")
     with ended(start(run, *arguments())) as command:
-        strike(command, "scorer", signal.SIGKILL, after_shards(1))
+        strike(command, "scorer", signal.SIGKILL, AT_WORK[stage])
         assert command.wait(1200) == 0
     assert_equals_twin(run, small.run)
 
@@ -76,6 +81,15 @@ def test_train_worker_killed_at_a_step(small, step):
         kept = {path: path.stat().st_mtime_ns for path in reference.iterdir()}
         assert command.wait(1200) == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "the reference was written again"
+    assert_equals_twin(run, small.run)
+
+
+def test_train_worker_killed_before_the_first_step(small):
+    """While it computes the reference, or loads what it needs for that."""
+    run = fork(small, "killed-reference")
+    with ended(start(run, *arguments())) as command:
+        strike(command, "train worker", signal.SIGKILL, lambda events: any(e["event"] == "model_loaded" for e in events))
+        assert command.wait(1200) == 0
     assert_equals_twin(run, small.run)
 
 
@@ -137,11 +151,12 @@ def test_sigterm_ends_the_run_within_thirty_seconds_and_it_can_be_resumed(small,
     assert_equals_twin(run, small.run)
 
 
-def test_run_whose_ray_is_lost_ends_within_a_minute_and_can_be_resumed(small):
+@pytest.mark.parametrize("stage", ["generations", "checkpoint"])
+def test_run_whose_ray_is_lost_ends_within_a_minute_and_can_be_resumed(small, stage):
     """The node under the driver: its raylet is gone, and with it everything on it."""
-    run = fork(small, "lost-node")
+    run = fork(small, f"lost-node-{stage}")
     with ended(start(run, *arguments())) as command:
-        hit = strike(command, "raylet", signal.SIGKILL, after_shards(1))
+        hit = strike(command, "raylet", signal.SIGKILL, in_stage(stage), delay=15)
         started = time.monotonic()
         assert command.process.wait(120) != 0
         assert time.monotonic() - started < 60
