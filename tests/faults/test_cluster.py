@@ -13,8 +13,10 @@ from tests.real.cluster import await_, cluster_of
 from tests.real.conftest import Command, assert_gone, fork, start
 
 # What a file of Ray's autoscaler must have, although nodes of its local provider run none of them.
-COMMANDS = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
-            "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter")  # fmt: skip
+COMMANDS = (
+    "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands", "head_start_ray_commands",
+    "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
