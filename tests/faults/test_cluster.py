@@ -8,7 +8,18 @@ import time
 import pytest
 import yaml
 
-from tests.faults.harness import after_shards, arguments, assert_equals_twin, assert_kept, committed_files, ended, finish, title
+from evolve_ray.attempts import FOLDER
+from tests.faults.harness import (
+    after_shards,
+    arguments,
+    assert_equals_twin,
+    assert_kept,
+    committed_files,
+    ended,
+    finish,
+    in_stage,
+    title,
+)
 from tests.real.cluster import await_, cluster_of
 from tests.real.conftest import Command, assert_gone, fork, start
 
@@ -71,9 +82,11 @@ def test_run_that_loses_one_of_its_two_nodes_ends_on_the_other(cluster, small):
     run = fork(small, "one-node")
     events = Command(run, None, run).events  # type: ignore[arg-type]
     # An engine on each node; both fit on the one that is left.
-    sizes = ("engine.actors=2", "engine.cpus_per_actor=0.8", "scorer.cpus_per_actor=0.1")
+    sizes = ("engine.actors=2", "engine.cpus_per_actor=0.8", "scorer.cpus_per_actor=0.1", "engine.release_for_training=true")
     job = cluster.submit(run, *sizes)
-    await_(lambda: after_shards(1)(events()), 300, "no shard was generated")
+    await_(lambda: len(list(run.glob(f"iteration-01/.generations-*/{FOLDER}/actor-*"))) == 2, 300, "no engine began")
+    time.sleep(5)
+    assert in_stage("generations")(events())
     assert any(title(process).startswith("ray::Host") for process in cluster.family("other")), "nothing was at work there"
     cluster.kill("other")
     assert cluster.wait(job) == "SUCCEEDED", cluster.log(job)[-3000:]
