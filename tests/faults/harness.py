@@ -30,14 +30,14 @@ def title(process: psutil.Process) -> str:
 
 def is_engine(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.Error):
-        return title(process).startswith("ray::Host") and ENGINE_MARK in process.environ()
+        return title(process).startswith("ray::") and ENGINE_MARK in process.environ()
     return False
 
 
 ROLES: dict[str, Callable[[psutil.Process], bool]] = {
     "engine": is_engine,
     "engine's child": lambda process: "EngineCore" in title(process),
-    "scorer": lambda process: title(process).startswith("ray::Host") and not is_engine(process),
+    "scorer": lambda process: title(process).startswith(("ray::Host", "ray::scores: shard")) and not is_engine(process),
     "train worker": lambda process: title(process).startswith("ray::RayTrainWorker"),
     "raylet": lambda process: "raylet/raylet" in title(process),
     "gcs": lambda process: "gcs_server" in title(process),

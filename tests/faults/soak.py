@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.faults.harness import ROLES, arguments, assert_equals_twin, assert_kept, committed_files, family, finish
 from tests.real.conftest import Command, assert_gone, fork, start
 
-LONGEST_S = 60.0  # until a kill: every stage is reached, for what is committed stays
+LONGEST_S = 40.0  # until a kill: every stage is reached, for what is committed stays
 TARGETS = ("driver", "engine", "scorer", "train worker", "raylet")
 
 
@@ -83,10 +83,13 @@ def soak(out: Path, kills: int, seed: int) -> None:
         print(f"kill {done} of {kills}: {role} in {stage_of(run)} after {moment:.1f} s", flush=True)
         if role != "driver":
             # The run goes on by itself, or ends with a sentence; either way the next command continues.
-            time.sleep(chance.uniform(5.0, 30.0))
+            time.sleep(chance.uniform(5.0, 15.0))
             if command.process.poll() is None:
                 members |= {process.pid: process for process in family(command.process.pid)}
                 os.kill(command.process.pid, signal.SIGKILL)
+            else:
+                last = command.log.read_text().strip().splitlines()[-1]
+                assert command.process.returncode == 0 or last.startswith("error:"), last
         command.process.wait(60)
         assert_kept(before)
     finish(run)
