@@ -18,6 +18,7 @@ from tests.faults.harness import (
     ended,
     finish,
     in_stage,
+    is_engine,
     title,
 )
 from tests.real.cluster import await_, cluster_of
@@ -28,6 +29,9 @@ COMMANDS = (
     "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands", "head_start_ray_commands",
     "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter",
 )  # fmt: skip
+
+
+WORKERS = ("ray::Host", "ray::scores: shard", "ray::RayTrainWorker", "ray::TrainController")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ def workers_of(cluster, driver):
     found = []
     for name in cluster.nodes:
         for process in cluster.family(name):
-            if process.pid == driver or title(process).startswith(("ray::Host", "ray::RayTrainWorker", "ray::TrainController")):
+            if process.pid == driver or is_engine(process) or title(process).startswith(WORKERS):
                 found.append(process)
     return found
 
@@ -87,7 +91,7 @@ def test_run_that_loses_one_of_its_two_nodes_ends_on_the_other(cluster, small):
     await_(lambda: len(list(run.glob(f"iteration-01/.generations-*/{FOLDER}/actor-*"))) == 2, 300, "no engine began")
     time.sleep(5)
     assert in_stage("generations")(events())
-    assert any(title(process).startswith("ray::Host") for process in cluster.family("other")), "nothing was at work there"
+    assert any(is_engine(process) for process in cluster.family("other")), "nothing was at work there"
     cluster.kill("other")
     assert cluster.wait(job) == "SUCCEEDED", cluster.log(job)[-3000:]
     assert_equals_twin(run, small.run)
