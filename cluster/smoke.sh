@@ -17,6 +17,7 @@ fail() {
   exit 1
 }
 
+export RAY_scheduler_spread_threshold=0.1 # Ray fills half of a node before it takes another: here each gets an engine
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$place/token"
 (umask 077 && head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH")
 # Below 10002, where the ports of Ray's workers begin.
@@ -81,9 +82,11 @@ generating() { grep -q '"event": "shard", "stage": "generations"' "$place/run/ev
 await 600 generating || fail "no shard was generated, see $place/job.log"
 python jobs/status.py "$place/run"
 doomed=$(family "$worker")
-engines=$(xargs -n1 ps -o args= -p <<<"$doomed" | grep -c '^ray::' || true)
+engines=0
+for pid in $doomed; do if grep -q VLLM_ENABLE_V1 "/proc/$pid/environ" 2>/dev/null; then engines=$((engines + 1)); fi; done
 xargs kill -KILL <<<"$doomed"
-echo "killed the second node while drafts were generated; $engines of Ray's workers were on it"
+[ "$engines" -gt 0 ] || fail "no engine was on the second node"
+echo "killed the second node while drafts were generated; processes of engines on it: $engines"
 node replacement --address=127.0.0.1:$gcs --dashboard-agent-listen-port=9585
 await 60 both || fail "the new node did not join, see $place/replacement.log"
 echo "another node is there"

@@ -36,7 +36,9 @@ WORKERS = ("ray::Host", "ray::scores: shard", "ray::RayTrainWorker", "ray::Train
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    with cluster_of(tmp_path_factory.mktemp("cluster"), "head", "other") as found:
+    # Ray fills half of a node before it takes another: here each gets an engine.
+    spread = {"RAY_scheduler_spread_threshold": "0.1"}
+    with cluster_of(tmp_path_factory.mktemp("cluster"), "head", "other", **spread) as found:
         yield found
 
 
@@ -125,7 +127,7 @@ def test_autoscaled_cluster_grows_for_a_run_and_shrinks_to_its_head(small, tmp_p
     scaling |= {"idle_timeout_minutes": 0.02, "upscaling_speed": 1.0, "max_workers": 2, "file_mounts_sync_continuously": False}
     scaling["available_node_types"] = {"ray.head.default": head, "worker": worker}
     (tmp_path / "scaling.yaml").write_text(yaml.safe_dump(scaling))
-    with cluster_of(tmp_path, port=9465) as cluster:
+    with cluster_of(tmp_path, port=6379) as cluster:  # where the nodes of that provider look for it
         fake = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
         cluster.start("head", f"--autoscaling-config={tmp_path / 'scaling.yaml'}", cpus=0, **fake)
         assert cluster.alive() == 1

@@ -39,12 +39,12 @@ def await_(found: Any, seconds: float, what: str) -> Any:
 class Cluster:
     """Nodes by name; `port` is the head's, below the ports of Ray's workers."""
 
-    def __init__(self, folder: Path, port: int):
+    def __init__(self, folder: Path, port: int, **environment: str):
         self.folder, self.port = folder, port
         self.sessions = Path(tempfile.mkdtemp(prefix="ray-"))  # short: names of sockets have 107 characters
         self.nodes: dict[str, subprocess.Popen] = {}
         (folder / "token").write_text(secrets.token_hex(32))
-        self.environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+        self.environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")} | environment
         self.environment.pop("RAY_ADDRESS", None)
         self.address = f"http://127.0.0.1:{free_port()}"
 
@@ -60,7 +60,8 @@ class Cluster:
         if self.nodes:
             command.append(f"--address=127.0.0.1:{self.port}")
         else:
-            command += ["--head", "--node-ip-address=127.0.0.1", f"--port={self.port}"]
+            command += ["--head", f"--port={self.port}"]
+            command += [] if "RAY_FAKE_CLUSTER" in environment else ["--node-ip-address=127.0.0.1"]  # those find it elsewhere
             command += [f"--dashboard-port={self.address.rsplit(':', 1)[1]}", f"--ray-client-server-port={free_port()}"]
         with open(self.folder / f"{name}.log", "wb") as log:
             self.nodes[name] = subprocess.Popen(
@@ -130,9 +131,9 @@ class Cluster:
 
 
 @contextmanager
-def cluster_of(folder: Path, *names: str, port: int = 9479) -> Iterator[Cluster]:
+def cluster_of(folder: Path, *names: str, port: int = 9479, **environment: str) -> Iterator[Cluster]:
     """A cluster of the named nodes, the head first; all its processes end with it, by their ids."""
-    cluster = Cluster(folder, port)
+    cluster = Cluster(folder, port, **environment)
     try:
         for name in names:
             cluster.start(name)
