@@ -164,6 +164,62 @@ def test_held_out_prompt_is_not_trained_on_and_is_counted(prepare):
     assert rejected(context, 1) == [(3, "is also a prompt of evaluation split 'held'")]
 
 
+@pytest.fixture
+def triples(tmp_path):
+    """Writes preference triples on the given prompts, and says how a recipe names them."""
+
+    def write(name, *texts):
+        lines = [json.dumps({"prompt": text, "chosen": "good", "rejected": f"bad {place}"}) for place, text in enumerate(texts)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        return f"{name}.path={tmp_path}/{name}.jsonl"
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["activation", "offline"])
+def test_given_triples_on_a_held_out_prompt_are_not_trained_on_and_are_counted(prepare, triples, tmp_path, name):
+    context = prepare(TEXTS, triples(name, "three", "mine", "three", "other", "mine"), held=["three", "other"])
+    given = context.given[name]
+    assert [row["prompt"] for row in rows.read_table(given.path("pairs.parquet"))] == ["mine", "mine"]
+    lost = rows.read_jsonl(given.path("rejected.jsonl"))
+    reason = "is on a prompt of evaluation split 'held'"
+    assert [(row["file"], row["line"], row["reason"]) for row in lost] == [
+        (f"{tmp_path}/{name}.jsonl", line, reason) for line in (1, 3, 4)
+    ]
+    assert [given.stats[count] for count in ("num_in", "num_rows", "num_rejected")] == [5, 2, 3]
+    assert given.inputs == {"held_out": context.held_out.identity}
+
+
+def test_triples_are_read_again_when_the_held_out_prompts_change(prepare, triples):
+    given = triples("activation", "three", "mine")
+    prepare(TEXTS, given, held=["other"])
+    with pytest.raises(UserError, match=r"iteration-00/held_out: was made from other inputs"):
+        prepare(TEXTS, given, held=["other", "three"])
+    context = prepare(TEXTS, given, held=["other", "three"], rerun_changed=True)
+    assert context.given["activation"].stats["num_rows"] == 1
+
+
+def test_triples_without_an_evaluation_prompt_among_them_are_the_same_pairs_with_and_without_splits(prepare, triples, tmp_path):
+    given = triples("offline", "mine", "yours")
+    alone = prepare(TEXTS, given).given["offline"]
+    shutil.move(tmp_path / "run", tmp_path / "before")
+    beside = prepare(TEXTS, given, held=["other"]).given["offline"]
+    before = tmp_path / "before/iteration-00/offline_pairs/pairs.parquet"
+    assert before.read_bytes() == beside.path("pairs.parquet").read_bytes()
+    assert alone.inputs == {}
+
+
+def test_triples_that_are_all_on_held_out_prompts_are_refused(prepare, triples):
+    with pytest.raises(UserError, match=r"offline\.jsonl: all 2 preference triples are on prompts of evaluation splits"):
+        prepare(TEXTS, triples("offline", "three", "other"), held=["three", "other"])
+
+
+def test_triples_are_not_committed_where_the_held_out_prompts_are_not_known(prepare, triples, tmp_path):
+    with pytest.raises(UserError, match=r"held\.jsonl:2: column 'prompt' is empty"):
+        prepare(TEXTS, triples("activation", "mine"), held=["ok", ""])
+    assert not (tmp_path / "run/iteration-00/activation_pairs").exists()
+
+
 def test_same_text_in_two_splits_stays_two_prompts(prepare, tmp_path):
     (tmp_path / "again.jsonl").write_text('{"prompt": "other"}\n')
     context = prepare(TEXTS, f"evaluation.splits.again={tmp_path}/again.jsonl", held=["other"])
