@@ -1,14 +1,22 @@
 """What the ranks of a training group do together, without ZeRO: they stop with one sentence, and resume where they were."""
 
 import contextlib
+import json
 import multiprocessing
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from evolve_ray.errors import NumericsError, pack, unpack
+from evolve_ray.config import Trainer, Training
+from evolve_ray.errors import IntegrityError, NumericsError, pack, unpack
+from evolve_ray.forwards import Part
 from evolve_ray.rank import Rank
+from evolve_ray.schedule import batches, micro_batches
+from evolve_ray.store import MANIFEST, Run, Stage, read_manifest
+from tests.plain.test_train import spec as train_spec
 
 
 def bare_rank(**given):
@@ -88,3 +96,146 @@ def test_all_ranks_refuse_to_export_a_parameter_that_is_not_finite(tmp_path):
     assert str(first) == str(second) == (
         "export: the parameter 1.weight is not finite; nothing was committed; lower learning_rate"
     )
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+class Engine:
+    """Takes DeepSpeed's place: its weights are the pairs that it was updated with, in their order."""
+
+    def __init__(self, dies_at=None):
+        self.weights, self.batch, self.dies_at = [], [], dies_at
+        self.optimizer = SimpleNamespace(param_groups=[{}], overflow=False)
+        self.loaded = False
+
+    def set_gradient_accumulation_boundary(self, last):
+        self.last = last
+
+    def backward(self, loss):
+        pass
+
+    def step(self):
+        if self.last:
+            if self.dies_at == len(self.weights):
+                raise Killed
+            self.weights.append(self.batch)
+            self.batch = []
+
+    def get_global_grad_norm(self):
+        return 1.0
+
+    def save_checkpoint(self, folder, tag, save_latest):
+        Path(folder, tag).mkdir()
+        for name in ("model", "optimiser"):
+            Path(folder, tag, f"{name}.pt").write_text(json.dumps(self.weights))
+
+    def load_checkpoint(self, folder, tag):
+        self.loaded = True
+        self.weights = json.loads(Path(folder, tag, "model.pt").read_text())
+
+
+class Reader:
+    """Reads nothing: tells the engine which pairs it is asked for."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def parts(self, batch):
+        return [Part(micro) for micro in micro_batches(batch, 0, self.rank.training, 1)]
+
+    def values(self, engine, part):
+        engine.batch += [self.rank.pairs[row]["pair_id"] for row, weight in part.pairs if weight]
+        return {}, {"chosen": torch.tensor([float(row) for row, _ in part.pairs])}
+
+
+class Tried(Rank):
+    """The loop of a rank, its steps and its resuming, over an engine that keeps no model."""
+
+    def __init__(self, spec, dies_at=None):
+        pairs = [{"pair_id": f"pair {number}"} for number in range(11)]
+        vars(self).update(vars(bare_rank(spec=spec, training=spec.training, pairs=pairs)))
+        self.batches = batches(len(pairs), spec.training, seed=spec.seed, iteration=spec.iteration)
+        self.objective, self.reader, self.engine, self.seconds = SimpleNamespace(reference=False), Reader(self), None, 0.0
+        self.total = lambda objective, policy, given, lengths, training: (lengths["chosen"], {})
+        self.dies_at = dies_at
+
+    def load(self, folder, *, frozen=False):
+        self.engine, self.folder = Engine(self.dies_at), folder
+
+    def export(self, log):
+        self.exported = log
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """A process group of this process alone, and what a training of 11 pairs, twice in batches of 4, stores in a run."""
+    monkeypatch.setattr("ray.train.report", lambda metrics: None)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+
+    def spec(name, checkpoint_steps=1):
+        run = Run(tmp_path / name)
+        run.root.mkdir(exist_ok=True)
+        training, trainer = Training(batch_pairs=4, micro_pairs=2, epochs=2), Trainer(workers=1, checkpoint_steps=checkpoint_steps)
+        return replace(train_spec(training, trainer), run=run, checkpoint=Stage(run.root / "checkpoint", "checkpoint", "key"))
+
+    yield spec
+    torch.distributed.destroy_process_group()
+
+
+def trained(spec):
+    rank = Tried(spec)
+    rank.run()
+    return rank
+
+
+@pytest.mark.parametrize("checkpoint_steps", [1, 2, 5])
+@pytest.mark.parametrize("step", range(6), ids=["first", "second", "ragged", "epoch edge", "later", "last and ragged"])
+def test_training_that_died_at_any_step_takes_the_pairs_of_its_twin_in_their_order(alone, step, checkpoint_steps):
+    twin = trained(alone("twin"))
+    assert [len(batch) for batch in twin.engine.weights] == [4, 4, 3] * 2
+    died = Tried(alone("run", checkpoint_steps), dies_at=step)
+    with pytest.raises(Killed):
+        died.run()
+    again = trained(alone("run", checkpoint_steps))
+    assert again.engine.loaded == (step >= checkpoint_steps)
+    assert again.engine.weights == twin.engine.weights
+    assert again.exported == twin.exported
+    assert [line["step"] for line in again.exported] == list(range(6))
+
+
+def stored(alone):
+    """A training that died with a committed step, and that step's folder."""
+    spec = alone("run", 2)
+    with pytest.raises(Killed):
+        Tried(spec, dies_at=3).run()
+    return spec, spec.checkpoint.work / "steps" / "step-000002"
+
+
+@pytest.mark.parametrize("name", ["state/model.pt", "state/optimiser.pt", "log.json", MANIFEST])
+def test_stored_step_with_one_flipped_byte_is_refused_before_it_is_unpickled(alone, name):
+    spec, folder = stored(alone)
+    data = bytearray((folder / name).read_bytes())
+    data[data.index(b'"') + 1] ^= 1
+    (folder / name).write_bytes(data)
+    rank = Tried(spec)
+    with pytest.raises(IntegrityError, match=rf"step-000002/{name}: sha256 is|{MANIFEST}: is damaged") as caught:
+        rank.run()
+    assert str(folder) in str(caught.value).partition("; delete ")[2]
+    assert (rank.engine.loaded, rank.engine.weights) == (False, [])
+
+
+def test_stored_step_that_lacks_a_file_is_refused(alone):
+    spec, folder = stored(alone)
+    (folder / "state/optimiser.pt").unlink()
+    with pytest.raises(IntegrityError, match=r"optimiser\.pt: sha256 is missing"):
+        trained(spec)
+
+
+def test_step_that_was_being_stored_is_not_resumed_from(alone):
+    spec, folder = stored(alone)
+    folder.rename(folder.with_name(".step-000002"))
+    again = trained(spec)
+    assert (again.engine.loaded, len(again.engine.weights)) == (False, 6)
+    assert read_manifest(folder) is None
