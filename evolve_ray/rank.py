@@ -169,7 +169,8 @@ class Rank:
         if not any(self.agree([int(bool(bad))])):
             return
         batch = self.batches[step]
-        found = self.agree([int(bool(bad) and rank == self.rank) for rank in range(self.world)] + [int(row in bad) for row in batch])
+        ranks_here = [int(bool(bad) and rank == self.rank) for rank in range(self.world)]
+        found = self.agree(ranks_here + [int(row in bad) for row in batch])
         ranks = ", ".join(str(rank) for rank in range(self.world) if found[rank])
         ids = [self.pairs[row]["pair_id"] for row, hit in zip(batch, found[self.world :], strict=True) if hit]
         raise NumericsError(

@@ -23,7 +23,11 @@ def bare_rank(**given):
     """A rank of the process group that is there, without a model."""
     rank = Rank.__new__(Rank)
     vars(rank).update(
-        torch=torch, rank=torch.distributed.get_rank(), world=torch.distributed.get_world_size(), device=torch.device("cpu"), **given
+        torch=torch,
+        rank=torch.distributed.get_rank(),
+        world=torch.distributed.get_world_size(),
+        device=torch.device("cpu"),
+        **given,
     )
     return rank
 
@@ -93,8 +97,8 @@ def export_a_bad_weight(number):
 def test_all_ranks_refuse_to_export_a_parameter_that_is_not_finite(tmp_path):
     """Rank 0 alone sees it; a rank that was not told would wait for it."""
     first, second = both(tmp_path, export_a_bad_weight)
-    assert str(first) == str(second) == (
-        "export: the parameter 1.weight is not finite; nothing was committed; lower learning_rate"
+    assert (
+        str(first) == str(second) == ("export: the parameter 1.weight is not finite; nothing was committed; lower learning_rate")
     )
 
 
@@ -177,7 +181,10 @@ def alone(tmp_path, monkeypatch):
     def spec(name, checkpoint_steps=1):
         run = Run(tmp_path / name)
         run.root.mkdir(exist_ok=True)
-        training, trainer = Training(batch_pairs=4, micro_pairs=2, epochs=2), Trainer(workers=1, checkpoint_steps=checkpoint_steps)
+        training, trainer = (
+            Training(batch_pairs=4, micro_pairs=2, epochs=2),
+            Trainer(workers=1, checkpoint_steps=checkpoint_steps),
+        )
         return replace(train_spec(training, trainer), run=run, checkpoint=Stage(run.root / "checkpoint", "checkpoint", "key"))
 
     yield spec
