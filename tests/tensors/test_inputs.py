@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from evolve_ray import config as options
-from evolve_ray import inputs, rows
+from evolve_ray import driver, inputs, rows
 from evolve_ray.errors import EvolveError, UserError
 from evolve_ray.prompter import Prompter
 from evolve_ray.store import Run
@@ -267,6 +267,31 @@ def test_faults_of_all_files_are_told_at_once(prepare, tmp_path):
     for line in ("held.jsonl:2: column 'prompt' is empty", "triples.jsonl:1: has no column 'chosen'", "prompts.jsonl:2: column"):
         assert line in told
     assert not (tmp_path / "run/iteration-01/prompts").exists(), "prompts were chosen without the held-out ones"
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        (b'{"prompt": "two"', "is not a JSON object: Expecting ',' delimiter"),
+        (b'{"text": "two"}', "has no column 'prompt'; its columns are: text"),
+        (b'{"prompt": "\xff"}', "is not UTF-8 at byte 12 of the line"),
+        (b'{"prompt": NaN}', "is not a JSON object: NaN is no JSON number"),
+        (b'{"prompt": "a", "prompt": "b"}', "is not a JSON object: a key stands twice in one object"),
+        (b'{"prompt": "\\ud800"}', "column 'prompt' holds half of a surrogate pair"),
+    ],
+    ids=["broken", "missing key", "no UTF-8", "NaN", "key twice", "lone surrogate"],
+)
+def test_faulty_row_ends_the_command_with_exit_code_two_and_one_sentence(recipe, tmp_path, tiny_model, capsys, line, fault):
+    (tmp_path / "prompts.jsonl").write_bytes(b'{"prompt": "one"}\n' + line + b'\n{"prompt": "three"}\n')
+    given = [
+        f"model.path={tiny_model}", "model.context_tokens=60", "sampling.max_tokens=10", "template.name=tiny",
+        f"prompts.path={tmp_path}/prompts.jsonl", "prompts.per_iteration=1", f"scorer.name={__name__}:Zero",
+    ]  # fmt: skip
+    assert driver.main([str(recipe()), "--run", str(tmp_path / "run"), *given]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path}/prompts.jsonl: 1 unusable row: {tmp_path}/prompts.jsonl:2: {fault}"), said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run/iteration-01/prompts").exists()
 
 
 def test_tokenizer_that_does_not_fit_the_model_is_refused_before_anything_starts(prepare, tiny_model, tmp_path):
