@@ -17,7 +17,7 @@ from evolve_ray.config import Config, flatten, from_json, resolved, trainings
 from evolve_ray.errors import IntegrityError, StalledError, UserError
 from evolve_ray.prompter import Prompter
 from evolve_ray.refine import Template, find_plug, load_template
-from evolve_ray.scorers import VERIFIERS, build_verifier, reward_model_names
+from evolve_ray.scorers import VERIFIERS, build_verifier, reward_model_field, reward_model_names
 from evolve_ray.shards import Pools
 from evolve_ray.store import Manifest, Run, Stage, blocks, write_atomic
 from evolve_ray.toy.parts import toy_parts
@@ -178,9 +178,9 @@ def begin(
     models.check_policy(folder, config.model.context_tokens)
     context = Context(config, run, say, start_ray, rerun_changed, template, Policy(folder, models.content_hash(folder)))
     for name in reward_model_names(config.scorer):
-        field_name = "scorer.members" if config.scorer.members else "scorer.model"
+        field_name = reward_model_field(config.scorer)
         folder = models.resolve(toy.get(name, name), field_name)
-        models.check_reward_model(folder)
+        models.check_reward_model(folder, field_name)
         context.reward_models[name] = Policy(folder, models.content_hash(folder))
     return context, toy
 

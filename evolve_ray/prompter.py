@@ -11,6 +11,7 @@ import pyarrow as pa
 from evolve_ray import models, prompts, rows
 from evolve_ray.config import Preferences, texts_in_view
 from evolve_ray.errors import UserError
+from evolve_ray.scorers import reward_model_field
 from evolve_ray.store import Manifest, Stage, sha256_file
 
 if TYPE_CHECKING:
@@ -62,8 +63,9 @@ class Prompter:
 
             self._chat = Chat(self.context.policy.folder)
             chats = [("model.path", self.context.policy, self._chat)]
-            for name, model in self.context.reward_models.items():
-                chats.append((f"reward model {name}", model, Chat(model.folder, f"reward model {name}")))
+            for model in self.context.reward_models.values():
+                field = reward_model_field(self.config.scorer)
+                chats.append((field, model, Chat(model.folder, field)))
             for field_name, model, chat in chats:
                 models.check_vocabulary(model.folder, field_name, chat.tokenizer.get_vocab())
         return self._chat

@@ -269,6 +269,42 @@ def test_faults_of_all_files_are_told_at_once(prepare, tmp_path):
     assert not (tmp_path / "run/iteration-01/prompts").exists(), "prompts were chosen without the held-out ones"
 
 
+@pytest.fixture
+def without_template(tiny_model, tmp_path):
+    """A copy of the tiny model whose tokenizer has no chat template; as a reward model, if asked."""
+
+    def make(**config):
+        folder = tmp_path / "without"
+        shutil.copytree(tiny_model, folder)
+        (folder / "chat_template.jinja").unlink()
+        (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+        return folder
+
+    return make
+
+
+def test_policy_without_a_chat_template_is_refused_before_anything_starts(prepare, without_template):
+    folder = without_template()
+    with pytest.raises(UserError) as caught:
+        prepare(TEXTS, f"model.path={folder}")
+    assert str(caught.value).startswith(f"model.path: {folder}: its tokenizer has no chat template; add chat_template.jinja")
+
+
+@pytest.mark.parametrize("field", ["scorer.model", "scorer.members"])
+def test_reward_model_without_a_chat_template_is_refused_before_anything_starts(prepare, without_template, field):
+    folder = without_template(architectures=["LlamaForSequenceClassification"], id2label={"0": "score"})
+    alone = ["scorer.name=reward_model", f"scorer.model={folder}"]
+    several = ["scorer.name=mean", f"scorer.members=['reward_model={folder}', '{__name__}:Zero']", "scorer.model=''"]
+    with pytest.raises(UserError) as caught:
+        prepare(TEXTS, *(alone if field == "scorer.model" else several))
+    assert str(caught.value).startswith(f"{field}: {folder}: its tokenizer has no chat template; add chat_template.jinja")
+
+
+def test_model_that_is_no_reward_model_is_refused_by_the_option_that_names_it(prepare, tiny_model):
+    with pytest.raises(UserError, match=r"^scorer\.members: .*is no sequence classifier"):
+        prepare(TEXTS, "scorer.name=mean", f"scorer.members=['reward_model={tiny_model}', '{__name__}:Zero']", "scorer.model=''")
+
+
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
