@@ -328,7 +328,10 @@ def checked(name: str, scorer: Scorer, prompts: list[str], answers: list[str | N
     """What a scorer gives, one value for each response; whether they are finite is for the caller to see."""
     values = list(scorer(prompts, answers, responses))
     if len(values) != len(responses):
-        raise IntegrityError(f"{name}: gave {len(values)} values for {len(responses)} responses; it must give one for each")
+        raise IntegrityError(
+            f"{name}: gave {len(values)} values for {len(responses)} responses, so nobody can tell whose they are; it must give "
+            "one for each: mend it, then submit the same command again"
+        )
     return values
 
 

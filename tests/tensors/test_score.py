@@ -99,7 +99,7 @@ def test_number_of_numpy_is_a_number(worker, kind):
 
 @pytest.mark.parametrize("values", [[1.0] * 3, [1.0] * 5, []])
 def test_wrong_number_of_values_is_refused(worker, values):
-    with pytest.raises(IntegrityError, match=f"scorer: gave {len(values)} values for 4 responses"):
+    with pytest.raises(IntegrityError, match=f"scorer {__name__}:Listed: gave {len(values)} values for 4 responses"):
         worker(values).process(0, PROMPTS)
 
 
@@ -157,7 +157,7 @@ def test_judge_gives_what_can_be_compared(worker):
 
 
 def test_judge_with_a_wrong_number_of_values_is_refused(worker):
-    with pytest.raises(IntegrityError, match="scorer: gave 3 values for 4 responses"):
+    with pytest.raises(IntegrityError, match=f"scorer {__name__}:Listed: gave 3 values for 4 responses"):
         worker([1.0] * 3).judge(["q"] * 4, [None] * 4, RESPONSES)
 
 
