@@ -9,7 +9,7 @@ import pytest
 from evolve_ray import config as options
 from evolve_ray import iterate, rows, shards
 from evolve_ray.errors import IntegrityError, UserError
-from evolve_ray.inputs import Context, Policy
+from evolve_ray.inputs import Context, Policy, settle_config
 from evolve_ray.refine import load_template
 from evolve_ray.store import Run, Stage, commit
 
@@ -146,8 +146,27 @@ def test_option_that_changes_runs_its_own_stage_again_after_saying_so(tables, ca
         iterate.select(dataclasses.replace(changed, rerun_changed=False), 1, *inputs)
     second = iterate.select(changed, 1, *inputs)
     assert second.key != first.key
-    assert said[0].startswith("  iteration-01/pairs: its options or inputs changed; the old one is at .superseded-pairs-")
+    assert said[0].startswith("  iteration-01/pairs: its options or its source changed; the old one is at .superseded-pairs-")
     assert {path: path.stat().st_mtime_ns for path in committed} == committed, "a stage whose key is the same was touched"
+
+
+def test_stage_that_is_computed_again_says_which_options_changed_and_what_else_it_is_made_from(tables, recipe):
+    """The options are those of the whole recipe; what a stage is made from is its own."""
+    context, prompts, drafts, scores = tables(SCORES)
+    iterate.select(context, 1, prompts, drafts, scores)
+    settle_config(context.config, context.run, rerun_changed=False)
+    config = options.load(recipe(), ["engine.shard_prompts=2", "selection.margin=0.75", "training.beta=0.3"])
+    changed = settle_config(config, context.run, rerun_changed=True)
+    assert changed == "selection.margin (0.0 -> 0.75), training.beta (0.1 -> 0.3)"
+    said = []
+    again = dataclasses.replace(context, config=config, rerun_changed=True, say=said.append, changed=changed)
+    iterate.select(again, 1, prompts, drafts, scores)
+    iterate.select(again, 1, prompts, drafts, dataclasses.replace(scores, key="other"))
+    for line, why in zip(said, ("its options or its source changed", "is made from other scores now"), strict=True):
+        assert line.startswith(f"  iteration-01/pairs: {why} (in the recipe: {changed}); the old one is at .superseded-pairs-")
+    events = rows.read_jsonl(context.run.root / "events.jsonl")
+    assert [changed in event["why"] for event in events if event["event"] == "superseded"] == [True, True]
+    assert settle_config(config, context.run, rerun_changed=True) == ""
 
 
 def test_option_of_another_stage_runs_nothing_again(tables, monkeypatch):
