@@ -128,14 +128,14 @@ def run(
     folder = Run(root)
     tracked = Trackers(config, folder, say)
     with folder.locked(), kept(uri, folder) if uri else contextlib.nullcontext():
-        inputs.settle_config(config, folder, rerun_changed=rerun_changed)
+        changed = inputs.settle_config(config, folder, rerun_changed=rerun_changed)
         folder.event("driver_start", pid=os.getpid(), job=submission_id(), command=again, folder=os.getcwd())
         say(f"run {config.name} in {root}" + (f", kept in {uri}" if uri else ""))
         follower = Follower(folder, config.name)
         try:
             tracked.start()
             tell, begin = say if verbose else tell_stages, functools.partial(start_ray, config, follower, loud=verbose)
-            context = inputs.prepare(config, folder, tell, begin, rerun_changed=rerun_changed)
+            context = inputs.prepare(config, folder, tell, begin, rerun_changed=rerun_changed, changed=changed)
             context.trackers = tracked
             check_space(config, folder)
             result = iterate.iterate(context)

@@ -133,11 +133,11 @@ def run(plan: Plan, root: Path, *, rerun_changed: bool) -> int:
 
     folder = Run(root)
     with folder.locked():
-        inputs.settle_config(plan.config, folder, rerun_changed=rerun_changed)
+        changed = inputs.settle_config(plan.config, folder, rerun_changed=rerun_changed)
         folder.event("driver_start", models=[model.given for model in plan.models])
         say(f"evaluation of {', '.join(model.name for model in plan.models)} in {root}")
         try:
-            found = compare(plan, folder, lambda: start_ray(plan.config), rerun_changed=rerun_changed)
+            found = compare(plan, folder, lambda: start_ray(plan.config), rerun_changed=rerun_changed, changed=changed)
         except BaseException as error:
             folder.event("driver_failed", error=f"{type(error).__name__}: {error}"[:2000])
             raise

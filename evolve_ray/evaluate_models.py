@@ -41,13 +41,13 @@ class Plan:
     draft_column: str | None
 
 
-def compare(plan: Plan, folder: Run, start_ray: Callable[[], None], *, rerun_changed: bool) -> dict[str, Any]:
+def compare(plan: Plan, folder: Run, start_ray: Callable[[], None], *, rerun_changed: bool, changed: str = "") -> dict[str, Any]:
     """Runs every model through its chain and the probes; returns what evaluation.json says."""
     config = plan.config
     for model in [*plan.models, *([plan.foreign] if plan.foreign else [])]:
         check_policy(model.folder, config.model.context_tokens)
     first = str(plan.models[0].folder)  # its tokenizer counts the prompts; what is too long for another model, that one rejects
-    context, toy = inputs.begin(config, folder, say, start_ray, rerun_changed=rerun_changed, model=first)
+    context, toy = inputs.begin(config, folder, say, start_ray, rerun_changed=rerun_changed, changed=changed, model=first)
     given = GivenDrafts(plan, toy)
     held_out = context.held_out = Prompter(context, toy).held_out(folder.root / "prompts")
     table = rows.read_table(held_out.path("prompts.parquet"))

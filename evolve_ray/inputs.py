@@ -17,7 +17,7 @@ from evolve_ray.config import Config, flatten, from_json, resolved, trainings
 from evolve_ray.errors import IntegrityError, StalledError, UserError
 from evolve_ray.prompter import Prompter
 from evolve_ray.refine import Template, find_plug, load_template
-from evolve_ray.scorers import VERIFIERS, build_verifier, reward_model_names
+from evolve_ray.scorers import VERIFIERS, build_verifier, reward_model_field, reward_model_names
 from evolve_ray.shards import Pools
 from evolve_ray.store import Manifest, Run, Stage, blocks, write_atomic
 from evolve_ray.toy.parts import toy_parts
@@ -54,16 +54,24 @@ class Context:
     held_out: Manifest | None = None
     pools: Pools = field(default_factory=Pools)
     trackers: Trackers = field(default_factory=Trackers)
+    changed: str = ""  # the options of the recipe in which this run differs from what it was before
     told: str = ""  # the stage that was said last: one with two parts is said once
 
     def stage(self, final: Path, name: str, key: dict, inputs: dict[str, str]) -> Stage:
         """The stage at `final` for these inputs; with --rerun-changed, what stands there for others is put aside."""
         stage = Stage(final, name, rows.digest([name, key, inputs]), inputs)
-        if self.rerun_changed and stage.superseded():
-            aside = stage.put_aside()
-            self.say(f"  {final.relative_to(self.run.root)}: its options or inputs changed; the old one is at {aside.name}")
-            self.run.event("superseded", folder=str(final), aside=aside.name)
+        old = stage.superseded() if self.rerun_changed else None
+        if old:
+            why, aside = self.why_again(old.inputs, inputs), stage.put_aside()
+            self.say(f"  {final.relative_to(self.run.root)}: {why}; the old one is at {aside.name}")
+            self.run.event("superseded", folder=str(final), aside=aside.name, why=why)
         return stage
+
+    def why_again(self, before: dict[str, str], now: dict[str, str]) -> str:
+        """Why a stage is computed again: what it is made from is other than before, or it is its own options or source."""
+        others = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+        why = f"is made from other {' and '.join(others)} now" if others else "its options or its source changed"
+        return f"{why} (in the recipe: {self.changed})" if self.changed else why
 
     @contextlib.contextmanager
     def timed(self, stage: str, iteration: int | None) -> Iterator[None]:
@@ -137,9 +145,12 @@ class Context:
         write_atomic(folder / "rejected.jsonl", (block for part in parts if part.exists() for block in blocks(part)))
 
 
-def settle_config(config: Config, run: Run, *, rerun_changed: bool) -> None:
-    """Stores the resolved configuration; a run directory of another configuration is refused by the names of the fields."""
-    path = run.root / "config.json"
+def settle_config(config: Config, run: Run, *, rerun_changed: bool) -> str:
+    """Stores the resolved configuration; a run directory of another configuration is refused by the names of the fields.
+
+    With `rerun_changed` these are returned, with their values before and now.
+    """
+    path, shown = run.root / "config.json", ""
     if path.exists():
         try:
             stored = json.loads(path.read_bytes())
@@ -148,27 +159,29 @@ def settle_config(config: Config, run: Run, *, rerun_changed: bool) -> None:
         before = flatten(resolved(from_json(stored, str(path)), runtime=False))
         here = flatten(resolved(config, runtime=False))
         changed = sorted(name for name in before.keys() | here.keys() if before.get(name, "unset") != here.get(name, "unset"))
+        shown = ", ".join(f"{name} ({before.get(name, 'unset')} -> {here.get(name, 'unset')})" for name in changed[:8])
         if changed and not rerun_changed:
-            shown = ", ".join(f"{name} ({before.get(name, 'unset')} -> {here.get(name, 'unset')})" for name in changed[:8])
             raise UserError(
                 f"{run.root}: belongs to another configuration; changed: {shown}; use another --run, or submit with "
                 "--rerun-changed to compute again what depends on them"
             )
     write_atomic(path, json.dumps(resolved(config), indent=1, ensure_ascii=False).encode())
+    return shown
 
 
 def prepare(
-    config: Config, run: Run, say: Callable[[str], None], start_ray: Callable[[], None], *, rerun_changed: bool
-) -> Context:
+    config: Config, run: Run, say: Callable[[str], None], start_ray: Callable[[], None], *, rerun_changed: bool,
+    changed: str = "",
+) -> Context:  # fmt: skip
     """Checks and commits everything that a run starts from; a fault in any input is raised here, before Ray starts."""
-    context, toy = begin(config, run, say, start_ray, rerun_changed=rerun_changed)
+    context, toy = begin(config, run, say, start_ray, rerun_changed=rerun_changed, changed=changed)
     Prompter(context, toy).commit_all()
     return context
 
 
 def begin(
     config: Config, run: Run, say: Callable[[str], None], start_ray: Callable[[], None], *, rerun_changed: bool,
-    model: str | None = None,
+    changed: str = "", model: str | None = None,
 ) -> tuple[Context, dict[str, str]]:  # fmt: skip
     """A context with everything but prompts, and the tiny world's parts by name; `model` in place of `model.path`."""
     check_plugs(config)
@@ -176,11 +189,12 @@ def begin(
     toy = toy_parts(config, run, say) if config.toy else {}
     folder = models.resolve(model or toy.get(config.model.path, config.model.path), "model.path")
     models.check_policy(folder, config.model.context_tokens)
-    context = Context(config, run, say, start_ray, rerun_changed, template, Policy(folder, models.content_hash(folder)))
+    policy = Policy(folder, models.content_hash(folder))
+    context = Context(config, run, say, start_ray, rerun_changed, template, policy, changed=changed)
     for name in reward_model_names(config.scorer):
-        field_name = "scorer.members" if config.scorer.members else "scorer.model"
+        field_name = reward_model_field(config.scorer)
         folder = models.resolve(toy.get(name, name), field_name)
-        models.check_reward_model(folder)
+        models.check_reward_model(folder, field_name)
         context.reward_models[name] = Policy(folder, models.content_hash(folder))
     return context, toy
 

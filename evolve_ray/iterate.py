@@ -139,6 +139,7 @@ def write_pairs(
     work = stage.start()
     counts: dict[str, Any] = {"num_in": 0, "num_rows": 0, "num_used": 0, "num_rejected": 0}
     with (
+        full_disk_named(work),  # also where the ends of the files are written, as they are closed
         pq.ParquetWriter(work / "pairs.parquet", rows.PAIR, compression="zstd") as writer,
         open(work / "rejected.jsonl", "wb") as rejected,
     ):
@@ -171,10 +172,8 @@ def write_pairs(
                 lost += unused
             counts["num_rows"] += len(made)
             counts["num_rejected"] += len(lost)
-            with full_disk_named(work):
-                writer.write_table(pa.Table.from_pylist(made, schema=rows.PAIR))
-                rejected.writelines(rows.canonical(row) + b"\n" for row in lost)
-                rejected.flush()
+            writer.write_table(pa.Table.from_pylist(made, schema=rows.PAIR))
+            rejected.writelines(rows.canonical(row) + b"\n" for row in lost)
     return stage.commit(**counts)
 
 

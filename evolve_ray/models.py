@@ -66,18 +66,18 @@ def check_policy(folder: Path, context_tokens: int) -> None:
         raise UserError(f"model.context_tokens: is {context_tokens}, but {folder} has {positions} positions; lower it")
 
 
-def check_reward_model(folder: Path) -> None:
+def check_reward_model(folder: Path, field: str = "scorer.model") -> None:
     """A sequence classifier with one output."""
-    config = read_model_config(folder, "scorer.model")
+    config = read_model_config(folder, field)
     architectures = config.get("architectures") or []
     if not any(name.endswith("ForSequenceClassification") for name in architectures):
         raise UserError(
-            f"scorer.model: {folder}: is no sequence classifier (architectures {architectures}); "
+            f"{field}: {folder}: is no sequence classifier (architectures {architectures}); "
             "give a reward model saved as ...ForSequenceClassification"
         )
     labels = config.get("id2label")
     if labels is not None and len(labels) != 1:
-        raise UserError(f"scorer.model: {folder}: has {len(labels)} outputs, but a reward model has one; give another model")
+        raise UserError(f"{field}: {folder}: has {len(labels)} outputs, but a reward model has one; give another model")
 
 
 def check_vocabulary(folder: Path, field: str, ids: dict[str, int]) -> None:

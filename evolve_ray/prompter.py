@@ -11,6 +11,7 @@ import pyarrow as pa
 from evolve_ray import models, prompts, rows
 from evolve_ray.config import Preferences, texts_in_view
 from evolve_ray.errors import UserError
+from evolve_ray.scorers import reward_model_field
 from evolve_ray.store import Manifest, Stage, sha256_file
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ class Prompter:
         for name in ("activation", "offline"):
             part = getattr(config, name)
             if part:
-                context.given[name] = attempt(self.triples, name, part)
-        # Without the held-out prompts nobody knows which ones to train on: then they are only looked at.
+                # Without the held-out prompts nobody knows what to train on: then it is only looked at.
+                context.given[name] = attempt(self.triples, name, part) if not faults else attempt(self.read_triples, part)
         attempt(self.training) if not faults else attempt(self.read_training, config.prompts)
         if faults:
             raise UserError("; and ".join(dict.fromkeys(faults)))
@@ -62,8 +63,9 @@ class Prompter:
 
             self._chat = Chat(self.context.policy.folder)
             chats = [("model.path", self.context.policy, self._chat)]
-            for name, model in self.context.reward_models.items():
-                chats.append((f"reward model {name}", model, Chat(model.folder, f"reward model {name}")))
+            for model in self.context.reward_models.values():
+                field = reward_model_field(self.config.scorer)
+                chats.append((field, model, Chat(model.folder, field)))
             for field_name, model, chat in chats:
                 models.check_vocabulary(model.folder, field_name, chat.tokenizer.get_vocab())
         return self._chat
@@ -136,15 +138,27 @@ class Prompter:
     def triples(self, name: str, part: Preferences) -> Manifest:
         columns = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.name not in ("path", "training")}
         key = {"options": columns, "source": self.source_key(part.path)}
-        stage = self.context.stage(self.context.run.iteration(0) / f"{name}_pairs", "pairs", key, {})
+        stage = self.context.stage(self.context.run.iteration(0) / f"{name}_pairs", "pairs", key, self.held_inputs())
         manifest = stage.committed()
         if manifest:
             return manifest
-        found, rejected = prompts.read_triples(
-            self.toy.get(part.path, part.path), prompt_column=part.prompt_column, chosen_column=part.chosen_column,
-            rejected_column=part.rejected_column, source_split=part.split, limit=part.limit,
-        )  # fmt: skip
+        found, rejected = self.read_triples(part)
         return self.commit(stage, found, rejected, "pairs.parquet", rows.PAIR, len(found) + len(rejected))
+
+    def read_triples(self, part: Preferences) -> tuple[list[dict], list[dict]]:
+        return prompts.read_triples(
+            self.toy.get(part.path, part.path), prompt_column=part.prompt_column, chosen_column=part.chosen_column,
+            rejected_column=part.rejected_column, source_split=part.split, limit=part.limit, held_out=self.held_texts(),
+        )  # fmt: skip
+
+    def held_inputs(self) -> dict[str, str]:
+        """What a stage that leaves out evaluation prompts is made from besides its own file."""
+        return {"held_out": self.context.held_out.identity} if self.context.held_out else {}
+
+    def held_texts(self) -> dict[str, str]:
+        """The split of each evaluation prompt, by its text."""
+        held = self.context.held_out
+        return {row["prompt"]: row["split"] for row in rows.read_table(held.path("prompts.parquet"))} if held else {}
 
     def tokens_key(self) -> list[Any]:
         """What decides which prompts fit: tokenizer and template through the hashes, and the sizes."""
@@ -162,7 +176,7 @@ class Prompter:
             "source": self.source_key(part.path),
             "seed": self.config.seed,
         }
-        inputs = {"held_out": context.held_out.identity} if context.held_out else {}
+        inputs = self.held_inputs()
         stages = {
             number: context.stage(context.run.iteration(number) / "prompts", "prompts", {**common, "iteration": number}, inputs)
             for number in range(1, self.config.iterations + 1)
@@ -186,8 +200,7 @@ class Prompter:
 
     def read_training(self, part: Any) -> tuple[pa.Table, list[dict]]:
         """Usable training prompts as one table, which takes a fraction of the memory of as many dicts, and the rejected rows."""
-        held = self.context.held_out
-        texts = {row["prompt"]: row["split"] for row in rows.read_table(held.path("prompts.parquet"))} if held else {}
+        texts = self.held_texts()
         duplicates: list[dict] = []
         overlap: list[dict] = []
         too_long: list[dict] = []

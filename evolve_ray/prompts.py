@@ -8,8 +8,9 @@ import json
 import math
 import re
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -231,9 +232,13 @@ def scan_prompts(
 
 
 def read_triples(
-    path: str, *, prompt_column: str, chosen_column: str, rejected_column: str, source_split: str = "train", limit: int = 0
-) -> tuple[list[dict], list[dict]]:
-    """Given preference triples as pair rows (both answers complete), in the file's order, and the rejected duplicates."""
+    path: str, *, prompt_column: str, chosen_column: str, rejected_column: str, source_split: str = "train", limit: int = 0,
+    held_out: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[list[dict], list[dict]]:  # fmt: skip
+    """Given preference triples as pair rows (both answers complete), in the file's order, and the rejected ones.
+
+    Duplicates are rejected, and what `held_out` maps to its split: the text of an evaluation prompt.
+    """
     faults: list[str] = []
     pairs: dict[str, dict] = {}
     dropped: list[dict] = []
@@ -245,7 +250,10 @@ def read_triples(
         if prompt is None or chosen is None or rejected is None:
             continue
         pair_id = content_id("pair", prompt, chosen, rejected)
-        if pair_id in pairs:
+        if prompt in held_out:
+            row = {"id": pair_id, "file": path, "line": line}
+            dropped.append(reject(row, "pairs", f"is on a prompt of evaluation split {held_out[prompt]!r}"))
+        elif pair_id in pairs:
             dropped.append(reject({"id": pair_id, "file": path, "line": line}, "pairs", "duplicate"))
         elif not limit or len(pairs) < limit:
             pairs[pair_id] = {
@@ -267,6 +275,8 @@ def read_triples(
             dropped.append(reject({"id": pair_id, "file": path, "line": line}, "pairs", f"beyond the limit of {limit}"))
     if faults:
         raise show(path, faults)
+    if not pairs and dropped:
+        raise UserError(f"{path}: all {len(dropped)} preference triples are on prompts of evaluation splits; give others")
     if not pairs:
         raise UserError(f"{path}: holds no preference triples; give a file with at least one row")
     return list(pairs.values()), dropped

@@ -161,19 +161,22 @@ class Rank:
         return moved.tolist()
 
     def stop_if_not_finite(self, loss_B: Any, step: int, indices: list[int]) -> None:
-        """All ranks stop together, before the backward pass, if any rank's loss is not finite."""
-        bad = self.torch.tensor([float((~loss_B.isfinite()).any())], dtype=self.torch.float64)
-        own = bool(bad.item())
-        self.all_reduce(bad)
-        if bad.item():
-            who = f"rank {self.rank}" if own else f"another rank than {self.rank}"
-            ids = [
-                self.pairs[row]["pair_id"] for row, finite in zip(indices, loss_B.isfinite().tolist(), strict=True) if not finite
-            ]
-            raise NumericsError(
-                f"training step {step}: the loss is not finite on {who}, pairs {ids}; no weight was changed; "
-                "look at these pairs and their reference log-probabilities, then submit again"
-            )
+        """All ranks stop together, before the backward pass, if any rank's loss is not finite.
+
+        They all say the same sentence, with the rank and its pairs: one of theirs reaches the driver, whichever it is.
+        """
+        bad = {row for row, finite in zip(indices, loss_B.isfinite().tolist(), strict=True) if not finite}
+        if not any(self.agree([int(bool(bad))])):
+            return
+        batch = self.batches[step]
+        ranks_here = [int(bool(bad) and rank == self.rank) for rank in range(self.world)]
+        found = self.agree(ranks_here + [int(row in bad) for row in batch])
+        ranks = ", ".join(str(rank) for rank in range(self.world) if found[rank])
+        ids = [self.pairs[row]["pair_id"] for row, hit in zip(batch, found[self.world :], strict=True) if hit]
+        raise NumericsError(
+            f"training step {step}: the loss is not finite on rank {ranks}, pairs {ids}; no weight was changed; "
+            "look at these pairs and their reference log-probabilities, then submit again"
+        )
 
     def reference(self) -> dict[str, Any]:
         """`{name: logps_P}` of all pairs under the reference policy: read if committed, else computed.
@@ -271,15 +274,17 @@ class Rank:
 
         torch = self.torch
         model = self.model
-        state = {}
+        state, names, bad = {}, [""], 0
         for name, parts, scale in adapters.merged(model):
+            names.append(name)
             with self.deepspeed.zero.GatheredParameters(parts):
                 if self.rank == 0:
                     state[name] = adapters.merge(parts, scale)
+                    bad = bad or len(state) * int(not state[name].isfinite().all())
+        (bad,) = self.agree([bad])  # told to all: a rank that is left alone would wait for the others
+        if bad:
+            raise NumericsError(f"export: the parameter {names[bad]} is not finite; nothing was committed; lower learning_rate")
         if self.rank == 0:
-            for name, value in state.items():
-                if not value.isfinite().all():
-                    raise NumericsError(f"export: the parameter {name} is not finite; nothing was committed; lower learning_rate")
             held = model.state_dict()
             for name, buffer in model.named_buffers():
                 if name in held:

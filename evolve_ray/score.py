@@ -51,7 +51,7 @@ class ScoreWorker(ShardWorker):
 
     def judge(self, prompts: list[str], answers: list[str | None], responses: list[str]) -> list[float]:
         """Scores for a strategy that chooses among drafts while it generates; one that is not finite never wins: -inf."""
-        values = checked("scorer", self.scorer, prompts, answers, responses)
+        values = checked(f"scorer {self.spec.scorer.name}", self.scorer, prompts, answers, responses)
         return [float(value) if is_finite(value) else -math.inf for value in values]
 
     def process(self, shard: int, prompts: list[dict]) -> tuple[list[dict], list[dict], dict]:
@@ -61,7 +61,8 @@ class ScoreWorker(ShardWorker):
         asked = [by_id[draft["prompt_id"]] for draft in drafts]
         batch = ([p["prompt"] for p in asked], [p["answer"] for p in asked], [d["text"] for d in drafts])
         correct = checked("verifier", self.verifier, *batch) if self.verifier else [None] * len(drafts)
-        scores = correct if self.scorer is self.verifier else checked("scorer", self.scorer, *batch)
+        name = f"scorer {self.spec.scorer.name}"
+        scores = correct if self.scorer is self.verifier else checked(name, self.scorer, *batch)
         scored, rejected = [], []
         for draft, prompt, score, right in zip(drafts, asked, scores, correct, strict=True):
             if is_finite(score) and (right is None or is_finite(right)):

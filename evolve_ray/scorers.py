@@ -31,8 +31,10 @@ class Scorer(Protocol):
 class RewardModel:
     """A Hugging Face sequence classifier with one output; its raw logit is the score, with no softmax or sigmoid.
 
-    The conversation `[user: prompt, assistant: response]` is rendered by the reward model's own chat template. Rows are
-    scored in fixed batches in their given order, so a score does not depend on how many actors there are.
+    The conversation `[user: prompt, assistant: response]` is rendered by the reward model's own chat template, whole: it ends
+    as a finished turn also where the answer was cut by length, since a reward model has seen nothing else. That it was cut is
+    for the selection to weigh, which chooses no such answer unless it is told to. Rows are scored in fixed batches in their
+    given order, so a score does not depend on how many actors there are.
     """
 
     def __init__(self, options: config.Scorer, folder: str, field: str = "scorer.model"):
@@ -291,6 +293,11 @@ def reward_model_names(options: config.Scorer) -> list[str]:
     return [member.removeprefix(REWARD_MODEL) for member in options.members if member.startswith(REWARD_MODEL)]
 
 
+def reward_model_field(options: config.Scorer) -> str:
+    """The option that names them."""
+    return "scorer.members" if options.members else "scorer.model"
+
+
 REWARD_MODEL = "reward_model="  # a member of this form is a reward model
 
 
@@ -321,7 +328,10 @@ def checked(name: str, scorer: Scorer, prompts: list[str], answers: list[str | N
     """What a scorer gives, one value for each response; whether they are finite is for the caller to see."""
     values = list(scorer(prompts, answers, responses))
     if len(values) != len(responses):
-        raise IntegrityError(f"{name}: gave {len(values)} values for {len(responses)} responses; it must give one for each")
+        raise IntegrityError(
+            f"{name}: gave {len(values)} values for {len(responses)} responses, so nobody can tell whose they are; it must give "
+            "one for each: mend it, then submit the same command again"
+        )
     return values
 
 

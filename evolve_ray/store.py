@@ -266,7 +266,8 @@ class Run:
     def event(self, kind: str, **fields: Any) -> None:
         """Appends one line to events.jsonl in a single write."""
         line = json.dumps({"time": now(), "event": kind, **fields}, ensure_ascii=False, default=str) + "\n"
-        with open(self.root / "events.jsonl", "ab", buffering=0) as file:
+        path = self.root / "events.jsonl"
+        with full_disk_named(path), open(path, "ab", buffering=0) as file:
             file.write(line.encode("utf-8", "replace"))
 
     @contextlib.contextmanager

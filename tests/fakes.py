@@ -107,8 +107,31 @@ class DyingScorer:
 class OddScorer:
     """Gives no number for one draft in eight."""
 
+    odd: object = float("nan")
+
     def __call__(self, prompts, answers, responses):
-        return [float("nan") if r[0] in "01" else float(int(r, 16)) for r in responses]
+        return [self.odd if r[0] in "01" else float(int(r, 16)) for r in responses]
+
+
+class InfiniteScorer(OddScorer):
+    """Gives what is above every number."""
+
+    odd = float("inf")
+
+
+class WordScorer(OddScorer):
+    """Gives a number in words."""
+
+    odd = "0.5"
+
+
+class ShortScorer(OddScorer):
+    """Leaves out the drafts that it has no number for, so that nobody can tell whose the others are."""
+
+    odd = 0.0
+
+    def __call__(self, prompts, answers, responses):
+        return super().__call__(prompts, answers, responses)[:-1]
 
 
 class LetterScorer:

@@ -9,7 +9,7 @@ import pytest
 from evolve_ray import config as options
 from evolve_ray import iterate, rows, shards
 from evolve_ray.errors import IntegrityError, UserError
-from evolve_ray.inputs import Context, Policy
+from evolve_ray.inputs import Context, Policy, settle_config
 from evolve_ray.refine import load_template
 from evolve_ray.store import Run, Stage, commit
 
@@ -146,8 +146,27 @@ def test_option_that_changes_runs_its_own_stage_again_after_saying_so(tables, ca
         iterate.select(dataclasses.replace(changed, rerun_changed=False), 1, *inputs)
     second = iterate.select(changed, 1, *inputs)
     assert second.key != first.key
-    assert said[0].startswith("  iteration-01/pairs: its options or inputs changed; the old one is at .superseded-pairs-")
+    assert said[0].startswith("  iteration-01/pairs: its options or its source changed; the old one is at .superseded-pairs-")
     assert {path: path.stat().st_mtime_ns for path in committed} == committed, "a stage whose key is the same was touched"
+
+
+def test_stage_that_is_computed_again_says_which_options_changed_and_what_else_it_is_made_from(tables, recipe):
+    """The options are those of the whole recipe; what a stage is made from is its own."""
+    context, prompts, drafts, scores = tables(SCORES)
+    iterate.select(context, 1, prompts, drafts, scores)
+    settle_config(context.config, context.run, rerun_changed=False)
+    config = options.load(recipe(), ["engine.shard_prompts=2", "selection.margin=0.75", "training.beta=0.3"])
+    changed = settle_config(config, context.run, rerun_changed=True)
+    assert changed == "selection.margin (0.0 -> 0.75), training.beta (0.1 -> 0.3)"
+    said = []
+    again = dataclasses.replace(context, config=config, rerun_changed=True, say=said.append, changed=changed)
+    iterate.select(again, 1, prompts, drafts, scores)
+    iterate.select(again, 1, prompts, drafts, dataclasses.replace(scores, key="other"))
+    for line, why in zip(said, ("its options or its source changed", "is made from other scores now"), strict=True):
+        assert line.startswith(f"  iteration-01/pairs: {why} (in the recipe: {changed}); the old one is at .superseded-pairs-")
+    events = rows.read_jsonl(context.run.root / "events.jsonl")
+    assert [changed in event["why"] for event in events if event["event"] == "superseded"] == [True, True]
+    assert settle_config(config, context.run, rerun_changed=True) == ""
 
 
 def test_option_of_another_stage_runs_nothing_again(tables, monkeypatch):
@@ -164,3 +183,81 @@ def test_run_whose_scores_are_all_tied_stops_clearly(tables):
     context, *inputs = tables(dict.fromkeys(SCORES, 0.5))
     with pytest.raises(UserError, match="nothing is trained on nothing"):
         iterate.select(context, 1, *inputs)
+
+
+@pytest.fixture
+def trained(tables, monkeypatch):
+    """(reference key, checkpoint key) of a training on the run's pairs; `train.fit` is not what is asked about."""
+    context, *inputs = tables(SCORES)
+    chosen = iterate.select(context, 1, *inputs)
+    specs = []
+
+    def fit(spec, storage):
+        specs.append(spec)
+        (spec.checkpoint.start() / "model.safetensors").write_text(spec.checkpoint.key)
+        return spec.checkpoint.commit()
+
+    monkeypatch.setattr(iterate.train, "fit", fit)
+
+    def keys(*overrides, policy="m1", pairs=chosen, template=context.template, initial=None):
+        config = context.config
+        for override in overrides:
+            (section, name), value = override[0].split("."), override[1]
+            config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: value})})
+        start = Policy(Path("initial"), initial) if initial else None
+        given = dataclasses.replace(context, config=config, template=template, rerun_changed=True, initial=start)
+        specs.clear()
+        iterate.fit(given, 1, Policy(Path("policy"), policy), pairs, config.training, "checkpoint")
+        if specs:
+            assert (specs[0].model, specs[0].reference.inputs) == ("policy", {"pairs": pairs.identity})
+            keys.of = (specs[0].reference.key, specs[0].checkpoint.key)
+        return keys.of
+
+    return keys, chosen
+
+
+OPTIONS = {
+    "another dtype": ("model.dtype", "bfloat16"),
+    "other batches": ("training.batch_pairs", 3),
+    "other sequences": ("training.alpha", 0.25),
+    "other forwards": ("trainer.forward", "tree"),
+}
+OTHERS = {
+    "another policy": {"policy": "m2"},
+    "other pairs": {"pairs": "other"},
+    "another template": {"template": load_template("tiny", "one_message")},
+}
+
+
+@pytest.mark.parametrize("other", [*OPTIONS.values(), *OTHERS.values()], ids=[*OPTIONS, *OTHERS])
+def test_whatever_decides_the_reference_gives_it_another_key_and_the_checkpoint_too(trained, other):
+    keys, chosen = trained
+    if other == {"pairs": "other"}:
+        other = {"pairs": dataclasses.replace(chosen, key="other")}
+    before, after = keys(), keys(**other) if isinstance(other, dict) else keys(other)
+    assert after[0] != before[0]
+    assert after[1] != before[1]
+    assert keys() == before
+
+
+@pytest.mark.parametrize("change", [("training.learning_rate", 0.5), ("training.beta", 0.5), ("training.epochs", 3)])
+def test_what_the_reference_does_not_depend_on_gives_the_checkpoint_alone_another_key(trained, change):
+    keys, _ = trained
+    before, after = keys(), keys(change)
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+
+
+def test_context_length_is_in_the_reference_by_its_pairs_alone(trained):
+    """It decides which prompts fit and how long answers may be; no pair is cut to it."""
+    keys, _ = trained
+    assert keys() == keys(("model.context_tokens", 77))
+
+
+def test_reference_has_the_key_of_the_model_that_it_is_of(trained):
+    """The policy that an iteration starts from, or the run's initial one; the other says nothing about it."""
+    keys, _ = trained
+    assert keys(initial="m0") == keys(initial="m9")
+    fixed = ("training.reference", "initial")
+    assert keys(fixed, initial="m0")[0] == keys(fixed, initial="m0", policy="m2")[0] == keys(policy="m0")[0]
+    assert keys(fixed, initial="m0")[0] != keys(fixed, initial="m9")[0]

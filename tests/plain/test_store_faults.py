@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from types import SimpleNamespace
@@ -73,6 +74,48 @@ def test_shard_that_dies_at_any_disk_call_is_committed_whole_or_not_at_all(tmp_p
         number += 1
     assert outcomes == sorted(outcomes)
     assert outcomes.count(False) >= 12
+
+
+class Loser(Committer):
+    """Rejects its row."""
+
+    def process(self, shard, prompts):
+        return [], [rows.reject(prompt, "scores", "no number") for prompt in prompts], {"num_in": len(prompts)}
+
+
+def test_sharded_stage_that_dies_at_any_disk_call_of_its_end_is_committed_whole_or_not_at_all(tmp_path):
+    """The clean-up of what dead actors left, then the commit; the shards, which are what took long, stay as they are."""
+    prompt = {"prompt_id": "p", "prompt": "x", "answer": None, "split": "s", "file": "f", "line": 1, "num_tokens": 1}
+    rows.write_table(tmp_path / "prompts.parquet", [prompt] * 2, rows.PROMPT)
+    whole = tmp_path / "whole"
+    spec = SimpleNamespace(work=str(whole), prompts=str(tmp_path / "prompts.parquet"), shard_prompts=1, key="key")
+    (whole / "left" / "deep").mkdir(parents=True)
+    (whole / "left" / "deep" / "rows.parquet").write_bytes(b"half")
+    (whole / "engine-0.beat").write_bytes(b"1")
+    Committer(spec).commit_shard(0)
+    Loser(spec).commit_shard(1)
+    number, outcomes, states, held, alive = 0, [], set(), set(), True
+    while alive:
+        stage = Stage(tmp_path / str(number) / "scores", "scores", "key")
+        shutil.copytree(whole, stage.work)
+        alive = die_at(number, lambda stage=stage: finish(stage, 2, 2))
+        manifest = read_manifest(stage.final, verify=True)
+        outcomes.append(manifest is not None)
+        if manifest is None:
+            shards = [read_manifest(stage.work / f"shard-0000{shard}", verify=True) for shard in range(2)]
+            assert all(shards), "a committed shard was lost"
+            states.add(tuple(sorted(path.name for path in stage.work.rglob("*") if "shard-" not in str(path))))
+            stage.resume()
+            manifest = finish(stage, 2, 2)
+        held.add((manifest.identity, tuple(sorted(path.name for path in stage.final.iterdir()))))
+        assert [manifest.stats[name] for name in ("num_rows", "num_rejected", "num_in")] == [1, 1, 2]
+        number += 1
+    assert len(held) == 1, "what was committed depends on where it died"
+    assert held.pop()[1] == (MANIFEST, "rejected.jsonl", "shard-00000", "shard-00001")
+    assert outcomes == sorted(outcomes)
+    assert outcomes.count(False) >= 12
+    assert outcomes.count(True) >= 2
+    assert len(states) >= 4, "it never died in the midst of the clean-up"
 
 
 def test_stage_that_is_put_aside_is_whole_in_one_place_or_the_other(tmp_path):

@@ -2,11 +2,21 @@
 
 import html
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from evolve_ray import markup, prompts, rows
+from evolve_ray import config as options
+from evolve_ray import iterate, markup, prompts, rows
+from evolve_ray.drive import Completion, Drive
+from evolve_ray.inputs import Context, Policy
+from evolve_ray.refine import load_template
+from evolve_ray.shards import ShardWorker, finish, read_rows
+from evolve_ray.store import Run, Stage
+from evolve_ray.strategies import STRATEGIES
 from tests.plain.runs import chains, make_run
+from tests.plain.test_generate import FakeEngine, encode, spec
 
 TEXTS = {
     "emoji": "a \U0001f469\u200d\U0001f469\u200d\U0001f467 and a flag \U0001f3f4\U000e0067\U000e0062\U000e007f",
@@ -37,10 +47,80 @@ def test_text_is_byte_equal_from_the_file_to_the_pairs(tmp_path, text, escaped):
     assert {kept["prompt"].encode(), kept["chosen"].encode(), lost["reason"].encode()} == {text.encode()}
 
 
-@pytest.mark.parametrize("name", ["right to left", "NUL", "line separators"])
-def test_text_is_on_the_page_as_it_is_but_for_control_characters(tmp_path, name):
-    """Those have no place in HTML: the page shows their pictures."""
-    run = make_run(tmp_path / "run", {"iteration 1": {"held": chains([[0, 1], [1, 0]], texts=[TEXTS[name], "question"])}})
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_prompt_answers_and_names_are_in_the_report_as_they_are_but_for_control_characters_on_the_page(tmp_path, text):
+    """Those have no place in HTML: the page shows their pictures. report.json has no texts but the names that people give."""
+    asked = {f"asked {text}": [(f"first {text}", 0.0, 0.0), (f"then {text}", 1.0, 1.0)]} | chains([[1, 0]])
+    run = make_run(tmp_path / "run", {"iteration 1": {text: asked}}, config={"name": text})
     shown = html.unescape((run.root / "report.html").read_bytes().decode())
-    assert markup.clean(TEXTS[name]) in shown
+    for written in (f"asked {text}", f"first {text}", f"then {text}"):
+        assert markup.clean(written) in shown
     assert not {"\x00", "\x01", "\x7f"} & set(shown)
+    written = (run.root / "report.json").read_bytes()
+    told = json.loads(written)
+    assert (told["name"], told["config"]["name"], list(told["models"][0]["splits"])) == (text, text, [text])
+    assert json.dumps(text, ensure_ascii=False).encode() in written
+
+
+class Echo(FakeEngine):
+    """Writes what it reads."""
+
+    def answer(self, request_id, ids):
+        return Completion(request_id, "".join(map(chr, ids)), len(ids), len(ids), 0, "stop")
+
+
+class Writer(ShardWorker):
+    """Two rounds of such an engine on each prompt, as the actors drive them."""
+
+    schema = rows.GENERATION
+
+    def process(self, shard, prompts):
+        given = spec(strategy=options.Strategy(rounds=2), context_tokens=10**6)
+        drive = Drive(Echo(), encode, given)
+        made, lost, stats = drive.run(prompts, lambda prompt: STRATEGIES["chain"](prompt, given.template, given.strategy))
+        return made, lost, stats | {"num_in": len(prompts)}
+
+
+class Scorer(ShardWorker):
+    """The second round is the better one."""
+
+    schema = rows.SCORE
+
+    def process(self, shard, prompts):
+        drafts = rows.read_table(Path(self.spec.drafts) / "shard-00000" / "rows.parquet")
+        made = [
+            {"draft_id": row["draft_id"], "prompt_id": row["prompt_id"], "score": float(row["round"]), "correct": None}
+            for row in drafts
+        ]
+        return made, [], {"num_in": len(made)}
+
+
+def test_drafts_are_byte_equal_from_the_engine_to_the_pairs(recipe, tmp_path):
+    config = options.load(recipe(), ["engine.shard_prompts=20"])
+    template = load_template("tiny", "conversation")
+    context = Context(config, Run(tmp_path), print, print, False, template, Policy(Path(), ""))
+    here = context.run.iteration(1)
+    prompts = [
+        {"prompt_id": name, "prompt": text, "answer": None, "split": "s", "file": "f", "line": 1, "num_tokens": 1}
+        for name, text in TEXTS.items()
+    ]
+    stage = Stage(here / "prompts", "prompts", "key")
+    rows.write_table(stage.start() / "prompts.parquet", prompts, rows.PROMPT)
+    made = [stage.commit(num_in=len(prompts), num_rows=len(prompts))]
+    for name, worker, num_in in (("generations", Writer, len(prompts)), ("scores", Scorer, 2 * len(prompts))):
+        stage = Stage(here / name, name, name)
+        given = SimpleNamespace(
+            work=str(stage.resume()), prompts=str(here / "prompts/prompts.parquet"), shard_prompts=20, key="k",
+            drafts=str(here / "generations"),
+        )  # fmt: skip
+        worker(given).commit_shard(0)
+        made.append(finish(stage, 1, num_in))
+    drafts = {(row["prompt_id"], row["round"]): row["text"] for row in read_rows(made[1])}
+    pairs = {row["prompt_id"]: row for row in rows.read_table(iterate.select(context, 1, *made).path("pairs.parquet"))}
+    for name, text in TEXTS.items():
+        first = "".join(message["content"] for message in template.direct(text))
+        second = "".join(message["content"] for message in template.refinement(text, first))
+        assert drafts[name, 1].encode() == pairs[name]["rejected"].encode() == first.encode()
+        assert drafts[name, 2].encode() == pairs[name]["chosen"].encode() == second.encode()
+        assert second.encode().count(text.encode()) == 2, "the draft was not handed on as it is"
+        assert pairs[name]["prompt"].encode() == text.encode()

@@ -75,6 +75,28 @@ def run(recipe, tmp_path) -> Path:
     return folder.root
 
 
+@pytest.fixture
+def evaluated(run, recipe) -> Path:
+    """The same run with what held-out prompts and a probe add: every kind of stage that an iteration has."""
+    more = ["template.name=tiny", "iterations=1", "evaluation.splits.held=held.jsonl", "probe.prompts=2"]
+    config = options.load(recipe("[engine]\nshard_prompts = 2\n"), more)
+    (run / "config.json").write_text(json.dumps(options.resolved(config)))
+    first, here = run / "iteration-00", run / "iteration-01"
+    stage = Stage(first / "held_out", "prompts", "held key")
+    shutil.copy(here / "prompts/prompts.parquet", stage.start())
+    held_out = stage.commit(num_in=3, num_rows=3).identity
+    for folder, name in ((first, "base_evaluation"), (here, "evaluation")):
+        stage = Stage(folder / name, "evaluation", f"{name} key", {"prompts": held_out})
+        for part in ("generations", "scores"):
+            shutil.copytree(here / part, stage.work / part)
+        rows.write_jsonl(stage.work / "summary.jsonl", [{"held": {}}])
+        stage.commit(num_in=3, num_rows=6)
+    stage = Stage(here / "probe", "probe", "probe key")
+    rows.write_jsonl(stage.start() / "probe.jsonl", [{"kl_iteration": 0.1}])
+    stage.commit(num_in=2, num_rows=2)
+    return run
+
+
 def draft_row(prompt_id, number):
     return {
         "draft_id": f"{prompt_id}-{number}", "prompt_id": prompt_id, "split": "train", "sample": 0, "round": number,
@@ -143,20 +165,30 @@ FILES = [
     "prompts/prompts.parquet", "prompts/rejected.jsonl", "generations/shard-00001/rows.parquet",
     "generations/shard-00000/MANIFEST.json", "generations/rejected.jsonl", "scores/shard-00000/rejected.jsonl",
     "pairs/pairs.parquet", "pairs/MANIFEST.json", "reference/reference.parquet", "checkpoint/model.safetensors",
+    "probe/probe.jsonl", "evaluation/summary.jsonl", "evaluation/generations/shard-00001/rows.parquet",
+    "evaluation/scores/MANIFEST.json", "drift/drift.jsonl", "decision/decision.json",
 ]  # fmt: skip
+FILES_0 = ["held_out/prompts.parquet", "held_out/MANIFEST.json", "base_evaluation/summary.jsonl"]
+EVERY = [("iteration-01", name) for name in FILES] + [("iteration-00", name) for name in FILES_0]
+
+
+def test_every_kind_of_stage_is_damaged_in_turn(evaluated):
+    stages = {place.rpartition("/")[2] for place in verify.verify(evaluated).committed}
+    assert {name.split("/")[0] for _, name in EVERY} == stages
+    assert verify.verify(evaluated).missing == {}
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink], ids=["flip", "truncate", "delete"])
-@pytest.mark.parametrize("name", FILES)
-def test_damage_of_any_file_is_named_with_the_command_that_repairs_it(run, capsys, name, damage):
-    path = run / "iteration-01" / name
+@pytest.mark.parametrize(("iteration", "name"), EVERY, ids=[name for _, name in EVERY])
+def test_damage_of_any_file_is_named_with_the_command_that_repairs_it(evaluated, capsys, iteration, name, damage):
+    path = evaluated / iteration / name
     if path.stat().st_size == 0:
         path.write_text("{}\n") if damage is flip else path.unlink()
     else:
         damage(path)
-    assert verify.main([str(run)]) == 4
+    assert verify.main([str(evaluated)]) == 4
     said = capsys.readouterr()
-    stage = run / "iteration-01" / name.split("/")[0]
+    stage = evaluated / iteration / name.split("/")[0]
     if path.name != MANIFEST or name.count("/") > 1:
         assert f"{path}: sha256 is" in said.out
     assert said.err.count("\n") == 1

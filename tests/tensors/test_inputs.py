@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from evolve_ray import config as options
-from evolve_ray import inputs, rows
+from evolve_ray import driver, inputs, rows
 from evolve_ray.errors import EvolveError, UserError
 from evolve_ray.prompter import Prompter
 from evolve_ray.store import Run
@@ -164,6 +164,62 @@ def test_held_out_prompt_is_not_trained_on_and_is_counted(prepare):
     assert rejected(context, 1) == [(3, "is also a prompt of evaluation split 'held'")]
 
 
+@pytest.fixture
+def triples(tmp_path):
+    """Writes preference triples on the given prompts, and says how a recipe names them."""
+
+    def write(name, *texts):
+        lines = [json.dumps({"prompt": text, "chosen": "good", "rejected": f"bad {place}"}) for place, text in enumerate(texts)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        return f"{name}.path={tmp_path}/{name}.jsonl"
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["activation", "offline"])
+def test_given_triples_on_a_held_out_prompt_are_not_trained_on_and_are_counted(prepare, triples, tmp_path, name):
+    context = prepare(TEXTS, triples(name, "three", "mine", "three", "other", "mine"), held=["three", "other"])
+    given = context.given[name]
+    assert [row["prompt"] for row in rows.read_table(given.path("pairs.parquet"))] == ["mine", "mine"]
+    lost = rows.read_jsonl(given.path("rejected.jsonl"))
+    reason = "is on a prompt of evaluation split 'held'"
+    assert [(row["file"], row["line"], row["reason"]) for row in lost] == [
+        (f"{tmp_path}/{name}.jsonl", line, reason) for line in (1, 3, 4)
+    ]
+    assert [given.stats[count] for count in ("num_in", "num_rows", "num_rejected")] == [5, 2, 3]
+    assert given.inputs == {"held_out": context.held_out.identity}
+
+
+def test_triples_are_read_again_when_the_held_out_prompts_change(prepare, triples):
+    given = triples("activation", "three", "mine")
+    prepare(TEXTS, given, held=["other"])
+    with pytest.raises(UserError, match=r"iteration-00/held_out: was made from other inputs"):
+        prepare(TEXTS, given, held=["other", "three"])
+    context = prepare(TEXTS, given, held=["other", "three"], rerun_changed=True)
+    assert context.given["activation"].stats["num_rows"] == 1
+
+
+def test_triples_without_an_evaluation_prompt_among_them_are_the_same_pairs_with_and_without_splits(prepare, triples, tmp_path):
+    given = triples("offline", "mine", "yours")
+    alone = prepare(TEXTS, given).given["offline"]
+    shutil.move(tmp_path / "run", tmp_path / "before")
+    beside = prepare(TEXTS, given, held=["other"]).given["offline"]
+    before = tmp_path / "before/iteration-00/offline_pairs/pairs.parquet"
+    assert before.read_bytes() == beside.path("pairs.parquet").read_bytes()
+    assert alone.inputs == {}
+
+
+def test_triples_that_are_all_on_held_out_prompts_are_refused(prepare, triples):
+    with pytest.raises(UserError, match=r"offline\.jsonl: all 2 preference triples are on prompts of evaluation splits"):
+        prepare(TEXTS, triples("offline", "three", "other"), held=["three", "other"])
+
+
+def test_triples_are_not_committed_where_the_held_out_prompts_are_not_known(prepare, triples, tmp_path):
+    with pytest.raises(UserError, match=r"held\.jsonl:2: column 'prompt' is empty"):
+        prepare(TEXTS, triples("activation", "mine"), held=["ok", ""])
+    assert not (tmp_path / "run/iteration-00/activation_pairs").exists()
+
+
 def test_same_text_in_two_splits_stays_two_prompts(prepare, tmp_path):
     (tmp_path / "again.jsonl").write_text('{"prompt": "other"}\n')
     context = prepare(TEXTS, f"evaluation.splits.again={tmp_path}/again.jsonl", held=["other"])
@@ -211,6 +267,67 @@ def test_faults_of_all_files_are_told_at_once(prepare, tmp_path):
     for line in ("held.jsonl:2: column 'prompt' is empty", "triples.jsonl:1: has no column 'chosen'", "prompts.jsonl:2: column"):
         assert line in told
     assert not (tmp_path / "run/iteration-01/prompts").exists(), "prompts were chosen without the held-out ones"
+
+
+@pytest.fixture
+def without_template(tiny_model, tmp_path):
+    """A copy of the tiny model whose tokenizer has no chat template; as a reward model, if asked."""
+
+    def make(**config):
+        folder = tmp_path / "without"
+        shutil.copytree(tiny_model, folder)
+        (folder / "chat_template.jinja").unlink()
+        (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+        return folder
+
+    return make
+
+
+def test_policy_without_a_chat_template_is_refused_before_anything_starts(prepare, without_template):
+    folder = without_template()
+    with pytest.raises(UserError) as caught:
+        prepare(TEXTS, f"model.path={folder}")
+    assert str(caught.value).startswith(f"model.path: {folder}: its tokenizer has no chat template; add chat_template.jinja")
+
+
+@pytest.mark.parametrize("field", ["scorer.model", "scorer.members"])
+def test_reward_model_without_a_chat_template_is_refused_before_anything_starts(prepare, without_template, field):
+    folder = without_template(architectures=["LlamaForSequenceClassification"], id2label={"0": "score"})
+    alone = ["scorer.name=reward_model", f"scorer.model={folder}"]
+    several = ["scorer.name=mean", f"scorer.members=['reward_model={folder}', '{__name__}:Zero']", "scorer.model=''"]
+    with pytest.raises(UserError) as caught:
+        prepare(TEXTS, *(alone if field == "scorer.model" else several))
+    assert str(caught.value).startswith(f"{field}: {folder}: its tokenizer has no chat template; add chat_template.jinja")
+
+
+def test_model_that_is_no_reward_model_is_refused_by_the_option_that_names_it(prepare, tiny_model):
+    with pytest.raises(UserError, match=r"^scorer\.members: .*is no sequence classifier"):
+        prepare(TEXTS, "scorer.name=mean", f"scorer.members=['reward_model={tiny_model}', '{__name__}:Zero']", "scorer.model=''")
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        (b'{"prompt": "two"', "is not a JSON object: Expecting ',' delimiter"),
+        (b'{"text": "two"}', "has no column 'prompt'; its columns are: text"),
+        (b'{"prompt": "\xff"}', "is not UTF-8 at byte 12 of the line"),
+        (b'{"prompt": NaN}', "is not a JSON object: NaN is no JSON number"),
+        (b'{"prompt": "a", "prompt": "b"}', "is not a JSON object: a key stands twice in one object"),
+        (b'{"prompt": "\\ud800"}', "column 'prompt' holds half of a surrogate pair"),
+    ],
+    ids=["broken", "missing key", "no UTF-8", "NaN", "key twice", "lone surrogate"],
+)
+def test_faulty_row_ends_the_command_with_exit_code_two_and_one_sentence(recipe, tmp_path, tiny_model, capsys, line, fault):
+    (tmp_path / "prompts.jsonl").write_bytes(b'{"prompt": "one"}\n' + line + b'\n{"prompt": "three"}\n')
+    given = [
+        f"model.path={tiny_model}", "model.context_tokens=60", "sampling.max_tokens=10", "template.name=tiny",
+        f"prompts.path={tmp_path}/prompts.jsonl", "prompts.per_iteration=1", f"scorer.name={__name__}:Zero",
+    ]  # fmt: skip
+    assert driver.main([str(recipe()), "--run", str(tmp_path / "run"), *given]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path}/prompts.jsonl: 1 unusable row: {tmp_path}/prompts.jsonl:2: {fault}"), said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run/iteration-01/prompts").exists()
 
 
 def test_tokenizer_that_does_not_fit_the_model_is_refused_before_anything_starts(prepare, tiny_model, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from evolve_ray import rows, shards
-from evolve_ray.errors import NumericsError, StalledError
+from evolve_ray.errors import IntegrityError, NumericsError, StalledError
 from tests.fakes import DyingScorer
 from tests.wiring.test_pipeline import draft, folder, local_ray, make_context, pools, twin
 
@@ -36,12 +36,17 @@ def marked(twin, folder, tmp_path):
     return make
 
 
-def test_a_prompt_that_always_kills_its_worker_is_rejected_by_name_and_the_others_are_equal(twin, marked):
+def test_a_prompt_that_always_kills_its_worker_is_rejected_by_name_and_the_others_are_equal(twin, marked, folder):
     context, prompt, marks = marked('engine.env.FAKE_DEATHS="99"', "engine.max_restarts=2")
     drafts, _, pairs = draft(context)
     assert 4 <= len(list(marks.iterdir())) <= 7, "twice the whole shard, then halves, then twice alone"
     (lost,) = rows.read_jsonl(drafts.path("rejected.jsonl"))
-    assert (lost["id"], lost["stage"], lost["line"]) == (prompt, "generations", lost["line"])
+    table = rows.read_table(context.prompts[1].path("prompts.parquet"))
+    (asked,) = [row for row in table if row["prompt_id"] == prompt]
+    assert (lost["id"], lost["stage"]) == (prompt, "generations")
+    assert (lost["file"], lost["line"]) == (asked["file"], asked["line"])
+    assert asked["file"] == str(folder / "prompts.jsonl")
+    assert asked["line"] > 0
     assert "killed its worker" in lost["reason"]
     assert list(shards.read_rows(drafts)) == [r for r in shards.read_rows(twin[0]) if r["prompt_id"] != prompt]
     expected = [row for row in rows.read_table(twin[2].path("pairs.parquet")) if row["prompt_id"] != prompt]
@@ -113,7 +118,22 @@ def test_an_actor_that_is_killed_after_its_commit_gives_the_committed_shard(twin
     ray.kill(actor)
 
 
-def test_too_many_scores_that_are_no_numbers_end_the_run_with_the_values(pools, folder, tmp_path):
-    context = make_context(folder, tmp_path / "run", "scorer.name=tests.fakes:OddScorer", "scorer.max_rejected_fraction=0.01")
-    with pytest.raises(NumericsError, match=r"rows were rejected, more than scorer\.max_rejected_fraction.*nan"):
+@pytest.mark.parametrize(("scorer", "value"), [("OddScorer", "nan"), ("InfiniteScorer", "inf"), ("WordScorer", "'0.5'")])
+def test_too_many_scores_that_are_no_numbers_end_the_run_with_the_values(pools, folder, tmp_path, scorer, value):
+    context = make_context(folder, tmp_path / "run", f"scorer.name=tests.fakes:{scorer}", "scorer.max_rejected_fraction=0.01")
+    with pytest.raises(NumericsError, match=rf"rows were rejected, more than scorer\.max_rejected_fraction.*{value}") as caught:
         draft(context, pools)
+    assert caught.value.exit_code == 6
+
+
+def test_scores_that_nobody_can_assign_to_drafts_are_lost_rows_and_end_the_run_with_the_name_of_the_scorer(
+    pools, folder, tmp_path
+):
+    """Whatever loss is allowed: which draft has no score cannot be told, so no row can be rejected by name."""
+    context = make_context(folder, tmp_path / "run", "scorer.name=tests.fakes:ShortScorer", "scorer.max_rejected_fraction=0.9")
+    with pytest.raises(
+        IntegrityError, match=r"^scorer tests\.fakes:ShortScorer: gave 15 values for 16 responses, .* mend it"
+    ) as caught:
+        draft(context, pools)
+    assert caught.value.exit_code == 4
+    assert not (context.run.iteration(1) / "scores").exists()

@@ -146,13 +146,14 @@ def test_a_plug_that_does_not_exist_is_refused_before_ray(folder, tmp_path):
         make_context(folder, tmp_path / "run", "engine.name=tests.fakes:NoSuchEngine")
 
 
-def test_a_draft_without_a_finite_score_is_rejected_with_the_value(pools, folder, tmp_path):
-    context = make_context(folder, tmp_path / "run", "scorer.name=tests.fakes:OddScorer", "scorer.max_rejected_fraction=0.5")
+@pytest.mark.parametrize(("scorer", "value"), [("OddScorer", "nan"), ("InfiniteScorer", "inf"), ("WordScorer", "'0.5'")])
+def test_a_draft_without_a_finite_score_is_rejected_with_the_value(pools, folder, tmp_path, scorer, value):
+    context = make_context(folder, tmp_path / "run", f"scorer.name=tests.fakes:{scorer}", "scorer.max_rejected_fraction=0.5")
     drafts, scores, pairs = draft(context, pools)
     lost = rows.read_jsonl(scores.path("rejected.jsonl"))
     assert lost, "the fault did not fire"
     assert drafts.stats["num_rows"] == scores.stats["num_rows"] + len(lost)
-    assert all("nan" in row["reason"] for row in lost)
+    assert {row["reason"] for row in lost} == {f"scorer gave {value}, verifier None: not a finite number"}
     used = {pair[name] for pair in rows.read_table(pairs.path("pairs.parquet")) for name in ("chosen_id", "rejected_id")}
     assert not used & {row["id"] for row in lost}
 

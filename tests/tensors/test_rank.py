@@ -1,0 +1,248 @@
+"""What the ranks of a training group do together, without ZeRO: they stop with one sentence, and resume where they were."""
+
+import contextlib
+import json
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from evolve_ray.config import Trainer, Training
+from evolve_ray.errors import IntegrityError, NumericsError, pack, unpack
+from evolve_ray.forwards import Part
+from evolve_ray.rank import Rank
+from evolve_ray.schedule import batches, micro_batches
+from evolve_ray.store import MANIFEST, Run, Stage, read_manifest
+from tests.plain.test_train import spec as train_spec
+
+
+def bare_rank(**given):
+    """A rank of the process group that is there, without a model."""
+    rank = Rank.__new__(Rank)
+    vars(rank).update(
+        torch=torch,
+        rank=torch.distributed.get_rank(),
+        world=torch.distributed.get_world_size(),
+        device=torch.device("cpu"),
+        **given,
+    )
+    return rank
+
+
+def one_of_two(number, meeting, work, said):
+    """A process of a gloo group of two; says what error `work` ended with."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=number, world_size=2)
+    try:
+        work(number)
+        said.put((number, None))
+    except NumericsError as error:
+        said.put((number, pack(error)))
+    torch.distributed.destroy_process_group()
+
+
+def both(tmp_path, work):
+    """What the two ranks say to `work(rank)`, in their order."""
+    context = multiprocessing.get_context("spawn")
+    said = context.Queue()
+    processes = [context.Process(target=one_of_two, args=(number, tmp_path / "meeting", work, said)) for number in (0, 1)]
+    for process in processes:
+        process.start()
+    told = dict(said.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join(20)
+    return [told[0] and unpack(told[0]), told[1] and unpack(told[1])]
+
+
+PAIRS = [{"pair_id": f"pair {number}"} for number in range(6)]
+
+
+def step_with_one_bad_loss(number):
+    rank = bare_rank(pairs=PAIRS, batches=[[0, 1], [5, 3, 2, 4]])
+    rank.stop_if_not_finite(torch.tensor([1.0, 2.0]), 1, [[5, 2], [3, 4]][number])  # finite everywhere: it goes on
+    losses = [torch.tensor([0.5, 0.25]), torch.tensor([1.0, float("nan")])]
+    rank.stop_if_not_finite(losses[number], 1, [[5, 2], [3, 4]][number])
+
+
+def test_every_rank_names_the_rank_the_step_and_the_pairs_of_a_loss_that_is_not_finite(tmp_path):
+    """Whichever rank's error reaches the driver last."""
+    first, second = both(tmp_path, step_with_one_bad_loss)
+    assert str(first) == str(second)
+    assert str(first).startswith("training step 1: the loss is not finite on rank 1, pairs ['pair 4']; no weight was changed")
+    assert first.exit_code == 6
+
+
+def step_with_bad_losses_everywhere(number):
+    rank = bare_rank(pairs=PAIRS, batches=[[5, 3, 2, 4]])
+    rank.stop_if_not_finite(torch.tensor([float("inf"), float("nan")]), 0, [[5, 2], [3, 5]][number])
+
+
+def test_ranks_that_all_have_losses_that_are_not_finite_are_all_named(tmp_path):
+    first, second = both(tmp_path, step_with_bad_losses_everywhere)
+    assert str(first) == str(second)
+    assert "on rank 0, 1, pairs ['pair 5', 'pair 3', 'pair 2'];" in str(first)
+
+
+def export_a_bad_weight(number):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    with torch.no_grad():
+        model[1].weight[0, 0] = float("nan")
+    zero = SimpleNamespace(GatheredParameters=lambda parts: contextlib.nullcontext())
+    bare_rank(model=model, deepspeed=SimpleNamespace(zero=zero)).export([])
+
+
+def test_all_ranks_refuse_to_export_a_parameter_that_is_not_finite(tmp_path):
+    """Rank 0 alone sees it; a rank that was not told would wait for it."""
+    first, second = both(tmp_path, export_a_bad_weight)
+    assert (
+        str(first) == str(second) == ("export: the parameter 1.weight is not finite; nothing was committed; lower learning_rate")
+    )
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+class Engine:
+    """Takes DeepSpeed's place: its weights are the pairs that it was updated with, in their order."""
+
+    def __init__(self, dies_at=None):
+        self.weights, self.batch, self.dies_at = [], [], dies_at
+        self.optimizer = SimpleNamespace(param_groups=[{}], overflow=False)
+        self.loaded = False
+
+    def set_gradient_accumulation_boundary(self, last):
+        self.last = last
+
+    def backward(self, loss):
+        pass
+
+    def step(self):
+        if self.last:
+            if self.dies_at == len(self.weights):
+                raise Killed
+            self.weights.append(self.batch)
+            self.batch = []
+
+    def get_global_grad_norm(self):
+        return 1.0
+
+    def save_checkpoint(self, folder, tag, save_latest):
+        Path(folder, tag).mkdir()
+        for name in ("model", "optimiser"):
+            Path(folder, tag, f"{name}.pt").write_text(json.dumps(self.weights))
+
+    def load_checkpoint(self, folder, tag):
+        self.loaded = True
+        self.weights = json.loads(Path(folder, tag, "model.pt").read_text())
+
+
+class Reader:
+    """Reads nothing: tells the engine which pairs it is asked for."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def parts(self, batch):
+        return [Part(micro) for micro in micro_batches(batch, 0, self.rank.training, 1)]
+
+    def values(self, engine, part):
+        engine.batch += [self.rank.pairs[row]["pair_id"] for row, weight in part.pairs if weight]
+        return {}, {"chosen": torch.tensor([float(row) for row, _ in part.pairs])}
+
+
+class Tried(Rank):
+    """The loop of a rank, its steps and its resuming, over an engine that keeps no model."""
+
+    def __init__(self, spec, dies_at=None):
+        pairs = [{"pair_id": f"pair {number}"} for number in range(11)]
+        vars(self).update(vars(bare_rank(spec=spec, training=spec.training, pairs=pairs)))
+        self.batches = batches(len(pairs), spec.training, seed=spec.seed, iteration=spec.iteration)
+        self.objective, self.reader, self.engine, self.seconds = SimpleNamespace(reference=False), Reader(self), None, 0.0
+        self.total = lambda objective, policy, given, lengths, training: (lengths["chosen"], {})
+        self.dies_at = dies_at
+
+    def load(self, folder, *, frozen=False):
+        self.engine, self.folder = Engine(self.dies_at), folder
+
+    def export(self, log):
+        self.exported = log
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """A process group of this process alone, and what a training of 11 pairs, twice in batches of 4, stores in a run."""
+    monkeypatch.setattr("ray.train.report", lambda metrics: None)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+
+    def spec(name, checkpoint_steps=1):
+        run = Run(tmp_path / name)
+        run.root.mkdir(exist_ok=True)
+        training, trainer = (
+            Training(batch_pairs=4, micro_pairs=2, epochs=2),
+            Trainer(workers=1, checkpoint_steps=checkpoint_steps),
+        )
+        return replace(train_spec(training, trainer), run=run, checkpoint=Stage(run.root / "checkpoint", "checkpoint", "key"))
+
+    yield spec
+    torch.distributed.destroy_process_group()
+
+
+def trained(spec):
+    rank = Tried(spec)
+    rank.run()
+    return rank
+
+
+@pytest.mark.parametrize("checkpoint_steps", [1, 2, 5])
+@pytest.mark.parametrize("step", range(6), ids=["first", "second", "ragged", "epoch edge", "later", "last and ragged"])
+def test_training_that_died_at_any_step_takes_the_pairs_of_its_twin_in_their_order(alone, step, checkpoint_steps):
+    twin = trained(alone("twin"))
+    assert [len(batch) for batch in twin.engine.weights] == [4, 4, 3] * 2
+    died = Tried(alone("run", checkpoint_steps), dies_at=step)
+    with pytest.raises(Killed):
+        died.run()
+    again = trained(alone("run", checkpoint_steps))
+    assert again.engine.loaded == (step >= checkpoint_steps)
+    assert again.engine.weights == twin.engine.weights
+    assert again.exported == twin.exported
+    assert [line["step"] for line in again.exported] == list(range(6))
+
+
+def stored(alone):
+    """A training that died with a committed step, and that step's folder."""
+    spec = alone("run", 2)
+    with pytest.raises(Killed):
+        Tried(spec, dies_at=3).run()
+    return spec, spec.checkpoint.work / "steps" / "step-000002"
+
+
+@pytest.mark.parametrize("name", ["state/model.pt", "state/optimiser.pt", "log.json", MANIFEST])
+def test_stored_step_with_one_flipped_byte_is_refused_before_it_is_unpickled(alone, name):
+    spec, folder = stored(alone)
+    data = bytearray((folder / name).read_bytes())
+    data[data.index(b'"') + 1] ^= 1
+    (folder / name).write_bytes(data)
+    rank = Tried(spec)
+    with pytest.raises(IntegrityError, match=rf"step-000002/{name}: sha256 is|{MANIFEST}: is damaged") as caught:
+        rank.run()
+    assert str(folder) in str(caught.value).partition("; delete ")[2]
+    assert (rank.engine.loaded, rank.engine.weights) == (False, [])
+
+
+def test_stored_step_that_lacks_a_file_is_refused(alone):
+    spec, folder = stored(alone)
+    (folder / "state/optimiser.pt").unlink()
+    with pytest.raises(IntegrityError, match=r"optimiser\.pt: sha256 is missing"):
+        trained(spec)
+
+
+def test_step_that_was_being_stored_is_not_resumed_from(alone):
+    spec, folder = stored(alone)
+    folder.rename(folder.with_name(".step-000002"))
+    again = trained(spec)
+    assert (again.engine.loaded, len(again.engine.weights)) == (False, 6)
+    assert read_manifest(folder) is None
