@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # what a disk can say to a write
+FULL = ("No space left on device", "Disk quota exceeded", "inline_container.cc")  # and writers of torch and safetensors in turn
 
 
 class EvolveError(Exception):
@@ -64,6 +65,11 @@ def pack(error: EvolveError) -> dict[str, str]:
 def unpack(packed: dict[str, str]) -> EvolveError:
     """The error that `pack` was given."""
     return {kind.__name__: kind for kind in EvolveError.__subclasses__()}[packed["kind"]](packed["message"])
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a disk refused a write, also where a library made an error of its own of that."""
+    return (isinstance(error, OSError) and error.errno in DISK) or any(sign in str(error) for sign in FULL)
 
 
 def first_line(error: BaseException) -> str:

@@ -88,10 +88,13 @@ def full_disk_named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        free = free_mib(path)
-        raise ResourceError(
-            f"{path}: cannot be written: {error}; {free} MiB are free there; free space or mend the disk, then submit again"
-        ) from error
+        raise disk_error(path, error) from error
+
+
+def disk_error(path: Path, error: BaseException) -> ResourceError:
+    return ResourceError(
+        f"{path}: cannot be written: {error}; {free_mib(path)} MiB are free there; free space or mend the disk, then submit again"
+    )
 
 
 def free_mib(path: Path) -> int:

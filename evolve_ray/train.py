@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evolve_ray import config as options
-from evolve_ray.errors import EvolveError, NumericsError, pack, unpack
+from evolve_ray.errors import EvolveError, NumericsError, is_full_disk, pack, unpack
 from evolve_ray.refine import Template
 from evolve_ray.schedule import micro_steps
-from evolve_ray.store import Manifest, Run, Stage, write_atomic
+from evolve_ray.store import Manifest, Run, Stage, disk_error, write_atomic
 
 VERSION = 2
 
@@ -119,7 +119,8 @@ def worker(config: dict) -> None:
     """One rank of the group (`train_loop_per_worker` of Ray Train).
 
     Ray restarts the group after any error. That is right for a lost rank, whose peers see a RuntimeError of the
-    collective; any other error would only come again, so it is kept in a file and ends the group.
+    collective; any other error would only come again, so it is kept in a file and ends the group. So does a full disk,
+    which torch's writer tells as a RuntimeError too.
     """
     kept = Path(config["error"])
     if kept.exists():
@@ -130,13 +131,15 @@ def worker(config: dict) -> None:
     builds.settle()
     try:
         Rank(config["spec"]).run()
-    except RuntimeError:
-        raise
     except Exception as error:
+        if is_full_disk(error):
+            error = disk_error(config["spec"].checkpoint.work, error)
+        elif isinstance(error, RuntimeError):
+            raise
         told = pack(error) if isinstance(error, EvolveError) else {"traceback": traceback.format_exc()}
         write_atomic(kept, json.dumps(told).encode())
         if not isinstance(error, NumericsError):  # which all ranks raise together
-            raise
+            raise error
 
 
 def raise_kept(path: Path) -> None:

@@ -1,6 +1,7 @@
 """What the ranks of a training group do together, without ZeRO: they stop with one sentence, and resume where they were."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
 from dataclasses import replace
@@ -11,11 +12,12 @@ import pytest
 import torch
 
 from evolve_ray.config import Trainer, Training
-from evolve_ray.errors import IntegrityError, NumericsError, pack, unpack
+from evolve_ray.errors import EvolveError, IntegrityError, NumericsError, ResourceError, pack, unpack
 from evolve_ray.forwards import Part
 from evolve_ray.rank import Rank
 from evolve_ray.schedule import batches, micro_batches
 from evolve_ray.store import MANIFEST, Run, Stage, read_manifest
+from evolve_ray.train import raise_kept, worker
 from tests.plain.test_train import spec as train_spec
 
 
@@ -246,3 +248,39 @@ def test_step_that_was_being_stored_is_not_resumed_from(alone):
     again = trained(spec)
     assert (again.engine.loaded, len(again.engine.weights)) == (False, 6)
     assert read_manifest(folder) is None
+
+
+def no_space():
+    raise OSError(errno.ENOSPC, "No space left on device", "/work/events.jsonl")
+
+
+def torch_on_a_full_disk():
+    """In the words of torch's writer, which names no disk."""
+    raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+
+def lost_peer():
+    raise RuntimeError("Connection closed by peer")
+
+
+def run_worker(monkeypatch, tmp_path, fail):
+    """A rank whose training ends with what `fail` raises; gives back the file in which errors that last are kept."""
+    monkeypatch.setattr(Rank, "__init__", lambda self, spec: None)
+    monkeypatch.setattr(Rank, "run", lambda self: fail())
+    monkeypatch.setattr("evolve_ray.builds.settle", lambda: None)
+    kept = tmp_path / "error.json"
+    given = SimpleNamespace(checkpoint=SimpleNamespace(work=tmp_path / ".checkpoint-1"))
+    with pytest.raises((EvolveError, RuntimeError)):
+        worker({"spec": given, "error": str(kept)})
+    return kept
+
+
+@pytest.mark.parametrize("fail", [no_space, torch_on_a_full_disk])
+def test_full_disk_under_a_training_ends_it_with_the_path_and_exit_code_five(monkeypatch, tmp_path, fail):
+    kept = run_worker(monkeypatch, tmp_path, fail)
+    with pytest.raises(ResourceError, match=rf"{tmp_path}/\.checkpoint-1: cannot be written: .* MiB are free there"):
+        raise_kept(kept)
+
+
+def test_rank_whose_peer_is_lost_keeps_no_error_so_that_the_group_starts_again(monkeypatch, tmp_path):
+    assert not run_worker(monkeypatch, tmp_path, lost_peer).exists()
