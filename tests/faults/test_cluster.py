@@ -8,7 +8,17 @@ import time
 import pytest
 import yaml
 
-from tests.faults.harness import after_shards, arguments, assert_equals_twin, assert_kept, committed_files, ended, finish, title
+from tests.faults.harness import (
+    after_shards,
+    arguments,
+    assert_equals_twin,
+    assert_kept,
+    committed_files,
+    ended,
+    finish,
+    last_line,
+    title,
+)
 from tests.real.cluster import await_, cluster_of
 from tests.real.conftest import Command, assert_gone, fork, start
 
@@ -57,6 +67,8 @@ def test_submitted_driver_that_is_killed_then_stopped_leaves_nobody_behind_and_i
     cluster.stop_job(second)
     assert cluster.wait(second, 60) == "STOPPED"
     assert time.monotonic() - started < 30
+    assert events()[-1]["event"] == "driver_failed", "the driver was not told, but killed"
+    assert events()[-1]["error"].startswith("KeyboardInterrupt")
     assert_gone(left)
     assert_kept(before)
     assert not (run / "iteration-01" / "checkpoint").exists(), "the stop came after the training"
@@ -91,7 +103,9 @@ def test_driver_whose_head_is_lost_ends_within_a_minute_naming_it_and_is_resumed
             started = time.monotonic()
             assert command.process.wait(120) == 5
             assert time.monotonic() - started < 60
-            assert "head" in command.log.read_text().strip().splitlines()[-1]
+            said = last_line(command)
+            assert said.startswith(f"error: ray: the head node at 127.0.0.1:{cluster.port} is lost: "), said
+            assert "submit the same command again" in said
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name)
     finish(run)
