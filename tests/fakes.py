@@ -98,7 +98,7 @@ class SlowStartEngine(FakeEngine):
 
     def step(self):
         if os.environ["FAKE_SLOW"] in {str(seed) for _, _, seed in self.waiting}:
-            time.sleep(0.5)
+            time.sleep(1.5)
         return super().step()
 
 

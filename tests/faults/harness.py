@@ -208,7 +208,7 @@ def strike_shard(
         assert command.process.poll() is None, "the command was over before the fault"
         wanted = [path for path, count in at_work(command.run, pattern).items() if shard in (None, path) and count == deaths]
         if not wanted and target is not None and target.is_running():
-            time.sleep(0.002)
+            time.sleep(0.005)
             continue
         if target is None or not target.is_running():
             target = next(iter(all_of(command.process.pid, host)), None)
