@@ -21,7 +21,8 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.faults.harness import all_of, arguments, assert_equals_twin, assert_kept, committed_files, family, finish, last_line
+from tests.faults.harness import all_of, arguments, family, finish, last_line
+from tests.faults.twin import assert_equals_twin, assert_kept, committed_files
 from tests.real.conftest import Command, assert_gone, fork, start
 
 LONGEST_S = 60.0  # until a kill: every stage is reached, for what is committed stays

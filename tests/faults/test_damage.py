@@ -11,7 +11,8 @@ import pytest
 
 from evolve_ray import rows
 from evolve_ray.store import read_manifest, sha256_file
-from tests.faults.harness import arguments, assert_equals_twin, ended, finish, last_line
+from tests.faults.harness import arguments, ended, finish, last_line
+from tests.faults.twin import assert_equals_twin
 from tests.real.conftest import SMALL, start
 
 

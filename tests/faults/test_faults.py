@@ -17,22 +17,18 @@ from tests.faults.harness import (
     after_step,
     all_of,
     arguments,
-    assert_equal_evaluation,
-    assert_equals_twin,
     assert_hit_inside,
-    assert_kept,
     await_deaths,
-    committed_files,
     ended,
     family,
     find,
     finish,
     in_stage,
     last_line,
-    stage_identity,
     strike,
     strike_shard,
 )
+from tests.faults.twin import assert_equal_evaluation, assert_equals_twin, assert_kept, committed_files, stage_identity
 from tests.real.conftest import assert_gone, fork, start
 
 DRAFTED = ("prompts", "generations", "scores", "pairs")

@@ -12,7 +12,8 @@ import pytest
 
 from evolve_ray import rows
 from evolve_ray.store import MANIFEST, sha256_file
-from tests.faults.harness import after_shards, arguments, assert_equals_twin, ended, family, last_line, title
+from tests.faults.harness import after_shards, arguments, ended, family, last_line, title
+from tests.faults.twin import assert_equals_twin
 from tests.real.conftest import Command, fork, start
 
 SECRETS = {name: f"canary-{number}-7f3a9c" for number, name in enumerate(("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"))}

@@ -122,7 +122,7 @@ def test_a_reference_that_is_not_finite_for_one_pair_stops_both_ranks_with_its_s
     from evolve_ray import config
     from evolve_ray.schedule import batches
 
-    recipe = config.load("jobs/recipes/tiny.toml", list(SIXTEEN))
+    recipe = config.load(ROOT / "jobs/recipes/tiny.toml", list(SIXTEEN))
     order = batches(17, recipe.training, seed=0, iteration=1)  # as SCRIPT trains
     bad, rank = order[0][5], 5 % 2
     pairs = rows.read_table(small.run / "iteration-01" / "pairs" / "pairs.parquet")[:17]
