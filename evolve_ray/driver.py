@@ -209,6 +209,10 @@ def join_ray(local: dict[str, Any] | None = None, *, loud: bool = False) -> None
     where = os.environ.get("RAY_ADDRESS")
     try:
         ray.init(log_to_driver=loud, logging_level="warning", **({} if where else local or {}))
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGTERM, on_sigterm)  # which Ray has taken over
+    except SystemExit:  # and makes this of it meanwhile
+        on_sigterm(signal.SIGTERM)
     except Exception as error:  # Ray raises a dozen kinds, and a bare Exception when a busy machine is too slow for it
         what = f"the cluster at RAY_ADDRESS {where} cannot be joined" if where else "a local Ray cannot be started"
         raise ResourceError(f"ray: {what}: {first_line(error)}; nothing is lost: submit the same command again") from None
@@ -216,8 +220,6 @@ def join_ray(local: dict[str, Any] | None = None, *, loud: bool = False) -> None
     head = HeadWatch(here.gcs_address)
     own = next(node for node in ray.nodes() if node["NodeID"] == here.get_node_id())
     _watches.extend([head, RayletWatch(f"{own['NodeManagerAddress']}:{own['NodeManagerPort']}", head)])
-    with contextlib.suppress(ValueError):
-        signal.signal(signal.SIGTERM, on_sigterm)  # which Ray has taken over
 
 
 _watches: list[HeadWatch] = []  # of the Ray that this process has joined
