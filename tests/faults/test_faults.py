@@ -197,11 +197,13 @@ def test_engine_and_training_that_hang_are_replaced_or_end_the_run_with_exit_cod
 def test_sigterm_and_a_lost_ray_in_generations_and_in_checkpoint_end_the_run_with_a_sentence_and_it_is_resumed(small):
     """Each of the four within its time; then the same command to its end. A lost Ray is a raylet that is gone."""
     run, members, kept = fork(small, "ended"), [], {}
-    for stage, role in itertools.product(("generations", "checkpoint"), ("driver", "raylet")):
+    workers = {"generations": "engine", "checkpoint": "train worker"}  # once they are there, the driver has joined its Ray
+    for stage, role in itertools.product(workers, ("driver", "raylet")):
         with ended(start(run, *arguments())) as command:
-            find(command.process.pid, "raylet", 120)
+            command.wait_for(in_stage(stage), 600)
+            find(command.process.pid, workers[stage], 120)
             number = signal.SIGTERM if role == "driver" else signal.SIGKILL
-            hit = strike(command, role, number, in_stage(stage), delay=8)
+            hit = strike(command, role, number, in_stage(stage), delay=2)
             started = time.monotonic()
             code = command.process.wait(120)
             took, said = time.monotonic() - started, last_line(command)
