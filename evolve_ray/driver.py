@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 
 from evolve_ray import config as options
 from evolve_ray.errors import ResourceError, UserError, first_line, on_sigterm, run_command
-from evolve_ray.head import HeadWatch
+from evolve_ray.head import HeadWatch, RayletWatch
 from evolve_ray.keeper import kept
 from evolve_ray.metrics import Follower
 from evolve_ray.objects import check_uri, is_uri
@@ -166,6 +166,8 @@ def tell_stages(line: str) -> None:
 
 def start_ray(config: options.Config, follower: Follower | None = None, *, loud: bool = False) -> None:
     """Joins the cluster that RAY_ADDRESS names (a submitted job has it), else starts a local Ray that ends with the driver."""
+    if not os.environ.get("RAY_ADDRESS"):
+        import_ray_for_loopback()
     import ray
 
     if ray.is_initialized():
@@ -187,6 +189,19 @@ def start_ray(config: options.Config, follower: Follower | None = None, *, loud:
         follower.start()
 
 
+def import_ray_for_loopback() -> None:
+    """Ray reads once, at its import, whether a node may be part of a cluster; one that may not listens on loopback alone."""
+    if "ray" not in sys.modules and NO_CLUSTER not in os.environ:
+        os.environ[NO_CLUSTER] = "0"
+        try:
+            import ray  # noqa: F401
+        finally:
+            del os.environ[NO_CLUSTER]
+
+
+NO_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # which Ray heeds on every system
+
+
 def join_ray(local: dict[str, Any] | None = None, *, loud: bool = False) -> None:
     """Joins the cluster that RAY_ADDRESS names, else starts the `local` one; `loud` prints what its workers print."""
     import ray
@@ -194,12 +209,17 @@ def join_ray(local: dict[str, Any] | None = None, *, loud: bool = False) -> None
     where = os.environ.get("RAY_ADDRESS")
     try:
         ray.init(log_to_driver=loud, logging_level="warning", **({} if where else local or {}))
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGTERM, on_sigterm)  # which Ray has taken over
+    except SystemExit:  # and makes this of it meanwhile
+        on_sigterm(signal.SIGTERM)
     except Exception as error:  # Ray raises a dozen kinds, and a bare Exception when a busy machine is too slow for it
         what = f"the cluster at RAY_ADDRESS {where} cannot be joined" if where else "a local Ray cannot be started"
         raise ResourceError(f"ray: {what}: {first_line(error)}; nothing is lost: submit the same command again") from None
-    _watches.append(HeadWatch(ray.get_runtime_context().gcs_address))
-    with contextlib.suppress(ValueError):
-        signal.signal(signal.SIGTERM, on_sigterm)  # which Ray has taken over
+    here = ray.get_runtime_context()
+    head = HeadWatch(here.gcs_address)
+    own = next(node for node in ray.nodes() if node["NodeID"] == here.get_node_id())
+    _watches.extend([head, RayletWatch(f"{own['NodeManagerAddress']}:{own['NodeManagerPort']}", head)])
 
 
 _watches: list[HeadWatch] = []  # of the Ray that this process has joined

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -42,6 +43,7 @@ class VllmEngine:
             )
         except TypeError as error:
             raise UserError(f"engine.args: vLLM does not take them: {first_line(error)}") from None
+        end_with_core(getattr(self.llm.llm_engine.engine_core, "resources", None))
         self.counted = dict.fromkeys(GUESSED, 0)
         self.use(spec, chat)
 
@@ -99,6 +101,21 @@ class VllmEngine:
         now = {name: found.get(metric, 0) for name, metric in GUESSED.items()}
         before, self.counted = self.counted, now
         return {name: now[name] - before[name] for name in GUESSED}
+
+
+def end_with_core(resources: Any) -> None:
+    """Ends this process when vLLM notices that its second one, where `engine.env` asks for it, is dead.
+
+    Its client would wait for ever for the answer to a step that was under way. `resources` is None without a second process.
+    """
+
+    def watch() -> None:
+        while not resources.engine_dead:
+            time.sleep(0.5)
+        os._exit(1)
+
+    if resources is not None:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def repack_tied_head(model: Any) -> None:

@@ -1,5 +1,6 @@
 """Fakes for tests of wiring alone: an engine without a model and scorers that misbehave on purpose."""
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -7,7 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from evolve_ray.generate import Completion
+from evolve_ray.generate import Completion, Generator
+from evolve_ray.score import ScoreWorker
 
 
 class FakeEngine:
@@ -89,6 +91,36 @@ class MarkedEngine(FakeEngine):
                 (marks / str(placed)).touch()
                 os.kill(os.getpid(), signal.SIGSTOP)
         return super().step()
+
+
+class SlowStartEngine(FakeEngine):
+    """Takes its time with the request whose seed is $FAKE_SLOW."""
+
+    def step(self):
+        if os.environ["FAKE_SLOW"] in {str(seed) for _, _, seed in self.waiting}:
+            time.sleep(1.5)
+        return super().step()
+
+
+class DyingAfter:
+    """A worker of a pool that dies once, right after the rename that commits its first shard: nobody hears of it but RUN/died."""
+
+    def commit_shard(self, shard):
+        stats = super().commit_shard(shard)
+        committed = Path(self.spec.work) / f"shard-{shard:05d}"
+        with contextlib.suppress(FileExistsError), open(Path(self.spec.work).parents[1] / "died", "x") as mark:
+            mark.write(f"{os.getpid()} {committed.name} {(committed / 'rows.parquet').stat().st_mtime_ns}")
+            mark.close()
+            os._exit(1)
+        return stats
+
+
+class DyingAfterCommit(DyingAfter, Generator):
+    pass
+
+
+class DyingScorerAfterCommit(DyingAfter, ScoreWorker):
+    pass
 
 
 class DyingScorer:

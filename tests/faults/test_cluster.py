@@ -9,18 +9,8 @@ import pytest
 import yaml
 
 from evolve_ray.attempts import FOLDER
-from tests.faults.harness import (
-    after_shards,
-    arguments,
-    assert_equals_twin,
-    assert_kept,
-    committed_files,
-    ended,
-    finish,
-    in_stage,
-    is_engine,
-    title,
-)
+from tests.faults.harness import after_shards, arguments, ended, finish, in_stage, last_line, title
+from tests.faults.twin import assert_equals_twin, assert_kept, committed_files
 from tests.real.cluster import await_, cluster_of
 from tests.real.conftest import Command, assert_gone, fork, start
 
@@ -31,7 +21,10 @@ COMMANDS = (
 )  # fmt: skip
 
 
-WORKERS = ("ray::Host", "ray::scores: shard", "ray::RayTrainWorker", "ray::TrainController")
+ENGINE_MARK = "VLLM_ENABLE_V1_MULTIPROCESSING"  # in the environment of engines alone
+# What processes of ours call themselves: an actor that works has the name of its task.
+HOSTS = ("ray::Host", "ray::generations: ", "ray::scores: ")
+WORKERS = (*HOSTS, "ray::RayTrainWorker", "ray::TrainController")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +40,7 @@ def workers_of(cluster, driver):
     found = []
     for name in cluster.nodes:
         for process in cluster.family(name):
-            if process.pid == driver or is_engine(process) or title(process).startswith(WORKERS):
+            if process.pid == driver or title(process).startswith(WORKERS):
                 found.append(process)
     return found
 
@@ -74,6 +67,8 @@ def test_submitted_driver_that_is_killed_then_stopped_leaves_nobody_behind_and_i
     cluster.stop_job(second)
     assert cluster.wait(second, 60) == "STOPPED"
     assert time.monotonic() - started < 30
+    assert events()[-1]["event"] == "driver_failed", "the driver was not told, but killed"
+    assert events()[-1]["error"].startswith("KeyboardInterrupt")
     assert_gone(left)
     assert_kept(before)
     assert not (run / "iteration-01" / "checkpoint").exists(), "the stop came after the training"
@@ -93,7 +88,7 @@ def test_run_that_loses_one_of_its_two_nodes_ends_on_the_other(cluster, small):
     await_(lambda: len(list(run.glob(f"iteration-01/.generations-*/{FOLDER}/actor-*"))) == 2, 300, "no engine began")
     time.sleep(5)
     assert in_stage("generations")(events())
-    assert any(is_engine(process) for process in cluster.family("other")), "nothing was at work there"
+    assert any(ENGINE_MARK in process.environ() for process in cluster.family("other")), "no engine was at work there"
     cluster.kill("other")
     assert cluster.wait(job) == "SUCCEEDED", cluster.log(job)[-3000:]
     assert_equals_twin(run, small.run)
@@ -110,14 +105,16 @@ def test_driver_whose_head_is_lost_ends_within_a_minute_naming_it_and_is_resumed
             started = time.monotonic()
             assert command.process.wait(120) == 5
             assert time.monotonic() - started < 60
-            assert "head" in command.log.read_text().strip().splitlines()[-1]
+            said = last_line(command)
+            assert said.startswith(f"error: ray: the head node at 127.0.0.1:{cluster.port} is lost: "), said
+            assert "submit the same command again" in said
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name)
     finish(run)
     assert_equals_twin(run, small.run)
 
 
-def test_autoscaled_cluster_grows_for_a_run_and_shrinks_to_its_head(small, tmp_path):
+def test_autoscaled_cluster_grows_for_a_run_and_shrinks_to_its_head(small, tmp_path, monkeypatch):
     """Ray's autoscaler with its provider of local nodes: a node that is idle for a second goes, also between two phases."""
     run = fork(small, "autoscaled")
     worker = {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 2}
@@ -131,13 +128,16 @@ def test_autoscaled_cluster_grows_for_a_run_and_shrinks_to_its_head(small, tmp_p
         fake = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
         cluster.start("head", f"--autoscaling-config={tmp_path / 'scaling.yaml'}", cpus=0, **fake)
         assert cluster.alive() == 1
-        job = cluster.submit(run)
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+            monkeypatch.setenv(name, cluster.environment[name])
         seen = [1]
-        while (status := cluster.status(job)) not in ("SUCCEEDED", "FAILED", "STOPPED"):
-            if (now := cluster.alive()) != seen[-1]:
-                seen.append(now)
-            time.sleep(0.5)
-        assert status == "SUCCEEDED", cluster.log(job)[-3000:]
+        # No submitted job: nodes of that provider share a session folder, and one that goes takes the job's copy of the code along.
+        with ended(start(run, *arguments(), address=f"127.0.0.1:{cluster.port}")) as command:
+            while command.process.poll() is None:
+                if (now := cluster.alive()) != seen[-1]:
+                    seen.append(now)
+                time.sleep(0.5)
+            assert command.process.returncode == 0, command.log.read_text()[-3000:]
         print(f"nodes: {seen}")
         assert max(seen) > 1, "no node was added"
         await_(lambda: cluster.alive() == 1, 60, "nodes stayed without work")

@@ -1,225 +1,271 @@
-"""Named faults of the real command: a process of each role dies or hangs, the run ends as its undisturbed twin."""
+"""Named faults of the real command: processes of each role die in each stage, the run ends as its undisturbed twin.
 
-import os
-import shutil
+Most of a run is the start of its processes, so a run meets several faults, one after the other.
+"""
+
+import itertools
 import signal
 import time
 
+import psutil
 import pytest
 
-from evolve_ray.store import read_manifest
+from evolve_ray import rows
+from evolve_ray.store import MANIFEST
 from tests.faults.harness import (
     after_shards,
+    after_step,
+    all_of,
     arguments,
-    assert_equals_twin,
-    assert_kept,
-    committed_files,
+    assert_hit_inside,
+    await_deaths,
     ended,
     family,
     find,
     finish,
     in_stage,
+    last_line,
     strike,
-    title,
+    strike_shard,
 )
+from tests.faults.twin import assert_equal_evaluation, assert_equals_twin, assert_kept, committed_files, stage_identity
 from tests.real.conftest import assert_gone, fork, start
 
-STAGES = ("generations", "pairs", "checkpoint", "probe", "evaluation")
+DRAFTED = ("prompts", "generations", "scores", "pairs")
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_driver_killed_in_each_stage(small, stage):
-    run = fork(small, f"driver-{stage}")
-    with ended(start(run, *arguments())) as command:
-        hit = strike(command, "driver", signal.SIGKILL, in_stage(stage))
-        assert command.process.wait(30) == -signal.SIGKILL
-        before = committed_files(run)
-    assert_gone(hit.families)
-    finish(run)
-    assert_kept(before)
-    assert_equals_twin(run, small.run)
-
-
-AT_WORK = {"generations": after_shards(1), "evaluation": in_stage("evaluation")}
-
-
-@pytest.mark.parametrize("stage", AT_WORK)
-@pytest.mark.parametrize("role", ["engine", "engine's child"])
-def test_engine_killed_twice_in_a_row(small, role, stage):
-    run = fork(small, f"killed-{role.replace(' ', '-').replace(chr(39), '')}-{stage}")
-    # The second process of vLLM exists only where it is asked for.
-    child = ('engine.env.VLLM_ENABLE_V1_MULTIPROCESSING="1"',) if role == "engine's child" else ()
-    with ended(start(run, *arguments("engine.actors=1", *child))) as command:
-        first = strike(command, role, signal.SIGKILL, AT_WORK[stage])
-        deadline = time.monotonic() + 300
-        while (second := find(command.process.pid, role, 300)).pid == first.pid:
-            assert time.monotonic() < deadline, "no new engine was started"
-            time.sleep(0.2)
-        time.sleep(5)
-        os.kill(second.pid, signal.SIGKILL)
-        assert command.wait(1200) == 0
-    assert_equals_twin(run, small.run)
-
-
-@pytest.mark.parametrize("stage", AT_WORK)
-def test_reward_actor_killed(small, stage):
-    run = fork(small, f"killed-scorer-{stage}")
-    with ended(start(run, *arguments())) as command:
-        strike(command, "scorer", signal.SIGKILL, AT_WORK[stage])
-        assert command.wait(1200) == 0
-    assert_equals_twin(run, small.run)
-
-
-@pytest.mark.parametrize("step", [1, 2, 3])
-def test_train_worker_killed_at_a_step(small, step):
-    """Steps are stored every 2: after 1 nothing is, after 2 and 3 one is."""
-    run = fork(small, f"killed-train-{step}")
-    reference = run / "iteration-01" / "reference"
-    with ended(start(run, *arguments("trainer.checkpoint_steps=1"))) as command:
-        stored = f".checkpoint-*/steps/step-{step:06d}/MANIFEST.json"
-        strike(command, "train worker", signal.SIGKILL, lambda _: bool(list((run / "iteration-01").glob(stored))))
-        kept = {path: path.stat().st_mtime_ns for path in reference.iterdir()}
-        assert command.wait(1200) == 0
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "the reference was written again"
-    assert_equals_twin(run, small.run)
-
-
-def test_train_worker_killed_before_the_first_step(small):
-    """While it computes the reference, or loads what it needs for that."""
-    run = fork(small, "killed-reference")
-    with ended(start(run, *arguments())) as command:
-        strike(command, "train worker", signal.SIGKILL, lambda events: any(e["event"] == "model_loaded" for e in events))
-        assert command.wait(1200) == 0
-    assert_equals_twin(run, small.run)
-
-
-def test_train_worker_killed_while_it_stores_a_step(small):
-    run = fork(small, "killed-store")
-    with ended(start(run, *arguments("trainer.checkpoint_steps=1"))) as command:
-        strike(
-            command,
-            "train worker",
-            signal.SIGKILL,
-            lambda _: bool(list((run / "iteration-01").glob(".checkpoint-*/steps/.step-*"))),
-        )
-        assert command.wait(1200) == 0
-    assert_equals_twin(run, small.run)
-
-
-def test_hanging_engine_is_ended_and_its_shard_done_by_the_next(small):
-    run = fork(small, "hang")
-    with ended(start(run, *arguments("engine.stall_s=90"))) as command:
-        hit = strike(command, "engine", signal.SIGSTOP, after_shards(1))
-        assert command.wait(1200) == 0
-        assert not any(process.pid == hit.pid for process in family(command.process.pid))
-    assert_equals_twin(run, small.run)
-
-
-def test_engine_that_hangs_every_time_ends_with_exit_code_seven(small):
-    run = fork(small, "hangs")
-    with ended(start(run, *arguments("engine.stall_s=90", "engine.actors=1", "engine.max_restarts=0"))) as command:
-        strike(command, "engine", signal.SIGSTOP, after_shards(1))
-        assert command.process.wait(600) == 7
-    last = command.log.read_text().strip().splitlines()[-1]
-    assert last.startswith("error: generations: shard ")
-    finish(run)
-    assert_equals_twin(run, small.run)
-
-
-def test_hanging_training_ends_with_exit_code_seven_and_is_resumed(small):
-    run = fork(small, "hanging-training")
-    with ended(start(run, *arguments("trainer.stall_s=90"))) as command:
-        hit = strike(command, "train worker", signal.SIGSTOP, in_stage("checkpoint"), delay=20)
-        assert command.process.wait(600) == 7
-        assert "checkpoint: made no progress for 90 s" in command.log.read_text().strip().splitlines()[-1]
-    assert_gone(hit.families)
-    finish(run)
-    assert_equals_twin(run, small.run)
-
-
-@pytest.mark.parametrize("stage", ["generations", "checkpoint"])
-def test_sigterm_ends_the_run_within_thirty_seconds_and_it_can_be_resumed(small, stage):
-    run = fork(small, f"sigterm-{stage}")
-    with ended(start(run, *arguments())) as command:
-        hit = strike(command, "driver", signal.SIGTERM, in_stage(stage), delay=10)
-        started = time.monotonic()
-        assert command.process.wait(60) == 143
-        assert time.monotonic() - started < 30
-        assert "continue with: python jobs/iterate.py" in command.log.read_text().strip().splitlines()[-1]
-    assert_gone(hit.families)
-    finish(run)
-    assert_equals_twin(run, small.run)
-
-
-@pytest.mark.parametrize("stage", ["generations", "checkpoint"])
-def test_run_whose_ray_is_lost_ends_within_a_minute_and_can_be_resumed(small, stage):
-    """The node under the driver: its raylet is gone, and with it everything on it."""
-    run = fork(small, f"lost-node-{stage}")
-    with ended(start(run, *arguments())) as command:
-        hit = strike(command, "raylet", signal.SIGKILL, in_stage(stage), delay=15)
-        started = time.monotonic()
-        assert command.process.wait(120) != 0
-        assert time.monotonic() - started < 60
-    assert_gone(hit.families)
-    finish(run)
-    assert_equals_twin(run, small.run)
-
-
-def test_damage_in_a_real_run_is_refused_and_its_repair_makes_the_same_bytes(small):
-    run = small.run.with_name("damaged")
-    shutil.copytree(small.run, run, copy_function=shutil.copy2)
-    path = run / "iteration-01" / "pairs" / "pairs.parquet"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    command = start(run, *arguments())
-    assert command.wait(120) == 4
-    assert f"delete {path.parent}" in command.log.read_text().strip().splitlines()[-1]
-    shutil.rmtree(path.parent)
-    finish(run)
-    assert_equals_twin(run, small.run)
-
-
-@pytest.mark.parametrize("setting", [{"PYTHONHASHSEED": "7", "LC_ALL": "C"}, {"PYTHONHASHSEED": "8", "LC_ALL": "C.UTF-8"}])
-def test_another_hash_seed_and_locale_give_the_same_pairs(small, monkeypatch, setting):
-    for name, value in setting.items():
-        monkeypatch.setenv(name, value)
-    run = fork(small, f"locale-{setting['PYTHONHASHSEED']}")
-    finish(run, "engine.actors=1")
-    assert_equals_twin(run, small.run)
-
-
-def test_another_number_of_train_workers_is_refused_with_both_numbers(small):
-    run = fork(small, "world")
-    with ended(start(run, *arguments())) as command:
-        command.wait_for(lambda _: list((run / "iteration-01").glob(".checkpoint-*/steps/step-000002/MANIFEST.json")))
-        command.kill()
-    command = start(run, *arguments("trainer.workers=1"))
-    assert command.wait(600) == 2
-    assert "trainer.workers" in command.log.read_text().strip().splitlines()[-1]
-
-
-def test_secrets_of_the_environment_are_nowhere_in_the_run(small, monkeypatch):
-    secrets = {
-        name: f"canary-{number}-7f3a9c" for number, name in enumerate(("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"))
+def test_driver_killed_in_generations_pairs_checkpoint_probe_and_evaluation_of_one_run(small):
+    run, members, kept = fork(small, "driver"), [], {}
+    moments = {
+        "generations": after_shards(1),
+        "pairs": in_stage("generations"),
+        "checkpoint": after_step(run, 2),
+        "probe": in_stage("probe"),
+        "evaluation": in_stage("evaluation"),
     }
-    for name, value in secrets.items():
-        monkeypatch.setenv(name, value)
-    run = fork(small, "secrets")
-    command = finish(run)
-    for path in [command.log, *(path for path in run.rglob("*") if path.is_file())]:
-        data = path.read_bytes()
-        assert [name for name, value in secrets.items() if value.encode() in data] == [], path
+    for stage, moment in moments.items():
+        with ended(start(run, *arguments())) as command:
+            if stage == "pairs":  # it takes milliseconds: the driver is stopped again and again until it is there
+                command.wait_for(lambda _: num_scored(run) >= 3, 600)
+            hit = strike(command, "driver", signal.SIGKILL, moment, stage=stage)
+            assert command.process.wait(30) == -signal.SIGKILL
+        assert_hit_inside(run, stage)
+        if kept:
+            assert_kept(kept)
+        kept |= committed_files(run)
+        members += hit.families
+        if stage == "checkpoint":
+            assert_other_number_of_workers_refused(run)
+    finish(run)
+    assert_gone(members)
+    assert_kept(kept)
+    assert_equals_twin(run, small.run)
 
 
-def test_the_dashboard_and_the_job_api_listen_on_loopback_alone(small):
-    import psutil
+def num_scored(run):
+    """Shards of iteration 1 with committed scores."""
+    return len(list((run / "iteration-01").glob(f"*scores*/shard-*/{MANIFEST}")))
 
-    run = fork(small, "listens")
-    with ended(start(run, *arguments("ray.dashboard=true"))) as command:
-        command.wait_for(after_shards(1))
-        shown = [process for process in family(command.process.pid) if "dashboard/dashboard.py" in title(process)]
-        assert shown, "no dashboard was started"
-        found = [c.laddr.ip for process in shown for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-        assert set(found) <= {"127.0.0.1", "::1"}, found
-    assert read_manifest(run / "iteration-01" / "checkpoint") is None
+
+def assert_other_number_of_workers_refused(run):
+    """Both numbers and the way out; what is stored stays."""
+    with ended(start(run, *arguments("trainer.workers=1"))) as command:
+        assert command.wait(600) == 2
+    said = last_line(command)
+    assert said.startswith("error: trainer.workers: is 1, but "), said
+    assert "step-000002 was written by 2; resume with that many workers, or delete " in said
+    assert list((run / "iteration-01").glob(f".checkpoint-*/steps/step-000002/{MANIFEST}"))
+
+
+@pytest.mark.parametrize("role", ["engine", "engine's child"])
+def test_engine_killed_twice_in_a_shard_of_generations_and_in_one_of_the_evaluation(small, role):
+    run = fork(small, f"killed-{role.replace(' ', '-').replace(chr(39), '')}")
+    # The second process of vLLM exists only where it is asked for; on a CPU it takes new weights only if it may unpickle.
+    asked = ('engine.env.VLLM_ENABLE_V1_MULTIPROCESSING="1"', 'engine.env.VLLM_ALLOW_INSECURE_SERIALIZATION="1"')
+    child = asked if role == "engine's child" else ()
+    with ended(start(run, *arguments("engine.actors=1", *child))) as command:
+        for stage, pattern in {"generations": ".generations-*", "evaluation": ".evaluation-*/.generations-*"}.items():
+            shard = strike_shard(command, role, pattern)
+            await_deaths(command, shard, 1)
+            assert in_stage(stage)(command.events()), stage
+            assert strike_shard(command, role, pattern, shard=shard, deaths=1) == shard
+            await_deaths(command, shard, 2)
+            print(f"{role}: {shard.relative_to(run)} counts 2 deaths")
+        assert command.wait(1200) == 0
+    assert_equals_twin(run, small.run)
+
+
+def test_reward_actor_killed_in_generations_and_evaluation_and_a_train_worker_between_two_stored_steps(small):
+    run = fork(small, "killed-scorer")
+    with ended(start(run, *arguments())) as command:
+        await_deaths(command, strike_shard(command, "scorer", ".scores-*"), 1)
+        strike(command, "train worker", signal.SIGKILL, after_step(run, 2), delay=0.3)
+        assert not list((run / "iteration-01").glob("checkpoint*")), "the fault came after the training"
+        await_deaths(command, strike_shard(command, "scorer", ".evaluation-*/.scores-*"), 1)
+        assert command.wait(1200) == 0
+    assert first_steps_of_trainings(run)[-1] == 2, "the training went on from the stored step"
+    assert_equals_twin(run, small.run)
+
+
+def first_steps_of_trainings(run):
+    """The first step that each attempt at iteration 1's training tells of; attempts begin with a loaded model."""
+    found, fresh = [], True
+    for event in rows.read_jsonl(run / "events.jsonl"):
+        if event.get("iteration") == 1 and event["event"] == "model_loaded":
+            fresh = True
+        elif event.get("iteration") == 1 and event["event"] == "training" and fresh:
+            found.append(event["steps"][0]["step"])
+            fresh = False
+    return found
+
+
+def test_train_worker_killed_before_the_first_step_while_it_stores_a_step_and_after_one(small):
+    run = fork(small, "killed-train", keep=DRAFTED)
+    iteration = run / "iteration-01"
+    with ended(start(run, *arguments("trainer.checkpoint_steps=1", "trainer.max_failures=3"))) as command:
+        # While it computes the reference, or loads what it needs for that.
+        strike(command, "train worker", signal.SIGKILL, lambda events: any(e["event"] == "model_loaded" for e in events))
+        assert not list(iteration.glob(".checkpoint-*/steps/*")), "a step was stored"
+        stored = strike_storing(command)
+        command.wait_for(lambda _: (iteration / "reference" / MANIFEST).exists())
+        reference = {path: path.stat().st_mtime_ns for path in (iteration / "reference").iterdir()}
+        strike(command, "train worker", signal.SIGKILL, lambda _: last_stored(run) >= stored, delay=0.1)
+        assert not (iteration / "checkpoint").exists(), "the fault came after the training"
+        assert command.wait(1200) == 0
+    assert {path: path.stat().st_mtime_ns for path in reference} == reference, "the reference was written again"
+    begun = first_steps_of_trainings(run)
+    assert begun[-1] >= stored, f"attempts began at steps {begun}, though step {stored} was stored"
+    assert_equals_twin(run, small.run)
+
+
+def last_stored(run):
+    """The last step of iteration 1's training that is committed, 0 for none."""
+    found = (run / "iteration-01").glob(f".checkpoint-*/steps/step-*/{MANIFEST}")
+    return max((int(path.parent.name[5:]) for path in found), default=0)
+
+
+def strike_storing(command):
+    """SIGKILL to a train worker while a step is written aside and not committed; which step it was."""
+    steps = "iteration-01/.checkpoint-*/steps"
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        assert command.process.poll() is None, "the command was over before the fault"
+        if not list(command.run.glob(f"{steps}/.step-*")):
+            time.sleep(0.002)
+            continue
+        workers = all_of(command.process.pid, "train worker")
+        for worker in workers:
+            worker.suspend()
+        try:
+            aside = [int(path.name[6:]) for path in command.run.glob(f"{steps}/.step-*")]
+            if workers and aside and not list(command.run.glob(f"{steps}/step-{aside[0]:06d}")):
+                workers[0].kill()
+                return aside[0]
+        finally:
+            for worker in workers:
+                if worker.is_running():
+                    worker.resume()
+    raise AssertionError("no step was being stored")
+
+
+def test_engine_and_training_that_hang_are_replaced_or_end_the_run_with_exit_code_seven(small):
+    run = fork(small, "hangs")
+    patient = ("engine.stall_s=90", "trainer.stall_s=90", "engine.actors=1")
+    with ended(start(run, *arguments(*patient, "engine.max_restarts=0"))) as command:
+        first = strike(command, "engine", signal.SIGSTOP, after_shards(1))
+        shard = min(number for number in range(4) if not list((run / "iteration-01").glob(f".generations-*/shard-{number:05d}")))
+        assert command.process.wait(600) == 7
+        assert last_line(command).startswith(f"error: generations: shard {shard}: its actor (engines) made no progress for 90 s")
+    assert_gone([process for process in first.families if process.pid != command.process.pid])
+    assert not psutil.pid_exists(first.pid), "the stopped engine was left behind"
+    kept = committed_files(run)
+
+    with ended(start(run, *arguments(*patient))) as command:
+        second = strike(command, "engine", signal.SIGSTOP, after_shards(1))
+        command.wait_for(in_stage("checkpoint"), 600)
+        assert not psutil.pid_exists(second.pid), "the stopped engine was left behind"
+        strike(command, "train worker", signal.SIGSTOP, in_stage("checkpoint"))
+        members = family(command.process.pid)
+        assert command.process.wait(600) == 7
+        assert "checkpoint: made no progress for 90 s" in last_line(command)
+    assert_gone(members)
+    finish(run)
+    assert_kept(kept)
+    assert_equals_twin(run, small.run)
+
+
+def test_sigterm_and_a_lost_ray_in_generations_and_in_checkpoint_end_the_run_with_a_sentence_and_it_is_resumed(small):
+    """Each of the four within its time; then the same command to its end. A lost Ray is a raylet that is gone."""
+    run, members, kept = fork(small, "ended"), [], {}
+    workers = {"generations": "engine", "checkpoint": "train worker"}  # once they are there, the driver has joined its Ray
+    for stage, role in itertools.product(workers, ("driver", "raylet")):
+        with ended(start(run, *arguments())) as command:
+            command.wait_for(in_stage(stage), 600)
+            find(command.process.pid, workers[stage], 120)
+            number = signal.SIGTERM if role == "driver" else signal.SIGKILL
+            hit = strike(command, role, number, in_stage(stage), delay=2)
+            started = time.monotonic()
+            code = command.process.wait(120)
+            took, said = time.monotonic() - started, last_line(command)
+            print(f"{role} in {stage}: exit code {code} after {took:.0f} s: {said}")
+        if role == "driver":
+            assert (code, took < 30) == (143, True), f"{stage}: {code} after {took:.0f} s"
+            assert "continue with: python jobs/iterate.py" in said
+        else:
+            assert (code, took < 60) == (5, True), f"{stage}: {code} after {took:.0f} s"
+            assert said.startswith("error: ray: "), said
+            assert "submit the same command again" in said
+        assert_hit_inside(run, stage)
+        members += hit.families
+        if kept:
+            assert_kept(kept)
+        kept |= committed_files(run)
+    finish(run)
+    assert_gone(members)
+    assert_kept(kept)
+    assert_equals_twin(run, small.run)
+
+
+def test_driver_killed_in_the_base_evaluation_and_in_the_activation_of_a_run_made_from_nothing(small):
+    """Only the tiny world is there, which all runs of a folder share."""
+    run, members, kept = small.run.with_name("from-nothing"), [], {}
+    for stage in ("base_evaluation", "checkpoint"):
+        with ended(start(run, *arguments())) as command:
+            moment = after_shards(1, stage, 0) if stage == "base_evaluation" else in_stage(stage, 0)
+            delay = 0 if stage == "base_evaluation" else 10
+            hit = strike(command, "driver", signal.SIGKILL, moment, stage=stage, iteration=0, delay=delay)
+            assert command.process.wait(30) == -signal.SIGKILL
+        assert_hit_inside(run, stage, 0)
+        members += hit.families
+        kept |= committed_files(run)
+    finish(run)
+    assert_gone(members)
+    assert_kept(kept)
+    ours, theirs = run / "iteration-00", small.run / "iteration-00"
+    for stage in ("held_out", "activation_pairs", "checkpoint"):
+        assert stage_identity(ours / stage) == stage_identity(theirs / stage), stage
+    for stage in ("base_evaluation", "evaluation"):
+        assert_equal_evaluation(ours / stage, theirs / stage)
+    assert_equals_twin(run, small.run)
+
+
+def test_driver_killed_in_the_second_iteration_whose_engines_load_fresh_what_the_twin_loads_in_place(small):
+    """The twin is one process from iteration 1 on; of the other, iteration 1 is committed and its own engines never had it."""
+    twin = fork(small, "two-twin")
+    finish(twin, iterations=2)
+    events = rows.read_jsonl(twin / "events.jsonl")
+    assert sum(event["event"] == "driver_start" for event in events) == 1
+    run = fork(small, "two", keep=tuple(path.name for path in (small.run / "iteration-01").iterdir()))
+    with ended(start(run, *arguments(iterations=2))) as command:
+        moment = after_shards(1, iteration=2)
+        hit = strike(command, "driver", signal.SIGKILL, moment, stage="generations", iteration=2)
+        assert command.process.wait(30) == -signal.SIGKILL
+    assert_hit_inside(run, "generations", 2)
+    kept = committed_files(run)
+    finish(run, iterations=2)
+    assert_gone(hit.families)
+    assert_kept(kept)
+    for iteration in (1, 2):
+        assert_equals_twin(run, twin, iteration)
+    pairs = [(run / f"iteration-{number:02d}/pairs/pairs.parquet").read_bytes() for number in (1, 2)]
+    assert pairs[0] != pairs[1], "the second iteration is the first one"

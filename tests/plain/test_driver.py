@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -184,3 +185,11 @@ def test_second_driver_is_told_in_less_than_five_seconds(recipe, tmp_path):
         assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5.0
     assert (result.returncode, result.stderr.count("\n")) == (3, 1)
     assert f'"pid": {os.getpid()}' in result.stderr
+
+
+def test_sigterm_while_ray_starts_is_told_like_any_other(monkeypatch, capfd):
+    """Ray takes the signal over while it starts, and makes a SystemExit of it."""
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=lambda **_: sys.exit(15)))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert run_command(driver.join_ray, "python jobs/iterate.py x") == 143
+    assert "ended by SIGTERM; what is committed stays; continue with: python jobs/iterate.py x" in capfd.readouterr().err

@@ -2,6 +2,8 @@
 
 import pickle
 import random
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -344,3 +346,13 @@ def test_an_engine_that_speculates_counts_its_guesses_since_the_last_call():
     assert engine.counts() == {"num_guessed_tokens": 80, "num_accepted_tokens": 20}
     engine.llm.llm_engine.log_stats = False
     assert engine.counts() == {}
+
+
+def test_a_process_ends_with_the_second_one_of_its_engine():
+    code = (
+        "import time\nfrom types import SimpleNamespace\nfrom evolve_ray.generate import end_with_core\n"
+        "end_with_core(None)\nresources = SimpleNamespace(engine_dead=False)\nend_with_core(resources)\ntime.sleep(1)\n"
+        "print('alive', flush=True)\nresources.engine_dead = True\ntime.sleep(60)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert (ended.returncode, ended.stdout) == (1, "alive\n")

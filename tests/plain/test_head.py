@@ -57,3 +57,58 @@ def test_sentence_names_the_head_and_the_way_out(monkeypatch, capfd):
     head.HeadWatch("10.0.0.7:6379").end()
     assert codes == [5]
     assert "the head node at 10.0.0.7:6379 is lost" in capfd.readouterr().err
+
+
+@pytest.fixture
+def raylet(monkeypatch, listener):
+    """A watch of a raylet of this machine, whose head does not answer, and where it ends its process."""
+    found = []
+    monkeypatch.setattr(head.RayletWatch, "end", lambda self: found.append(self.address))
+    monkeypatch.setattr(head, "TICK_S", 0.1)
+    watch = head.RayletWatch(address(listener), None)
+    yield watch, found
+    watch.stop()
+
+
+def test_raylet_that_hangs_up_and_answers_again_ends_nobody(raylet, listener):
+    for _ in range(5):
+        listener.accept()[0].close()
+    time.sleep(0.5)
+    assert raylet[1] == []
+
+
+def test_raylet_that_is_gone_ends_the_driver_at_once(raylet, listener):
+    held, _ = listener.accept()
+    time.sleep(0.5)
+    assert raylet[1] == []
+    listener.close()
+    held.close()
+    started = time.monotonic()
+    while not raylet[1] and time.monotonic() < started + 20:
+        time.sleep(0.01)
+    assert set(raylet[1]) == {raylet[0].address}
+    assert time.monotonic() - started < 5
+
+
+def test_raylet_that_ends_after_its_watch_was_stopped_ends_nobody(raylet, listener):
+    held, _ = listener.accept()
+    raylet[0].stop()
+    listener.close()
+    held.close()
+    time.sleep(0.5)
+    assert raylet[1] == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_sentence_names_the_head_where_that_is_lost_too(monkeypatch, capfd, there):
+    codes = []
+    monkeypatch.setattr(head.os, "_exit", codes.append)
+    monkeypatch.setattr(head.HeadWatch, "_watch", lambda self: None)
+    monkeypatch.setattr(head.RayletWatch, "_watch", lambda self: None)
+    monkeypatch.setattr(head.HeadWatch, "answers", lambda self: there)
+    head.RayletWatch("10.0.0.8:4444", head.HeadWatch("10.0.0.7:6379")).end()
+    assert codes == [5]
+    said = capfd.readouterr().err
+    assert ("the raylet of this node at 10.0.0.8:4444 is gone" in said) == there
+    assert ("the head node at 10.0.0.7:6379 is lost" in said) != there
+    assert "submit the same command again" in said

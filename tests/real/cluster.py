@@ -43,6 +43,7 @@ class Cluster:
         self.folder, self.port = folder, port
         self.sessions = Path(tempfile.mkdtemp(prefix="ray-"))  # short: names of sockets have 107 characters
         self.nodes: dict[str, subprocess.Popen] = {}
+        self.agents: dict[str, int] = {}  # the port of each node's dashboard agent, which has a job API of its own
         (folder / "token").write_text(secrets.token_hex(32))
         self.environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")} | environment
         self.environment.pop("RAY_ADDRESS", None)
@@ -56,7 +57,8 @@ class Cluster:
         """The head first, then others."""
         command = [RAY, "start", "--block", f"--num-cpus={cpus}", "--object-store-memory=200000000", "--disable-usage-stats"]
         command += options
-        command += [f"--temp-dir={self.sessions / name}", f"--dashboard-agent-listen-port={free_port()}"]
+        self.agents[name] = free_port()
+        command += [f"--temp-dir={self.sessions / name}", f"--dashboard-agent-listen-port={self.agents[name]}"]
         if self.nodes:
             command.append(f"--address=127.0.0.1:{self.port}")
         else:

@@ -44,13 +44,13 @@ class Command:
         path = self.run / "events.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def wait_for(self, found, timeout: float = 300) -> None:
+    def wait_for(self, found, timeout: float = 300, tick: float = 0.05) -> None:
         """Until `found(events)` is true; fails if the command ends first."""
         deadline = time.monotonic() + timeout
         while not found(self.events()):
             assert self.process.poll() is None, self.log.read_text()[-4000:]
             assert time.monotonic() < deadline, "the awaited event did not come"
-            time.sleep(0.05)
+            time.sleep(tick)
 
     def kill(self) -> list[psutil.Process]:
         """SIGKILL to the driver; gives back every process that it had started."""
@@ -100,10 +100,14 @@ def small(place) -> Command:
     return command
 
 
-def fork(small: Command, name: str) -> Path:
-    """A run directory in which iteration 0 of the small run is committed and iteration 1 is still to do."""
+def fork(small: Command, name: str, *, keep: tuple[str, ...] = ()) -> Path:
+    """A run directory in which iteration 0 of the small run is committed; of iteration 1 all but `keep` is still to do."""
     run = small.run.with_name(name)
     shutil.copytree(small.run, run, copy_function=shutil.copy2)
-    shutil.rmtree(run / "iteration-01")
+    for path in (run / "iteration-01").iterdir():
+        if path.is_file():
+            path.unlink()
+        elif path.name not in keep:
+            shutil.rmtree(path)
     (run / "events.jsonl").unlink()
     return run

@@ -11,11 +11,11 @@ from evolve_ray import rows
 from tests.real.conftest import ROOT
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import numpy as np
 import ray
-from evolve_ray import config, logprobs, rank, train
+from evolve_ray import config, logprobs, rank, rows, train
 from evolve_ray.refine import load_template
 from evolve_ray.store import Run, Stage
 
@@ -44,11 +44,19 @@ threshold = "trainer.deepspeed.zero_optimization.stage3_param_persistence_thresh
 recipe = config.load("jobs/recipes/tiny.toml", [*overrides, threshold])
 run = Run(Path(out))
 run.root.mkdir()
+reference_stage = Stage(run.root / "reference", "reference", "r" * 64)
+if poisoned := os.environ.get("TEST_POISONED_PAIR"):
+    table = [dict.fromkeys(rows.REFERENCE.names, -1.0) | {"pair_id": row["pair_id"]} for row in rows.read_table(Path(pairs))]
+    for row in table:
+        if row["pair_id"] == poisoned:
+            row[rows.REFERENCE.names[1]] = float("nan")
+    rows.write_table(reference_stage.start() / "reference.parquet", table, rows.REFERENCE)
+    reference_stage.commit(num_in=len(table), num_rows=len(table))
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": "."}})
 spec = train.TrainSpec(
     pairs=pairs, model=model, reference_model=reference, reference_hash="h", dtype="float32",
     template=load_template("tiny", "conversation"), training=recipe.training,
-    trainer=recipe.trainer, seed=0, iteration=1, run=run, reference=Stage(run.root / "reference", "reference", "r" * 64),
+    trainer=recipe.trainer, seed=0, iteration=1, run=run, reference=reference_stage,
     checkpoint=Stage(run.root / "checkpoint", "checkpoint", "c" * 64))
 try:
     train.fit(spec, run.root / ".ray-train")
@@ -59,18 +67,21 @@ else:
 """
 
 
-def train_small(small, tmp_path, *overrides: str, out: str = "out", reference: str = "") -> dict:
+def train_small(small, tmp_path, *overrides: str, out: str = "out", reference: str = "", poisoned: str = "") -> dict:
     given = small.run / "iteration-01" / "pairs" / "pairs.parquet"
     model = small.run / "iteration-00" / "checkpoint"
-    return train_pairs(model, rows.read_table(given)[:17], tmp_path, *overrides, out=out, reference=reference)
+    return train_pairs(model, rows.read_table(given)[:17], tmp_path, *overrides, out=out, reference=reference, poisoned=poisoned)
 
 
-def train_pairs(model, table: list[dict], tmp_path, *overrides: str, out: str = "out", reference: str = "") -> dict:
-    """Two ranks on 17 pairs: a ragged last batch."""
+def train_pairs(
+    model, table: list[dict], tmp_path, *overrides: str, out: str = "out", reference: str = "", poisoned: str = ""
+) -> dict:
+    """Two ranks on 17 pairs: a ragged last batch. The reference of a `poisoned` pair is committed beforehand, with a NaN."""
     pairs = tmp_path / "pairs.parquet"
     rows.write_table(pairs, table, rows.PAIR)
     command = [sys.executable, "-c", SCRIPT, str(model), reference or str(model), str(pairs), str(tmp_path / out), *overrides]
     environment = {**os.environ, "CC": "/bin/false", "CXX": "/bin/false"}  # DeepSpeed compiles nothing
+    environment["TEST_POISONED_PAIR"] = poisoned
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400, env=environment)
     assert result.stdout.strip(), result.stderr[-3000:]
     return json.loads(result.stdout.strip().splitlines()[-1])
@@ -103,6 +114,24 @@ def test_a_gradient_step_that_blows_up_stops_with_the_numbers_before_anything_is
     outcome = train_small(small, tmp_path, "training.learning_rate=1e30")
     assert outcome["kind"] == "NumericsError"
     assert "step" in outcome["message"] or "parameter" in outcome["message"]
+    assert not (tmp_path / "out" / "checkpoint").exists()
+
+
+def test_a_reference_that_is_not_finite_for_one_pair_stops_both_ranks_with_its_step_its_rank_and_that_pair_alone(small, tmp_path):
+    """The reference is committed with the NaN. The pair is no first one of its batch: those also fill up ragged shares."""
+    from evolve_ray import config
+    from evolve_ray.schedule import batches
+
+    recipe = config.load(ROOT / "jobs/recipes/tiny.toml", list(SIXTEEN))
+    order = batches(17, recipe.training, seed=0, iteration=1)  # as SCRIPT trains
+    bad, rank = order[0][5], 5 % 2
+    pairs = rows.read_table(small.run / "iteration-01" / "pairs" / "pairs.parquet")[:17]
+    pair = pairs[bad]["pair_id"]
+    outcome = train_small(small, tmp_path, *SIXTEEN, poisoned=pair)
+    assert outcome["kind"] == "NumericsError"
+    expected = f"training step 0: the loss is not finite on rank {rank}, pairs ['{pair}']; no weight was changed"
+    assert outcome["message"].startswith(expected), outcome["message"]
+    assert (tmp_path / "out" / "reference" / "MANIFEST.json").exists()
     assert not (tmp_path / "out" / "checkpoint").exists()
 
 

@@ -1,16 +1,14 @@
 """Workers that die of a row, hang, or die with finished work in hand; on a real Ray with fake engines and scorers."""
 
 import contextlib
-import os
 import time
 
 import psutil
 import pytest
-import ray
 
-from evolve_ray import rows, shards
+from evolve_ray import generate, rows, score, shards
 from evolve_ray.errors import IntegrityError, NumericsError, StalledError
-from tests.fakes import DyingScorer
+from tests.fakes import DyingAfterCommit, DyingScorer, DyingScorerAfterCommit
 from tests.wiring.test_pipeline import draft, folder, local_ray, make_context, pools, twin
 
 __all__ = ["folder", "local_ray", "pools", "twin"]  # fixtures
@@ -95,27 +93,31 @@ def test_a_scorer_that_dies_with_its_scores_in_hand_gives_equal_scores(twin, fol
     assert pairs.path("pairs.parquet").read_bytes() == twin[2].path("pairs.parquet").read_bytes()
 
 
-def test_an_actor_that_is_killed_after_its_commit_gives_the_committed_shard(twin, folder, tmp_path):
-    """The answer is lost, the shard is not: the retry returns what is committed."""
-    context = make_context(folder, tmp_path / "run")
-    first = draft(context)
-    committed = first[0].folder / shards.shard_name(0)
-    before = committed.stat().st_mtime_ns
-    work = tmp_path / "work"
-    os.rename(first[0].folder, work)
-    from evolve_ray.generate import Generator
-    from evolve_ray.pipeline import Asked, generate_spec
-    from evolve_ray.store import Stage
+@pytest.mark.parametrize("stage", ["generations", "scores"])
+def test_an_actor_that_dies_right_after_its_commit_gives_the_committed_shard(twin, folder, tmp_path, monkeypatch, stage):
+    """The answer is lost, the shard is not: the retry returns what is committed, which is the first process's."""
+    place, kind = {"generations": (generate, DyingAfterCommit), "scores": (score, DyingScorerAfterCommit)}[stage]
+    monkeypatch.setattr(place, {"generations": "Generator", "scores": "ScoreWorker"}[stage], kind)
+    tables = draft(make_context(folder, tmp_path / "run"))
+    pid, name, mtime_ns = (tmp_path / "run" / "died").read_text().split()
+    assert not psutil.pid_exists(int(pid)), "the fault did not fire"
+    committed = tables[stage == "scores"].folder / name
+    assert (committed / "rows.parquet").stat().st_mtime_ns == int(mtime_ns), "the shard was computed again"
+    for made, expected in zip(tables[:2], twin[:2], strict=True):
+        assert list(shards.read_rows(made)) == list(shards.read_rows(expected))
+    assert tables[2].path("pairs.parquet").read_bytes() == twin[2].path("pairs.parquet").read_bytes()
 
-    config = context.config
-    asked = Asked(1, "generations", context.policy, context.prompts[1], config.strategy, config.sampling, 1, {})
-    stage = Stage(tmp_path / "generations", "generations", first[0].key)
-    stage.work = work
-    actor = ray.remote(shards.Host).options(num_cpus=0.5).remote(Generator, 0, "engines", 3)
-    stats = ray.get(actor.call.remote(generate_spec(context, asked, stage), "commit_shard", 0))
-    assert stats["num_in"] == 4
-    assert (work / shards.shard_name(0)).stat().st_mtime_ns == before
-    ray.kill(actor)
+
+def test_an_engine_that_is_slow_on_the_first_shard_changes_the_order_of_shards_and_no_byte(twin, folder, tmp_path):
+    names = [row["prompt_id"] for row in shards.read_slice(twin[0].folder.parent / "prompts" / "prompts.parquet", 0, 4)]
+    slow = f'engine.env.FAKE_SLOW="{first_seed(twin[0], names[0])}"'
+    context = make_context(folder, tmp_path / "run", "engine.name=tests.fakes:SlowStartEngine", slow, "engine.actors=2")
+    drafts, _, pairs = draft(context)
+    order = [event["shard"] for event in rows.read_jsonl(tmp_path / "run" / "events.jsonl") if event["event"] == "shard"]
+    assert sorted(order) == [0, 1, 2, 3, 4]
+    assert order[0] != 0, f"the shards came in their order: {order}"
+    assert list(shards.read_rows(drafts)) == list(shards.read_rows(twin[0]))
+    assert pairs.path("pairs.parquet").read_bytes() == twin[2].path("pairs.parquet").read_bytes()
 
 
 @pytest.mark.parametrize(("scorer", "value"), [("OddScorer", "nan"), ("InfiniteScorer", "inf"), ("WordScorer", "'0.5'")])
