@@ -131,7 +131,7 @@ def test_autoscaled_cluster_grows_for_a_run_and_shrinks_to_its_head(small, tmp_p
         for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
             monkeypatch.setenv(name, cluster.environment[name])
         seen = [1]
-        # No submitted job: nodes of that provider share a session folder, and one that goes takes the job's copy of the code along.
+        # No submitted job: nodes of that provider share a session folder, and one that goes takes the job's code along.
         with ended(start(run, *arguments(), address=f"127.0.0.1:{cluster.port}")) as command:
             while command.process.poll() is None:
                 if (now := cluster.alive()) != seen[-1]:
