@@ -141,5 +141,6 @@ def test_autoscaled_cluster_grows_for_a_run_and_shrinks_to_its_head(small, tmp_p
             assert command.process.returncode == 0, command.log.read_text()[-3000:]
         print(f"nodes: {seen}")
         assert max(seen) > 1, "no node was added"
-        await_(lambda: cluster.alive() == 1, 60, "nodes stayed without work")
+        # Ray Data's requests to the autoscaler outlive their driver by three minutes.
+        await_(lambda: cluster.alive() == 1, 300, "nodes stayed without work")
     assert_equals_twin(run, small.run)
