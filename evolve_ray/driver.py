@@ -186,6 +186,7 @@ def start_ray(config: options.Config, follower: Follower | None = None, *, loud:
     }
     join_ray(local, loud=loud)
     if follower:
+        follower.run.event("ray_joined", address=ray.get_runtime_context().gcs_address)
         follower.start()
 
 
