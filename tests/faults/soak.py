@@ -89,7 +89,6 @@ def soak(out: Path, kills: int, seed: int) -> None:
     while done < kills:
         command = start(run, *arguments())
         moment = chance.uniform(2.0, longest)
-        role = chance.choice(TARGETS)
         deadline = time.monotonic() + moment
         while time.monotonic() < deadline and command.process.poll() is None:
             time.sleep(0.1)
@@ -102,7 +101,7 @@ def soak(out: Path, kills: int, seed: int) -> None:
             run, hits = fork(reference, f"soak-{seed}-{time.time_ns()}"), Counter[str]()
             continue
         there = targets(command)
-        role = role if role in there else "driver"
+        role = chance.choice(sorted(there))
         before = committed_files(run)
         members |= {process.pid: process for process in family(command.process.pid)}
         stage = stage_of(run)
