@@ -18,6 +18,7 @@ from tests.faults.harness import (
     all_of,
     arguments,
     assert_hit_inside,
+    at_work,
     await_deaths,
     ended,
     family,
@@ -180,7 +181,8 @@ def test_engine_and_training_that_hang_are_replaced_or_end_the_run_with_exit_cod
     kept = committed_files(run)
 
     with ended(start(run, *arguments(*patient))) as command:
-        second = strike(command, "engine", signal.SIGSTOP, after_shards(1))
+        command.wait_for(lambda _: at_work(run, ".generations-*"), 600)  # before that it starts, which may take longer
+        second = strike(command, "engine", signal.SIGSTOP, in_stage("generations"))
         command.wait_for(in_stage("checkpoint"), 600)
         assert not psutil.pid_exists(second.pid), "the stopped engine was left behind"
         strike(command, "train worker", signal.SIGSTOP, in_stage("checkpoint"))
