@@ -109,9 +109,13 @@ class Context:
 
     @contextlib.contextmanager
     def deadline(self, name: str, stall_s: float, stage: Stage) -> Iterator[None]:
-        """Ends a stage of the main thread that appends no event and stores no step for `stall_s`, wherever it waits."""
+        """Ends a stage of the main thread that appends no event and stores no step for `stall_s`, wherever it waits.
+
+        Where Ray waits, it heeds a KeyboardInterrupt of a handler and drops every other error.
+        """
         events, steps = self.run.root / "events.jsonl", stage.work / "steps"
         seen: Any = None
+        stalled: list[StalledError] = []
         idle, last, tick = 0.0, time.monotonic(), min(5.0, stall_s / 4)
 
         def look(*_: Any) -> None:
@@ -123,15 +127,21 @@ class Context:
             if now != seen:
                 seen, idle = now, 0.0
             elif idle > stall_s:
-                raise StalledError(
+                message = (
                     f"{name}: made no progress for {stall_s:g} s; see its workers' logs in the Ray dashboard, allow it more time "
                     "with trainer.stall_s, or submit the same command again: it continues from the last stored step"
                 )
+                stalled.append(StalledError(message))
+                raise KeyboardInterrupt
 
         before = signal.signal(signal.SIGALRM, look)
         signal.setitimer(signal.ITIMER_REAL, tick, tick)
         try:
             yield
+        except KeyboardInterrupt:
+            if stalled:
+                raise stalled[0] from None
+            raise
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)

@@ -33,6 +33,28 @@ def test_stage_without_progress_is_ended_with_exit_code_seven(context):
     assert caught.value.exit_code == 7
 
 
+def ray_waits():
+    """As `ray.get` does: of what a handler raises it drops everything but a KeyboardInterrupt, in whose place comes its own."""
+    ended = time.monotonic() + 60
+    while time.monotonic() < ended:
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None
+        except Exception:
+            pass
+
+
+def test_stage_without_progress_is_ended_where_ray_waits(context):
+    with pytest.raises(StalledError, match="made no progress"), context.deadline("checkpoint", 0.4, stage_of(context)):
+        ray_waits()
+
+
+def test_interrupt_of_a_stage_that_is_not_stalled_stays_one(context):
+    with pytest.raises(KeyboardInterrupt), context.deadline("checkpoint", 60.0, stage_of(context)):
+        raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("sign", ["event", "step"])
 def test_stage_that_gets_on_is_left_alone(context, sign):
     stage = stage_of(context)
