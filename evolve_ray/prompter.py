@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from evolve_ray.inputs import Context
 
 
+# Options of [evaluation] that decide what is held out; how it is answered is in the evaluation's key.
+HELD_OUT = ("splits", "prompt_column", "answer_column", "answer_pattern", "split", "limit")
+
+
 class Prompter:
     """Commits the prompts of every iteration, the held-out prompts and the given triples; reads sources only if it must."""
 
@@ -103,16 +107,8 @@ class Prompter:
     def held_out(self, final: Path | None = None) -> Manifest:
         """The prompts of every evaluation split, committed at `final` (iteration 0's held_out/)."""
         part = self.config.evaluation
-        read = (
-            "splits",
-            "prompt_column",
-            "answer_column",
-            "answer_pattern",
-            "split",
-            "limit",
-        )  # how they are answered is the evaluation's key
         key = {
-            "options": {name: getattr(part, name) for name in read},
+            "options": {name: getattr(part, name) for name in HELD_OUT},
             "tokens": self.tokens_key(),
             "sources": [self.source_key(p) for p in part.splits.values()],
         }

@@ -16,6 +16,7 @@ from typing import Any
 from evolve_ray import config as options
 from evolve_ray import study_tables as tables
 from evolve_ray.errors import UserError, run_command
+from evolve_ray.prompter import HELD_OUT
 from evolve_ray.rows import read_jsonl
 from evolve_ray.store import Run, full_disk_named, read_manifest, write_atomic
 from evolve_ray.study_judge import judge
@@ -27,7 +28,8 @@ SPLITS = ("heldout", "long", "desc")
 
 # What decides the stages of iteration 0, by section of the configuration; iterate.py and inputs.py make their keys of it.
 TRAINED = ("activation_pairs", "offline_pairs", "activation", "reference", "checkpoint")
-TRAINED_FROM = ("seed", "toy", "model", "activation", "offline", "template", "trainer")
+# Given triples on an evaluation prompt are left out, so what is trained depends on what is held out too.
+TRAINED_FROM = ("seed", "toy", "model", "activation", "offline", "template", "trainer", "held out")
 MEASURED = ("held_out", "base_evaluation", "evaluation")
 MEASURED_FROM = ("evaluation", "sampling", "engine", "scorer", "verifier", "refresh", "fitting prompts")
 
@@ -136,7 +138,8 @@ def same_stages(config: options.Config, other: options.Config) -> list[str]:
 
     def parts(whole: options.Config, names: tuple[str, ...]) -> list[Any]:
         tree = options.resolved(whole, runtime=False)
-        tree["fitting prompts"] = [options.texts_in_view(whole.strategy), whole.prompts.max_rejected_fraction]
+        fitting = tree["fitting prompts"] = [options.texts_in_view(whole.strategy), whole.prompts.max_rejected_fraction]
+        tree["held out"] = [getattr(whole.evaluation, name) for name in HELD_OUT] + [whole.sampling.max_tokens, *fitting]
         return [tree[name] for name in names]
 
     if parts(config, TRAINED_FROM) != parts(other, TRAINED_FROM):

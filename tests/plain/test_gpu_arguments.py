@@ -35,7 +35,8 @@ def caught(monkeypatch):
     def catch(name):
         def call(*args, **kwargs):
             found[name] = kwargs | ({"args": args} if args else {})
-            return types.SimpleNamespace(fit=lambda: None, **kwargs)
+            engine = types.SimpleNamespace(engine_core=None)  # of a vLLM in one process
+            return types.SimpleNamespace(fit=lambda: None, llm_engine=engine, **kwargs)
 
         return call
 
