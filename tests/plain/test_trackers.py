@@ -225,6 +225,7 @@ def wandb_records(folder):
     return found
 
 
+@pytest.mark.long  # the client's own service loses the last records of a part now and then where both cores are busy
 def test_wandb_is_offline_and_a_resumed_run_adds_a_part_with_the_rest(loop):
     use = 'trackers.use=["wandb"]'
     tracked = loop.go(use, until=4)
