@@ -108,6 +108,7 @@ def test_an_actor_that_dies_right_after_its_commit_gives_the_committed_shard(twi
     assert tables[2].path("pairs.parquet").read_bytes() == twin[2].path("pairs.parquet").read_bytes()
 
 
+@pytest.mark.long
 def test_an_engine_that_is_slow_on_the_first_shard_changes_the_order_of_shards_and_no_byte(twin, folder, tmp_path):
     names = [row["prompt_id"] for row in shards.read_slice(twin[0].folder.parent / "prompts" / "prompts.parquet", 0, 4)]
     slow = f'engine.env.FAKE_SLOW="{first_seed(twin[0], names[0])}"'
