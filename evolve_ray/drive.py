@@ -4,6 +4,8 @@ Every finished response goes to its strategy at once, and what that asks for nex
 same input gives the same schedule.
 """
 
+import heapq
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -127,7 +129,11 @@ class OpenRequests:
 
 
 class Drive:
-    """One strategy per prompt on one engine: every finished response goes to its strategy at once, no round waits."""
+    """One strategy per prompt on one engine: every finished response goes to its strategy at once, no round waits.
+
+    The engine has no more requests than seats. Who waits for one is admitted by round, earliest first: no chain falls behind the
+    others, so that at the end, when there are seats for all, those that are left have the least to do.
+    """
 
     def __init__(self, engine: Engine, encode: Callable[[Ask], list[int]], spec: Any, judge: Judging | None = None):
         """`encode` turns an ask into token ids; `judge` is there for strategies that ask the scorer."""
@@ -135,6 +141,8 @@ class Drive:
         self.beat: Callable[[], None] = lambda: None  # called with every finished response
         self.verify: Callable[[dict, str], float] | None = None  # what the verifier says of a prompt's response
         self.live: dict[str, tuple[Chain, Ask, int, int]] = {}
+        self.queue: list[tuple[int, int, str, list[int], int]] = []  # a heap: round, arrival, request id, prompt ids, seed
+        self.arrivals, self.num_seated = itertools.count(), 0
         self.judged: dict[int, Chain] = {}
         names = ("num_asks", "num_answers", "num_steps", "num_judged", "num_prompt_tokens", "num_cached_tokens", "num_tokens")
         self.stats = dict.fromkeys(names, 0)
@@ -146,6 +154,7 @@ class Drive:
             self.advance(chain, None)
         while self.live or self.judged:
             if self.live:
+                self.admit()
                 self.stats["num_steps"] += 1
                 for completion in self.engine.step():
                     self.take(completion)
@@ -205,7 +214,14 @@ class Drive:
             seed = rows.derive_seed(spec.seed, spec.scope, prompt_id, ask.sample, ask.round, *kind)
             request_id = "/".join(map(str, (prompt_id, ask.sample, ask.round, *kind, position)))
             self.live[request_id] = (chain, ask, position, seed)
+            heapq.heappush(self.queue, (ask.round, next(self.arrivals), request_id, ids, seed))
+
+    def admit(self) -> None:
+        """Gives the free seats of the engine to those who wait."""
+        while self.queue and self.num_seated < self.spec.engine.max_num_seqs:
+            _, _, request_id, ids, seed = heapq.heappop(self.queue)
             self.engine.submit(request_id, ids, seed)
+            self.num_seated += 1
 
     def skip(self, chain: Chain, left_out: Skip) -> None:
         """A row for each round that is left out. It saves about the tokens of the draft that it would have refined."""
@@ -217,6 +233,7 @@ class Drive:
     def take(self, completion: Completion) -> None:
         """A finished response becomes a row, and a draft for its strategy."""
         self.beat()
+        self.num_seated -= 1
         chain, ask, position, seed = self.live.pop(completion.request_id)
         row = draft_row(completion, chain.prompt, ask, seed, self.spec.model_hash)
         for name in ("num_prompt_tokens", "num_cached_tokens", "num_tokens"):

@@ -13,6 +13,8 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+FORWARD_TOKENS = 64  # a forward more costs about what so many tokens of padding cost
+
 
 @dataclass(frozen=True)
 class Sequence:
@@ -128,7 +130,8 @@ def pack(
 
     A forward has at most `max_tokens` tokens, padding counted, and at most `max_groups` groups; a group of more tokens is
     alone in its forward. Groups of one key (a prompt) share a row while they fit. Rows are as long as their first tree and
-    are filled up with shorter ones; with `one_row` a forward is one long row, for attention that skips what is masked.
+    are filled up with shorter ones; rows that differ in length are several forwards where padding would cost more. With
+    `one_row` a forward is one long row, for attention that skips what is masked.
     """
     units = join_keys(groups, keys, max_tokens, max_groups)
     read = [(*s.context, *s.response)[:-1] for group in groups for s in group if s.response]
@@ -149,9 +152,25 @@ def pack(
             free[row] -= added
             rows[row] += unit
             count += len(unit)
-        forwards.append(lay_out(groups, [row for row in rows if row], multiple=128 if one_row else 1))
+        filled = sorted(((width - room, row) for room, row in zip(free, rows, strict=True) if row), key=lambda one: -one[0])
+        for first, end in level([used for used, _ in filled]):
+            some = [row for _, row in filled[first:end]]
+            forwards.append(lay_out(groups, some, multiple=128 if one_row else 1))
         units = left
     return forwards
+
+
+def level(lengths: list[int]) -> list[tuple[int, int]]:
+    """Cuts rows, longest first, into forwards as wide as their first row, so that all cost least: (first, end) of each."""
+    best = [(0, 0)]  # of the first n rows: what they cost in tokens, and where their last forward begins
+    for end in range(1, len(lengths) + 1):
+        costs = ((best[first][0] + (end - first) * lengths[first] + FORWARD_TOKENS, first) for first in range(end))
+        best.append(min(costs))
+    cuts, end = [], len(lengths)
+    while end:
+        cuts.append((best[end][1], end))
+        end = best[end][1]
+    return cuts[::-1]
 
 
 def join_keys(groups: list[list[Sequence]], keys: list[str], max_tokens: int, max_groups: int) -> list[tuple[int, list[int]]]:

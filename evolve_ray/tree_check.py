@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from evolve_ray import attention
 from evolve_ray.errors import UserError
 from evolve_ray.logprobs import TreeModel
 from evolve_ray.tree import Forward, Sequence, lay_out
@@ -16,7 +17,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # nats a token; a wrong 
 
 
 def tree_model(model: Any, device: torch.device) -> TreeModel:
-    """The model with the attention that trees need: FlexAttention on a GPU, else SDPA with a dense mask."""
+    """The model with the attention that trees need: FlexAttention on a GPU, else SDPA on the keys that are seen."""
     flex = device.type == "cuda"
     takes_mask = model._supports_flex_attn if flex else model._supports_sdpa
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
@@ -26,7 +27,7 @@ def tree_model(model: Any, device: torch.device) -> TreeModel:
             f"trainer.forward: is 'tree', but {model.config.model_type} has layers that take no mask of a tree"
             f"{' (' + ', '.join(sorted(other)) + ')' if other else ''}; {WAY_OUT}"
         )
-    model.set_attn_implementation("flex_attention" if flex else "sdpa")
+    model.set_attn_implementation("flex_attention" if flex else attention.NAME)
     return TreeModel(model)
 
 

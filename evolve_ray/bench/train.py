@@ -72,6 +72,7 @@ class Policy:
         self.given, self.training, self.names, self.model = given, training, names, model
         self.device = torch.device(given.device)
         self.tree = tree_model(model, self.device)
+        self.attention = model.config._attn_implementation  # that of trees; separate rows are read as always
         self.objective = objective.find(training)
         self.optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
 
@@ -83,6 +84,7 @@ class Policy:
         """One step, packing included; gives back its counts."""
         from evolve_ray.logprobs import num_chunks, tree_logps
 
+        self.model.set_attn_implementation(self.attention)
         forwards = self.packed(groups)
         for forward in forwards:
             flat = tree_logps(self.tree, forward, self.device, num_chunks(forward) if chunked else 0)
@@ -94,6 +96,7 @@ class Policy:
         """The same step from a padded row for each sequence."""
         from evolve_ray.logprobs import sequence_logps
 
+        self.model.set_attn_implementation("sdpa")
         flat = [sequence for group in groups for sequence in group]
         self.backward(sequence_logps(self.model, flat, 0, self.device), groups, len(groups))
         self.update()

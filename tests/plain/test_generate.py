@@ -46,12 +46,12 @@ class FakeEngine:
         return Completion(request_id, f"answer to {request_id}", 3, len(ids), len(ids) - 1, reason)
 
 
-def spec(strategy=None, context_tokens=1000, **more):
+def spec(strategy=None, context_tokens=1000, seats=256, **more):
     fields = {"seed": 5, "scope": 1, "model_hash": "m1"} | more
     return GenerateSpec(
         prompts="", work="", key="", shard_prompts=1, model="", dtype="float32", context_tokens=context_tokens,
         template=load_template("tiny", "conversation"), strategy=strategy or options.Strategy(rounds=3),
-        sampling=options.Sampling(max_tokens=10), engine=options.Engine(), **fields,
+        sampling=options.Sampling(max_tokens=10), engine=options.Engine(max_num_seqs=seats), **fields,
     )  # fmt: skip
 
 
@@ -105,6 +105,26 @@ def test_fast_chain_does_not_wait_for_a_slow_one():
     run(engine)
     assert engine.log.index(("done", "b/0/3/0")) < engine.log.index(("done", "a/0/1/0"))
     assert engine.log.index(("submit", "b/0/2/0")) < engine.log.index(("done", "a/0/1/0"))
+
+
+def test_an_engine_has_no_more_requests_than_seats_and_who_has_the_most_rounds_left_is_next():
+    engine, most = FakeEngine(delays={"a": 3}), 0
+    step = engine.step
+
+    def watched():
+        nonlocal most
+        most = max(most, len(engine.waiting))
+        return step()
+
+    engine.step = watched
+    prompts = [{"prompt_id": name, "prompt": name, "split": "train", "file": "f", "line": 1} for name in "abcd"]
+    expected, _, _ = run(prompts=prompts)
+    assert run(engine, prompts, seats=2)[0] == expected
+    assert most == 2
+    asked = [name for kind, name in engine.log if kind == "submit"]
+    rounds = [int(name.split("/")[2]) for name in asked if name[0] != "a"]
+    assert rounds == sorted(rounds), "d is asked for the first time before b is asked again"
+    assert asked[:4] == ["a/0/1/0", "b/0/1/0", "c/0/1/0", "d/0/1/0"]
 
 
 def test_order_of_completion_changes_no_row():

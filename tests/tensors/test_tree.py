@@ -1,5 +1,7 @@
 """Trees against separate forwards: the same log-probabilities and gradients, whatever is shared and however it is packed."""
 
+import itertools
+
 import pytest
 import torch
 import transformers
@@ -7,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from evolve_ray import logprobs, tree_check
+from evolve_ray import attention, logprobs, tree_check
 from evolve_ray.chat import Chat
 from evolve_ray.errors import UserError
-from evolve_ray.logprobs import TreeModel, block_mask, dense_mask, num_chunks, pair_sequences, sequence_logps, tree_logps
+from evolve_ray.logprobs import block_mask, dense_mask, num_chunks, pair_sequences, sequence_logps, tree_logps
 from evolve_ray.refine import Template
 from evolve_ray.rows import REFERENCE
-from evolve_ray.tree import Sequence, grow, lay_out, num_shared, pack
+from evolve_ray.tree import FORWARD_TOKENS, Sequence, grow, lay_out, level, num_shared, pack
 from tests.plain.conftest import llama_config
 
 CPU = torch.device("cpu")
@@ -46,6 +48,14 @@ def make(kind="llama", *, scale=0.3, **more):
     return model
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks():
+    """Attention in blocks of a few queries, as rows of many tokens have them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "BLOCK_TOKENS", 5)
+        yield
+
+
 @pytest.fixture(scope="module")
 def llama():
     return make()
@@ -58,9 +68,9 @@ def packed(groups, **options):
 
 def by_trees(model, groups, chunks=None, **options):
     """`[group][sequence]` log-probs; gradients of their weighted sum are left in the model."""
-    found: list = [None] * len(groups)
+    tree, found = tree_check.tree_model(model, CPU), [None] * len(groups)
     for forward in packed(groups, **options):
-        values = tree_logps(TreeModel(model), forward, CPU, num_chunks(forward) if chunks is None else chunks)
+        values = tree_logps(tree, forward, CPU, num_chunks(forward) if chunks is None else chunks)
         parts = dict(zip(forward.groups, values.split([len(groups[group]) for group in forward.groups]), strict=True))
         backward(list(parts.values()), [groups[group] for group in parts])
         for group, part in parts.items():
@@ -69,7 +79,8 @@ def by_trees(model, groups, chunks=None, **options):
 
 
 def by_rows(model, groups):
-    """The same from one padded row a sequence and all logits."""
+    """The same from one padded row a sequence, the library's own attention and all logits."""
+    model.set_attn_implementation("sdpa")
     found = []
     for group in groups:
         values = sequence_logps(model, group, 0, CPU)
@@ -171,6 +182,21 @@ def test_packing_keeps_every_group_once_and_the_limits(groups, max_tokens, max_g
         assert one.groups == other.groups
 
 
+@given(st.lists(st.integers(1, 500), max_size=7))
+@settings(deadline=None, max_examples=100)
+def test_rows_are_cut_into_the_forwards_that_cost_least(lengths):
+    lengths.sort(reverse=True)
+    cuts = level(lengths)
+    assert [row for first, end in cuts for row in range(first, end)] == list(range(len(lengths)))
+
+    def cost(ends):
+        return sum((end - first) * lengths[first] + FORWARD_TOKENS for first, end in zip((0, *ends), ends, strict=False))
+
+    inner = range(1, len(lengths))
+    chosen = (choice for size in range(len(lengths)) for choice in itertools.combinations(inner, size))
+    assert cost([end for _, end in cuts]) == min((cost([*choice, len(lengths)]) for choice in chosen), default=0)
+
+
 @given(drawn_groups, st.integers(1, 60), st.integers(1, 5))
 @settings(deadline=None, max_examples=25)
 def test_random_trees_have_the_log_probabilities_and_gradients_of_separate_forwards(llama, groups, max_tokens, chunks):
@@ -243,7 +269,7 @@ def test_edges_are_no_special_cases(llama, name):
 def test_no_groups_need_no_forward_and_no_rows_make_one_that_counts_nowhere(llama):
     assert packed([]) == []
     dummy = lay_out([], [])
-    values = tree_logps(TreeModel(llama), dummy, CPU, 3)
+    values = tree_logps(tree_check.tree_model(llama, CPU), dummy, CPU, 3)
     assert values.shape == (0,)
     values.sum().backward()
     assert all(gradient.abs().sum() == 0 for gradient in gradients(llama).values())
@@ -275,6 +301,23 @@ def test_gradient_checkpointing_changes_nothing():
 
 def test_tied_embeddings_get_both_gradients():
     assert_same(make(tie_word_embeddings=True), [PAIR])
+
+
+def test_attention_reads_no_key_that_a_block_does_not_see(monkeypatch):
+    read = []
+    real = attention.sdpa_attention_forward
+
+    def counted(module, query, key, value, mask, **options):
+        read.append((query.shape[2], key.shape[2]))
+        return real(module, query, key, value, mask, **options)
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", counted)
+    (forward,) = packed([PAIR])
+    with torch.no_grad():
+        tree_logps(tree_check.tree_model(make(num_hidden_layers=1), CPU), forward, CPU, 1)
+    mask = dense_mask(torch.from_numpy(forward.ends_RW))[0, 0]
+    assert read == [(len(block), int(block.any(0).sum())) for block in mask.split(5)]
+    assert sum(queries * keys for queries, keys in read) < 0.6 * mask.numel()
 
 
 @pytest.mark.parametrize("kind", KINDS)
