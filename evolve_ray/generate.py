@@ -49,8 +49,10 @@ class VllmEngine:
 
     def use(self, spec: GenerateSpec, chat: Chat) -> None:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         self.sampling = lambda seed, logps: SamplingParams(
+            output_kind=RequestOutputKind.FINAL_ONLY,  # else a step makes the text so far of every request
             temperature=spec.sampling.temperature,
             top_p=spec.sampling.top_p,
             max_tokens=spec.sampling.max_tokens,

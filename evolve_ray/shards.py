@@ -8,6 +8,7 @@ shard k+1 is generated. A pool belongs to the driver and outlives a pipeline: en
 import itertools
 import json
 import logging
+import queue
 import shutil
 import time
 import uuid
@@ -197,31 +198,46 @@ def read_slice(path: Path, shard: int, size: int) -> list[dict]:
         return file.read_row_groups(touched).slice(first - before, size).to_pylist()
 
 
-def ask_pool(batch: dict, actors: list[Any], pool: PoolOptions, stage: str, spec: Any) -> dict:
-    """The Ray Data task of a step: hands one shard to its actor and waits until it is committed there.
+class AskPool:
+    """The Ray Data actor of a step: hands each shard to an actor of the pool that is free, and waits until it is committed there.
 
-    One of our errors goes on as data: Ray Data would wrap it into a traceback in which its class is lost.
+    It is one process with a thread for each actor of the pool. One of our errors goes on as data: Ray Data would wrap it into a
+    traceback in which its class is lost.
     """
-    import ray
 
-    shard = int(batch["shard"][0])
-    told = json.loads(batch["told"][0])
-    if "error" not in told:
-        index = shard % len(actors)
+    def __init__(self, actors: "Actors", stage: str, spec: Any):
+        self.actors, self.stage, self.spec = actors, stage, spec
+        self.free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for index in range(len(actors)):
+            self.free.put(index)
+
+    def __call__(self, batch: dict) -> dict:
+        shard, told = int(batch["shard"][0]), json.loads(batch["told"][0])
+        if "error" not in told:
+            index = self.free.get()
+            try:
+                told = self.ask(index, shard)
+            finally:
+                self.free.put(index)
+        return {"shard": [shard], "told": [json.dumps(told)]}
+
+    def ask(self, index: int, shard: int) -> dict:
+        import ray
+
+        actor, pool = self.actors[index], self.actors.options
         try:
-            told = {"stats": watched(actors[index], index, shard, pool, stage, spec)}
+            return {"stats": watched(actor, index, shard, pool, self.stage, self.spec)}
         except StalledError as error:
-            ray.kill(actors[index])  # for good: nobody else waits for it in vain
-            told = {"error": pack(error)}
+            ray.kill(actor)  # for good: nobody else waits for it in vain
+            return {"error": pack(error)}
         except EvolveError as error:
-            told = {"error": pack(error)}
+            return {"error": pack(error)}
         except ray.exceptions.RayActorError as error:
             message = (
                 f"{pool.name}: the actor that works on shard {shard} cannot be started again; see its log in the "
                 f"Ray dashboard, then submit the same command again: {str(error).strip().splitlines()[0]}"
             )
-            told = {"error": pack(ResourceError(message))}
-    return {"shard": [shard], "told": [json.dumps(told)]}
+            return {"error": pack(ResourceError(message))}
 
 
 def watched(actor: Any, index: int, shard: int, pool: PoolOptions, stage: str, spec: Any) -> dict:
@@ -271,13 +287,15 @@ def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[in
     dataset = ray.data.from_items(todo, override_num_blocks=len(todo))
     dataset.set_name(f"{steps[0].stage.final.parent.name} {' + '.join(step.stage.name for step in steps)}")  # in the dashboard
     for step in steps:
+        actors = pools.open(step.pool)
         dataset = dataset.map_batches(
-            ask_pool,
-            fn_kwargs={"actors": pools.open(step.pool), "pool": step.pool, "stage": step.stage.name, "spec": step.spec},
+            AskPool,
+            fn_constructor_kwargs={"actors": actors, "stage": step.stage.name, "spec": step.spec},
             batch_size=1,
-            # Tasks only wait for their actor. Two for each keep its queue filled; each is a process, so no more.
-            num_cpus=0.01,
-            compute=ray.data.TaskPoolStrategy(size=min(2 * step.pool.actors, len(todo))),
+            num_cpus=0.01,  # it only waits
+            compute=ray.data.ActorPoolStrategy(
+                size=1, max_concurrent_calls_per_actor=min(len(actors), len(todo)), enable_true_multi_threading=True
+            ),
         )
     # Without prefetching: a shard is told at once, not when the one after it is done, which may be never.
     for batch in dataset.iter_batches(batch_size=1, prefetch_batches=0):

@@ -1,17 +1,20 @@
 """Chains on one vLLM engine against the same requests round by round, and against all of them at once.
 
-A random tiny Llama answers with as many tokens as a request's seed says, so that lengths vary and all three sides write the
-very same texts. Sides take turns on one engine; the prefix cache is emptied before each.
+A random tiny Llama answers with as many tokens as it is told to, so that lengths vary and all three sides write the very same
+texts; most refinements are as long as their draft, as where a trained model returns it unchanged. Each repeat draws other
+lengths. Sides take turns on one engine; the prefix cache is emptied before each.
 
 * `chain_steps_vs_barrier`, `chain_steps_vs_flat`: engine steps of the other side over those of the chains;
 * `chain_vs_barrier`, `chain_vs_flat`: tokens/s of the chains over those of the other side.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
 import os
+import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,11 +30,17 @@ from evolve_ray.rows import derive_seed
 
 CPU_ARGUMENTS = {
     "enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.05,
-    "kv_cache_memory_bytes": 1 << 29,
+    "kv_cache_memory_bytes": 1 << 29, "block_size": 32,
 }  # fmt: skip
 CPU_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 CONTEXT_TOKENS = 1024
+ORDERS = (
+    ("chains", "barriers", "flat"),
+    ("barriers", "flat", "chains"),
+    ("chains", "flat", "barriers"),
+    ("barriers", "chains", "flat"),
+)
 CHECKED = ("num_tokens", "num_prompt_tokens")  # are the same on all sides
 
 
@@ -42,6 +51,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=4, help="drafts of a chain")
     parser.add_argument("--prompt", type=int, default=48, help="letters of a prompt")
     parser.add_argument("--new", type=int, nargs=2, default=[8, 96], metavar=("LEAST", "MOST"), help="tokens of a draft")
+    parser.add_argument("--copies", type=float, default=0.6, help="share of the refinements that are as long as their draft")
     parser.add_argument("--layout", choices=("conversation", "one_message"), default="conversation")
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--layers", type=int, default=3)
@@ -121,25 +131,30 @@ class Bench:
         from evolve_ray.generate import VllmEngine
         from evolve_ray.refine import load_template
 
-        chat, (low, high) = Chat(folder), given.new
+        chat = Chat(folder)
         letters = chat.text_ids(LETTERS)
+        self.lengths: dict[int, int] = {}  # of the draft with a seed
 
         class Varying(VllmEngine):
-            """Drafts of as many letters as the seed says."""
+            """Drafts of as many letters as `lengths` says."""
 
-            def use(self, spec: GenerateSpec, chat: Chat) -> None:
-                from vllm import SamplingParams
+            def use(engine, spec: GenerateSpec, chat: Chat) -> None:
+                super().use(spec, chat)
+                product = engine.sampling
 
-                self.sampling = lambda seed, logps: SamplingParams(
-                    temperature=1.0, max_tokens=length(seed, low, high), ignore_eos=True, seed=seed, allowed_token_ids=letters
-                )
+                def sampling(seed: int, logps: bool) -> Any:
+                    params = product(seed, logps)
+                    params.max_tokens, params.ignore_eos, params.allowed_token_ids = self.lengths[seed], True, letters
+                    return params
+
+                engine.sampling = sampling
 
         template = load_template("tiny", given.layout)
         self.given, self.chat, self.strategy = given, chat, options_of.Strategy(rounds=given.rounds)
         self.spec = GenerateSpec(
             prompts="", work="", key="", shard_prompts=given.prompts, model=str(folder), model_hash="", dtype=given.dtype,
             context_tokens=CONTEXT_TOKENS, template=template, strategy=self.strategy,
-            sampling=options_of.Sampling(max_tokens=high),
+            sampling=options_of.Sampling(max_tokens=given.new[1]),
             engine=options_of.Engine(max_num_seqs=given.seats, args=given.engine_args), seed=0, scope=1,
         )  # fmt: skip
         self.engine = Varying(self.spec, chat)
@@ -157,24 +172,32 @@ class Bench:
             {"prompt_id": f"p{number}", "prompt": (text.translate(letters_of) * given.prompt)[: given.prompt], "split": "train"}
             for number, text in enumerate(texts)
         ]
-        self.requests: list[tuple[tuple[str, int], list[int], int]] = []  # of all rounds: what the flat side is given
 
     def turns(self) -> dict[str, list[Turn]]:
-        """`repeats` turns of each side, after one that is not timed; the side that begins changes."""
+        """`repeats` turns of each side, after one that is not timed; their order changes, and flat is never the first."""
         sides = {"chains": self.chains, "barriers": self.barriers, "flat": self.flat}
-        for side in sides.values():
-            self.turn(side)
         found: dict[str, list[Turn]] = {name: [] for name in sides}
-        for repeat in range(self.given.repeats):
-            for place in range(len(sides)):
-                name = list(sides)[(repeat + place) % len(sides)]
+        for repeat in range(self.given.repeats + 1):
+            self.draw(repeat)
+            for name in ORDERS[repeat % len(ORDERS)]:
                 found[name].append(self.turn(sides[name]))
-        return found
+        return {name: turns[1:] for name, turns in found.items()}
+
+    def draw(self, repeat: int) -> None:
+        """Other seeds, and with them other lengths and texts."""
+        self.spec, (low, high) = dataclasses.replace(self.spec, seed=repeat), self.given.new
+        for prompt in self.prompts:
+            seeds = [self.seed(prompt, number) for number in range(1, self.given.rounds + 1)]
+            self.lengths |= zip(seeds, lengths(seeds, low, high, self.given.copies), strict=True)
+
+    def seed(self, prompt: dict[str, str], number: int) -> int:
+        return derive_seed(self.spec.seed, self.spec.scope, prompt["prompt_id"], 0, number)
 
     def turn(self, side: Callable[[], tuple[dict[tuple[str, int], str], dict[str, int]]]) -> Turn:
         self.engine.llm.reset_prefix_cache()
         steps, started, cpu = self.steps, time.perf_counter(), time.process_time()
         texts, counts = side()
+        self.texts = texts
         return Turn(time.perf_counter() - started, time.process_time() - cpu, self.steps - steps, counts, texts)
 
     def chains(self) -> tuple[dict[tuple[str, int], str], dict[str, int]]:
@@ -189,24 +212,27 @@ class Bench:
     def barriers(self) -> tuple[dict[tuple[str, int], str], dict[str, int]]:
         """`LLM.generate` once a round."""
         texts: dict[tuple[str, int], str] = {}
-        stats, self.requests = dict.fromkeys((*CHECKED, "num_cached_tokens"), 0), []
+        stats = dict.fromkeys((*CHECKED, "num_cached_tokens"), 0)
         for number in range(1, self.given.rounds + 1):
-            asked = []
-            for prompt in self.prompts:
-                name, text = prompt["prompt_id"], prompt["prompt"]
-                template = self.spec.template
-                messages = template.direct(text) if number == 1 else template.refinement(text, texts[name, number - 1])
-                asked.append(((name, number), self.chat.context_ids(messages), derive_seed(0, 1, name, 0, number)))
-            self.generate(asked, texts, stats)
-            self.requests += asked
+            self.generate(self.asked(number, texts), texts, stats)
         return texts, stats
 
     def flat(self) -> tuple[dict[tuple[str, int], str], dict[str, int]]:
         """The prompts of all rounds, which nobody could know beforehand, in one `LLM.generate`."""
         texts: dict[tuple[str, int], str] = {}
         stats = dict.fromkeys((*CHECKED, "num_cached_tokens"), 0)
-        self.generate(self.requests, texts, stats)
+        rounds = range(1, self.given.rounds + 1)
+        self.generate([ask for number in rounds for ask in self.asked(number, self.texts)], texts, stats)
         return texts, stats
+
+    def asked(self, number: int, texts: dict[tuple[str, int], str]) -> list[tuple[tuple[str, int], list[int], int]]:
+        """Place, prompt ids and seed of each request of a round, given the texts of the one before."""
+        template, found = self.spec.template, []
+        for prompt in self.prompts:
+            name, text = prompt["prompt_id"], prompt["prompt"]
+            messages = template.direct(text) if number == 1 else template.refinement(text, texts[name, number - 1])
+            found.append(((name, number), self.chat.context_ids(messages), self.seed(prompt, number)))
+        return found
 
     def generate(self, asked: list, texts: dict[tuple[str, int], str], stats: dict[str, int]) -> None:
         given = [{"prompt_token_ids": ids} for _, ids, _ in asked]
@@ -218,34 +244,45 @@ class Bench:
             stats["num_cached_tokens"] += output.num_cached_tokens or 0
 
 
-def length(seed: int, low: int, high: int) -> int:
-    """Tokens of the draft with this seed."""
-    return low + derive_seed("length", seed) % (high - low + 1)
+def lengths(seeds: list[int], low: int, high: int, copies: float) -> list[int]:
+    """Tokens of the drafts of a chain with these seeds: the first even between the bounds, the next perhaps the same."""
+    found: list[int] = []
+    for seed in seeds:
+        chance = random.Random(seed)
+        copied = chance.random() < copies
+        found.append(found[-1] if found and copied else chance.randint(low, high))
+    return found
 
 
 def compared(found: dict[str, list[Turn]], seats: int) -> list[Row]:
-    """The rows; on all sides the work must have been the same."""
-    chains, first = found["chains"], found["chains"][0]
-    lengths: dict[str, list[int]] = {}
-    for (prompt, _), text in sorted(first.texts.items()):
-        lengths.setdefault(prompt, []).append(len(text))
-    least = least_steps(list(lengths.values()), seats)
+    """The rows; on all sides of a repeat the work must have been the same."""
+    chains = found["chains"]
+    least = [least_of(turn, seats) for turn in chains]
     made = []
     for other in ("barriers", "flat"):
-        name = other.removesuffix("s")
-        turns = found[other]
-        differ = sum(text != turns[0].texts.get(place) for place, text in first.texts.items())
-        if any(turn.counts[key] != first.counts[key] for turn in turns for key in CHECKED):
-            raise UserError(
-                f"generate: the {other} did other work than the chains ({turns[0].told()}; {first.told()}), so no ratio holds"
-            )
-        counts = {"chains": first.told(), other: turns[0].told(), "texts that differ": differ}
-        limit = {"no schedule has fewer steps than": least, "so the limit is": round(turns[0].steps / least, 3)}
+        name, turns = other.removesuffix("s"), found[other]
         both = list(zip(chains, turns, strict=True))
-        made.append(Row(f"chain_steps_vs_{name}", "x", [theirs.steps / ours.steps for ours, theirs in both], counts | limit))
+        for ours, theirs in both:
+            if any(theirs.counts[key] != ours.counts[key] for key in CHECKED):
+                raise UserError(
+                    f"generate: the {other} did other work than the chains ({theirs.told()}; {ours.told()}), so no ratio holds"
+                )
+        differ = sum(text != theirs.texts.get(place) for ours, theirs in both for place, text in ours.texts.items())
+        counts = {"chains": chains[0].told(), other: turns[0].told(), "texts that differ": differ}
+        limit = [round(turn.steps / steps, 3) for turn, steps in zip(turns, least, strict=True)]
+        bound = {"no schedule has fewer steps than": least, "so the limits are": limit}
+        made.append(Row(f"chain_steps_vs_{name}", "x", [theirs.steps / ours.steps for ours, theirs in both], counts | bound))
         on_cpu = [round(theirs.cpu_s / ours.cpu_s, 3) for ours, theirs in both]
         made.append(Row(f"chain_vs_{name}", "x", [ours.speed / theirs.speed for ours, theirs in both], {"CPU ratios": on_cpu}))
     return made
+
+
+def least_of(turn: Turn, seats: int) -> int:
+    """`least_steps` of what a turn wrote."""
+    found: dict[str, list[int]] = {}
+    for (prompt, _), text in sorted(turn.texts.items()):
+        found.setdefault(prompt, []).append(len(text))
+    return least_steps(list(found.values()), seats)
 
 
 def least_steps(lengths: list[list[int]], seats: int) -> int:

@@ -28,7 +28,8 @@ def test_ratios_are_taken_turn_by_turn():
         "chain_vs_flat": [1.0, 0.75],
     }  # fmt: skip
     counts = made["chain_steps_vs_barrier"].counts
-    assert (counts["no schedule has fewer steps than"], counts["texts that differ"]) == (6, 0)
+    assert (counts["no schedule has fewer steps than"], counts["texts that differ"]) == ([6, 6], 0)
+    assert counts["so the limits are"] == [2.333, 2.167]
     assert "of these cached 9 (22%)" in counts["chains"]
 
 
@@ -50,10 +51,12 @@ def test_least_steps_are_bound_by_seats_and_by_the_longest_chain(lengths, seats,
     assert generate.least_steps(lengths, seats) == least
 
 
-def test_lengths_come_from_the_seed_and_stay_in_their_bounds():
-    found = [generate.length(seed, 8, 20) for seed in range(500)]
-    assert found == [generate.length(seed, 8, 20) for seed in range(500)]
-    assert set(found) == set(range(8, 21))
+def test_lengths_come_from_the_seeds_stay_in_their_bounds_and_are_the_drafts_as_often_as_said():
+    found = [generate.lengths([seed, seed + 10**6], 8, 20, 0.6) for seed in range(1000)]
+    assert found == [generate.lengths([seed, seed + 10**6], 8, 20, 0.6) for seed in range(1000)]
+    assert {length for chain in found for length in chain} == set(range(8, 21))
+    same = sum(first == second for first, second in found) / 1000
+    assert same == pytest.approx(0.6 + 0.4 / 13, abs=0.05)
 
 
 @pytest.mark.parametrize("new", [[0, 5], [9, 8], [8, 900]])
