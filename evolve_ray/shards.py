@@ -20,12 +20,13 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from evolve_ray.attempts import Attempts, Beats, Builds, mark_of
-from evolve_ray.errors import EvolveError, IntegrityError, ResourceError, StalledError, pack, unpack
+from evolve_ray.errors import EvolveError, IntegrityError, ResourceError, StalledError, first_line, pack, unpack
 from evolve_ray.metrics import Work
 from evolve_ray.rows import read_jsonl, read_table, reject, write_jsonl, write_table
 from evolve_ray.store import Manifest, Stage, commit, full_disk_named, read_manifest
 
 SHOWN = 5  # rejected rows that an error lists
+MAX_LOST = 3  # times that the process of a step which hands out shards may be lost, with its node perhaps
 START_S = 900.0  # until an actor's first sign of life: a place on a node, a process, its imports
 
 
@@ -271,16 +272,31 @@ def watched(actor: Any, index: int, shard: int, pool: PoolOptions, stage: str, s
 
 
 def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[int, dict], None]) -> None:
-    """Streams the shards that are not committed in every step through the pools."""
+    """Streams the shards that are not committed in every step through the pools, again where who hands them out is lost."""
+    from ray.exceptions import ActorDiedError
+
+    for lost in itertools.count(1):
+        todo = [
+            {"shard": shard, "told": "{}"}
+            for shard in range(num_shards)
+            if any(read_manifest(step.stage.work / shard_name(shard), verify=True) is None for step in steps)
+        ]
+        if not todo:
+            return
+        try:
+            return stream(pools, steps, todo, on_shard)
+        except ActorDiedError as error:
+            if lost > MAX_LOST:
+                raise ResourceError(
+                    f"{steps[0].stage.name}: what hands out shards died {lost} times; see the Ray dashboard (often memory), then "
+                    f"submit the same command again: {first_line(error)}"
+                ) from None
+
+
+def stream(pools: Pools, steps: list[Step], todo: list[dict], on_shard: Callable[[int, dict], None]) -> None:
+    """One Ray Data pipeline over the shards; those that come out of it are told."""
     import ray
 
-    todo = [
-        {"shard": shard, "told": "{}"}
-        for shard in range(num_shards)
-        if any(read_manifest(step.stage.work / shard_name(shard), verify=True) is None for step in steps)
-    ]
-    if not todo:
-        return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # its own log files keep the rest
@@ -296,6 +312,8 @@ def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[in
             compute=ray.data.ActorPoolStrategy(
                 size=1, max_concurrent_calls_per_actor=min(len(actors), len(todo)), enable_true_multi_threading=True
             ),
+            max_restarts=0,  # Ray warns of every actor of Ray Data that it may restart; `run` begins anew instead
+            max_task_retries=0,
         )
     # Without prefetching: a shard is told at once, not when the one after it is done, which may be never.
     for batch in dataset.iter_batches(batch_size=1, prefetch_batches=0):

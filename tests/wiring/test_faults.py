@@ -1,6 +1,7 @@
 """Workers that die of a row, hang, or die with finished work in hand; on a real Ray with fake engines and scorers."""
 
 import contextlib
+import threading
 import time
 
 import psutil
@@ -119,6 +120,30 @@ def test_an_engine_that_is_slow_on_the_first_shard_changes_the_order_of_shards_a
     assert order[0] != 0, f"the shards came in their order: {order}"
     assert list(shards.read_rows(drafts)) == list(shards.read_rows(twin[0]))
     assert pairs.path("pairs.parquet").read_bytes() == twin[2].path("pairs.parquet").read_bytes()
+
+
+def test_what_hands_out_shards_is_replaced_when_it_dies_and_changes_no_byte(twin, folder, tmp_path):
+    """It waits for the engine in a process of Ray Data; the engine goes on meanwhile."""
+    context = make_context(folder, tmp_path / "run", "engine.name=tests.fakes:SlowEngine")
+    killed = []
+
+    def kill():
+        while not list((tmp_path / "run").glob("iteration-01/.generations-*/shard-*")):
+            time.sleep(0.05)
+        waiting = [p for p in psutil.Process().children(recursive=True) if "MapBatches(AskPool)" in " ".join(p.cmdline())]
+        for process in waiting:
+            process.kill()
+            killed.append(process.pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    drafts, _, pairs = draft(context)
+    killer.join()
+    assert killed, "the fault did not fire"
+    assert list(shards.read_rows(drafts)) == list(shards.read_rows(twin[0]))
+    assert pairs.path("pairs.parquet").read_bytes() == twin[2].path("pairs.parquet").read_bytes()
+    told = [event["shard"] for event in rows.read_jsonl(tmp_path / "run" / "events.jsonl") if event["event"] == "shard"]
+    assert len(set(told)) == len(told)
 
 
 @pytest.mark.parametrize(("scorer", "value"), [("OddScorer", "nan"), ("InfiniteScorer", "inf"), ("WordScorer", "'0.5'")])
