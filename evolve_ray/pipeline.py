@@ -106,10 +106,10 @@ def run_steps(context: Context, label: str, iteration: int | None, steps: list[s
     """Runs a pipeline and tells of every shard that comes out of it."""
     done = 0
 
-    def on_shard(shard: int, stats: dict) -> None:
+    def on_shard(shard: int, begun: str, stats: dict) -> None:
         nonlocal done
         done += 1
-        context.run.event("shard", stage=label, iteration=iteration, shard=shard, num_shards=num_shards)
+        context.run.event("shard", stage=label, iteration=iteration, shard=shard, num_shards=num_shards, begun=begun)
         context.say(f"    {done} of {num_shards} shards")
 
     shards.run(context.pools, steps, num_shards, on_shard)

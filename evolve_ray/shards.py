@@ -23,7 +23,7 @@ from evolve_ray.attempts import Attempts, Beats, Builds, mark_of
 from evolve_ray.errors import EvolveError, IntegrityError, ResourceError, StalledError, first_line, pack, unpack
 from evolve_ray.metrics import Work
 from evolve_ray.rows import read_jsonl, read_table, reject, write_jsonl, write_table
-from evolve_ray.store import Manifest, Stage, commit, full_disk_named, read_manifest
+from evolve_ray.store import Manifest, Stage, commit, full_disk_named, now, read_manifest
 
 SHOWN = 5  # rejected rows that an error lists
 MAX_LOST = 3  # times that the process of a step which hands out shards may be lost, with its node perhaps
@@ -215,9 +215,9 @@ class AskPool:
     def __call__(self, batch: dict) -> dict:
         shard, told = int(batch["shard"][0]), json.loads(batch["told"][0])
         if "error" not in told:
-            index = self.free.get()
+            index, begun = self.free.get(), now()
             try:
-                told = self.ask(index, shard)
+                told = {"begun": begun} | told | self.ask(index, shard)
             finally:
                 self.free.put(index)
         return {"shard": [shard], "told": [json.dumps(told)]}
@@ -271,7 +271,7 @@ def watched(actor: Any, index: int, shard: int, pool: PoolOptions, stage: str, s
     return ray.get(call)
 
 
-def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[int, dict], None]) -> None:
+def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[int, str, dict], None]) -> None:
     """Streams the shards that are not committed in every step through the pools, again where who hands them out is lost."""
     from ray.exceptions import ActorDiedError
 
@@ -293,8 +293,8 @@ def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[in
                 ) from None
 
 
-def stream(pools: Pools, steps: list[Step], todo: list[dict], on_shard: Callable[[int, dict], None]) -> None:
-    """One Ray Data pipeline over the shards; those that come out of it are told."""
+def stream(pools: Pools, steps: list[Step], todo: list[dict], on_shard: Callable[[int, str, dict], None]) -> None:
+    """One Ray Data pipeline; tells of each shard that comes out of it, when it went in and the counts of its last step."""
     import ray
 
     context = ray.data.DataContext.get_current()
@@ -320,7 +320,7 @@ def stream(pools: Pools, steps: list[Step], todo: list[dict], on_shard: Callable
         told = json.loads(batch["told"][0])
         if "error" in told:
             raise unpack(told["error"])
-        on_shard(int(batch["shard"][0]), told["stats"])
+        on_shard(int(batch["shard"][0]), told["begun"], told["stats"])
 
 
 def call_all(actors: Actors, spec: Any, verb: str, *arguments: Any) -> list[Any]:

@@ -1,7 +1,7 @@
 """Where the time of a whole iteration of the demo goes, from the events and the ledger that every run writes.
 
 * `iteration_overhead`: the share of an iteration's wall time in which no engine and no training was at work, in %. The start of
-  actors, worker groups and models is apart: it is neither in the share nor in the time that it is a share of.
+  actors, of pipelines and worker groups and of models is apart: it is neither in the share nor in the time that it is a share of.
 
 An iteration lasts from the end of the one before to its own end, the report in between included. Engines work side by side:
 their seconds are divided by their number. The first iteration also starts what later ones keep, so the last one is measured.
@@ -84,6 +84,8 @@ def spent(line: dict[str, Any], events: list[dict[str, Any]], actors: int) -> di
     start, work = (line["start_seconds"] or 0.0) / actors, (line["engine_seconds"] or 0.0) / actors
     if line["train_seconds"] is not None:
         start, work = until_loaded(line, events), line["train_seconds"]
+    elif line["engine_seconds"] is not None:
+        start += until_begun(line, events)
     return {"wall": line["seconds"], "start": start, "work": work}
 
 
@@ -96,6 +98,20 @@ def until_loaded(line: dict[str, Any], events: list[dict[str, Any]]) -> float:
         elif event["event"] == "model_loaded" and begun is not None:
             return (when(event) - begun).total_seconds()
     return 0.0
+
+
+def until_begun(line: dict[str, Any], events: list[dict[str, Any]]) -> float:
+    """Seconds from the start of each pipeline of a stage until a shard was handed to an engine."""
+    found, begun = 0.0, None
+    for event in events:
+        if (event.get("iteration"), event.get("stage")) != (line["iteration"], line["stage"]):
+            continue
+        if event["event"] == "stage_start":
+            begun = when(event)
+        elif event["event"] == "shard" and begun is not None:  # the first that is done was among the first to go in
+            found += (datetime.datetime.fromisoformat(event["begun"]) - begun).total_seconds()
+            begun = None
+    return found
 
 
 def when(event: dict[str, Any]) -> datetime.datetime:

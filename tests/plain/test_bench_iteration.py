@@ -29,6 +29,8 @@ EVENTS = [
     event(0, "driver_start"),
     event(90, "stage_end", "decision", 1),
     event(100, "stage_start", "generations", 2),
+    event(125, "shard", "generations", 2, begun=(BEGIN + datetime.timedelta(seconds=101.5)).isoformat()),
+    event(126, "shard", "generations", 2, begun=(BEGIN + datetime.timedelta(seconds=104)).isoformat()),
     event(130, "stage_end", "generations", 2),
     event(131, "stage_start", "checkpoint", 2),
     event(141, "model_loaded", number=2),
@@ -48,9 +50,9 @@ LINES = [
 
 def test_share_is_of_the_last_iteration_without_its_starts():
     row = iteration.share(EVENTS, LINES, 2, "runs/x")
-    # 100 s of wall, 2 + 10 of them starts; two engines worked 25 s side by side, the training 35.
-    assert row.values == [pytest.approx(100 * (1 - 60 / 88))]
-    assert (row.counts["wall, s"], row.counts["start, s"], row.counts["engines and training, s"]) == (100.0, 12.0, 60.0)
+    # 100 s of wall, 2 + 1.5 + 10 of them starts; two engines worked 25 s side by side, the training 35.
+    assert row.values == [pytest.approx(100 * (1 - 60 / 86.5))]
+    assert (row.counts["wall, s"], row.counts["start, s"], row.counts["engines and training, s"]) == (100.0, 13.5, 60.0)
     assert row.counts["in no stage, s"] == 15.0
     assert row.counts["checkpoint"] == "49.0 s: start 10.0, work 35.0, rest 4.0"
     assert "pairs" not in row.counts

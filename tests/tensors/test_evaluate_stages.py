@@ -81,7 +81,7 @@ def no_ray(monkeypatch):
             for step in steps:
                 stats = pools.open(step.pool)[0].call(step.spec, "commit_shard", shard)
             log["shards"] += 1
-            on_shard(shard, stats)
+            on_shard(shard, "", stats)
 
     monkeypatch.setattr(shards, "run", run)
     monkeypatch.setattr(shards.Pools, "open", open_here)
