@@ -18,7 +18,12 @@ from evolve_ray.shards import PoolOptions, ShardWorker
 from evolve_ray.strategies import STRATEGIES
 
 # The engine runs inside the actor's own process and is stepped by it: that is what makes the schedule reproducible.
-ENGINE_ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+ENGINE_ENV = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TOKENIZERS_PARALLELISM": "false",  # a prompt at a time, between two steps: other threads would only be woken
+}
 GUESSED = {
     "num_guessed_tokens": "vllm:spec_decode_num_draft_tokens",
     "num_accepted_tokens": "vllm:spec_decode_num_accepted_tokens",

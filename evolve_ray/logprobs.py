@@ -11,9 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from evolve_ray.chat import Chat
 from evolve_ray.refine import Template
-from evolve_ray.tree import Forward, Sequence
-
-CHUNK_TOKENS = 512  # logits that exist at a time are of so many tokens
+from evolve_ray.tree import CHUNK_TOKENS, Forward, Sequence
 
 
 def pair_sequences(chat: Chat, template: Template, pair: dict, needs: tuple[str, ...]) -> dict[str, Sequence]:

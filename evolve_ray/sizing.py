@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from evolve_ray.config import Config, Training, trainings
 from evolve_ray.shapes import Shape
+from evolve_ray.tree import CHUNK_TOKENS
 
 GIB = 2.0**30
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -16,7 +17,6 @@ MAX_LIVE, REDUCE_BUCKET, SUB_GROUP = 10**9, 5 * 10**8, 10**9
 RESERVED_GIB = 2.0  # CUDA context, NCCL's buffers, cuBLAS's workspace
 FRAGMENTS = 0.05  # of the GPU: what PyTorch's allocator cannot give back to anybody
 ENGINE_WORKSPACE_GIB = 2.0  # CUDA graphs and activations of vLLM's largest batch
-CHUNK_TOKENS = 512  # the logits of so many tokens exist at a time where a tree is read
 
 
 @dataclass(frozen=True)

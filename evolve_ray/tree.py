@@ -13,6 +13,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+CHUNK_TOKENS = 256  # where a tree is read, the logits of so many tokens exist at a time
 FORWARD_TOKENS = 64  # a forward more costs about what so many tokens of padding cost
 
 
