@@ -77,6 +77,13 @@ def check_together(config: Config, reader: Reader) -> None:
             f"is {config.sampling.max_tokens}; strategy {config.strategy.name!r} has up to {texts} responses in one context, "
             f"and {texts} times that must be below model.context_tokens ({config.model.context_tokens})",
         )
+    sampled = [name for name in ("sampling", "evaluation") if getattr(config, name).temperature > 0]
+    if "speculative_config" in config.engine.args and not config.engine.gpus_per_actor and sampled:
+        reader.fail(
+            "engine.args.speculative_config",
+            "gives other answers than the model's on a CPU, where vLLM takes guesses wrongly at a temperature above 0; leave it "
+            f"out, or set {' and '.join(f'{name}.temperature' for name in sampled)} to 0",
+        )
     for table, env in (("engine.env", config.engine.env), ("trainer.env", config.trainer.env)):
         for name in env:
             if SECRET.search(name):

@@ -11,6 +11,7 @@ from evolve_ray import config as options
 from evolve_ray.errors import UserError
 from evolve_ray.strict import find_line
 
+GUESSING = 'engine.args.speculative_config={method = "ngram", num_speculative_tokens = 4}'
 RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.toml"))
 SECTIONS = [kind for kind in vars(options).values() if dataclasses.is_dataclass(kind) and kind.__module__ == options.__name__]
 
@@ -231,12 +232,19 @@ def test_unicode_line_separator_in_a_comment_does_not_shift_lines():
         (["controller.split=y", "evaluation.splits.x=x.jsonl"], "controller.split"),
         (["controller.max_kl=1", "probe.prompts=0"], "controller.max_kl"),
         (["model.context_tokens=150", "sampling.max_tokens=50", "strategy.name=critique"], "sampling.max_tokens"),
+        ([GUESSING], "engine.args.speculative_config"),
+        ([GUESSING, "sampling.temperature=0"], "engine.args.speculative_config"),
         (["engine.env.HF_TOKEN=x"], "engine.env.HF_TOKEN"),
         (["trainer.env.my_api_key=x"], "trainer.env.my_api_key"),
     ],
 )
 def test_options_that_do_not_fit_together_are_refused_by_name(recipe, overrides, option):
     assert f": {option}: " in refusal(recipe(), *overrides)
+
+
+def test_speculation_is_allowed_where_nothing_is_sampled_and_on_a_gpu(recipe):
+    for allowed in (["sampling.temperature=0", "evaluation.temperature=0"], ["engine.gpus_per_actor=1"]):
+        assert options.load(recipe(), [GUESSING, *allowed]).engine.args["speculative_config"]["method"] == "ngram"
 
 
 def test_environment_that_is_no_secret_is_allowed(recipe):
