@@ -35,7 +35,7 @@ def iterate(context: Context) -> dict[str, Any]:
         context.trackers.evaluated(models[-1])
         card.write(context.run, resolved(config), models)
     context.collect_rejected(0)
-    context.initial, reward_models = policy, context.reward_models
+    context.initial, reward_models, aside = policy, context.reward_models, report.Aside()
     for iteration in range(1, config.iterations + 1):
         prompts = context.prompts[iteration]
         asked = Asked(iteration, "generations", policy, prompts, config.strategy, config.sampling, iteration, reward_models)
@@ -57,9 +57,10 @@ def iterate(context: Context) -> dict[str, Any]:
         context.collect_rejected(iteration)
         context.trackers.evaluated(evaluated)
         card.write(context.run, resolved(config), models)
-        report.write(context.run, resolved(config), models)
+        report.write(context.run, resolved(config), models, aside)
         if evaluated["decision"]["action"] != "continue":
             break
+    aside.wait()
     return report.write(context.run, resolved(config), models)
 
 

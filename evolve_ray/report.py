@@ -1,6 +1,8 @@
 """report.json, report.html and the table on the terminal: what a run did and whether refinement got better."""
 
 import json
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +38,29 @@ def stage_rows(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def write(run: Run, config: dict, models: list[dict[str, Any]]) -> dict[str, Any]:
+class Aside:
+    """Draws a page while the run goes on, one after the other. What goes wrong comes up at the next one or in `wait`."""
+
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(1)
+        self.drawing: Future[None] | None = None
+
+    def __call__(self, draw: Callable[[], None]) -> None:
+        self.wait()
+        self.drawing = self.thread.submit(draw)
+
+    def wait(self) -> None:
+        if self.drawing:
+            self.drawing.result()
+
+
+def write(
+    run: Run, config: dict, models: list[dict[str, Any]], later: Callable[[Callable[[], None]], None] = lambda draw: draw()
+) -> dict[str, Any]:
     """Writes report.json and report.html; `models` lists every evaluated model in order, with its summary.
 
-    `checkpoint` is the policy that the run has come to: of the last model that was not rolled back.
+    `checkpoint` is the policy that the run has come to: of the last model that was not rolled back. `later` is given what draws
+    the page and writes both, a second's work.
     """
     report = {
         "name": config["name"],
@@ -54,8 +75,13 @@ def write(run: Run, config: dict, models: list[dict[str, Any]]) -> dict[str, Any
     data = json.dumps(report, indent=1, ensure_ascii=False).encode()
     written = run.root / "report.json"
     if not (written.exists() and written.read_bytes() == data and (run.root / "report.html").exists()):
-        write_page(run, report)  # first: a report.json that is there has its page beside it
-        write_atomic(written, data)
+        now = json.loads(data)  # as it is: what it is made of goes on changing
+
+        def draw() -> None:
+            write_page(run, now)  # first: a report.json that is there has its page beside it
+            write_atomic(written, data)
+
+        later(draw)
     return report
 
 

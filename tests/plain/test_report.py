@@ -122,6 +122,32 @@ def test_report_is_written_as_json_and_as_a_page(run):
     assert "caf\u00e9" in (run.root / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_page_that_is_drawn_later_is_that_of_the_moment_it_was_asked_for(run):
+    asked, models = [], [model("base", 0.5)]
+    report.write(run, CONFIG, models, asked.append)
+    assert not (run.root / "report.json").exists()
+    models.append(model("iteration 1", 0.6))
+    (draw,) = asked
+    draw()
+    assert [found["name"] for found in json.loads((run.root / "report.json").read_bytes())["models"]] == ["base"]
+    assert "iteration 1" not in (run.root / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_page_that_cannot_be_drawn_aside_is_an_error_of_the_next_one_or_of_the_end(run):
+    aside, done = report.Aside(), []
+    aside.wait()
+
+    def fail():
+        raise OSError("the disk is full")
+
+    aside(fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        aside(lambda: done.append(1))
+    assert done == []
+    with pytest.raises(OSError, match="the disk is full"):
+        aside.wait()
+
+
 def test_the_checkpoint_is_that_of_the_last_model_that_was_not_rolled_back(run):
     models = [model("base", 0.5), {**model("iteration 1", 0.6), "rolled_back": False}]
     assert report.write(run, CONFIG, models)["checkpoint"] == "/run/iteration 1"
