@@ -116,7 +116,7 @@ def test_driver_whose_head_is_lost_ends_within_a_minute_naming_it_and_is_resumed
 
 
 def test_autoscaled_cluster_grows_for_a_run_and_shrinks_to_its_head(small, tmp_path, monkeypatch):
-    """Ray's autoscaler with its provider of local nodes: a node that is idle for a second goes, also between two phases."""
+    """Ray's autoscaler with its provider of local nodes: one that is idle for a second, and that no request holds, goes."""
     run = fork(small, "autoscaled")
     worker = {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 2}
     head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
