@@ -117,6 +117,12 @@ def after_step(run: Path, step: int) -> Moment:
     return lambda _: list((run / "iteration-01").glob(f".checkpoint-*/steps/step-{step:06d}/{MANIFEST}"))
 
 
+def last_stored(run: Path) -> int:
+    """The last step of iteration 1's training that is committed, 0 for none."""
+    found = (run / "iteration-01").glob(f".checkpoint-*/steps/step-*/{MANIFEST}")
+    return max((int(path.parent.name[5:]) for path in found), default=0)
+
+
 @dataclass
 class Hit:
     """What a fault did."""
@@ -190,9 +196,16 @@ def at_work(run: Path, pattern: str) -> dict[Path, int]:
 
 
 def strike_shard(
-    command: Command, role: str, pattern: str, *, shard: Path | None = None, deaths: int = 0, timeout: float = 400
+    command: Command,
+    role: str,
+    pattern: str,
+    *,
+    number: signal.Signals = signal.SIGKILL,
+    shard: Path | None = None,
+    deaths: int = 0,
+    timeout: float = 400,
 ) -> Path:
-    """SIGKILL to a process of the role while its pool's worker is inside of a shard that counts so many deaths.
+    """Signals a process of the role while its pool's worker is inside of a shard that counts so many deaths.
 
     The worker is stopped, then looked at: so the shard is not committed when it dies. Gives back the shard's attempts file.
     """
@@ -209,14 +222,14 @@ def strike_shard(
             continue
         with contextlib.suppress(psutil.NoSuchProcess):
             target.suspend()
-            try:
-                if at_work(command.run, pattern).get(wanted[0]) == deaths:
-                    hit = target if host == role else find(command.process.pid, role, 20)
-                    hit.kill()
-                    return wanted[0]
-            finally:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    target.resume()
+            inside = at_work(command.run, pattern).get(wanted[0]) == deaths
+            if inside:
+                hit = target if host == role else find(command.process.pid, role, 20)
+                hit.send_signal(number)
+            if not inside or host != role:
+                target.resume()
+            if inside:
+                return wanted[0]
     raise AssertionError(f"no {role} was at work in {pattern} with {deaths} deaths")
 
 

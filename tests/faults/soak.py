@@ -3,12 +3,12 @@
 Makes an undisturbed twin first (or takes the one in --out), then starts the same command again and again. A run that is over
 must have ended as its twin did: nothing committed was computed again, and a kill of the training cost one checkpoint interval
 at most. Then a new run begins, until all kills are done. Exit code 0 if all did; every kill is printed with its moment.
+Where the kill of another process leaves the driver alive, the driver is killed some seconds later: that is a kill like any other.
 """
 
 import argparse
 import datetime
 import json
-import os
 import random
 import signal
 import sys
@@ -21,19 +21,20 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.faults.harness import all_of, arguments, family, finish, last_line
-from tests.faults.twin import assert_equals_twin, assert_kept, committed_files
-from tests.real.conftest import Command, assert_gone, fork, start
+from tests.faults.harness import all_of, arguments, ended, family, finish, last_line, last_stored
+from tests.faults.twin import Kept, assert_equals_twin, assert_kept, committed_files
+from tests.real.conftest import Command, fork, start
 
 LONGEST_S = 60.0  # until a kill: every stage is reached, for what is committed stays
+ORPHANS_S = 90.0  # Ray's own agents notice the end of their driver within a minute
 TARGETS = ("driver", "engine", "scorer", "train worker", "raylet")
 INTERVAL = 2  # trainer.checkpoint_steps of the small run
 
 
-def targets(command: Command) -> dict[str, psutil.Process]:
-    """One process of each role that is there now."""
+def targets(command: Command) -> dict[str, list[psutil.Process]]:
+    """The processes of each role that are there now."""
     found = {role: all_of(command.process.pid, role) for role in TARGETS}
-    return {role: processes[0] for role, processes in found.items() if processes}
+    return {role: processes for role, processes in found.items() if processes}
 
 
 def events_of(run: Path) -> list[dict]:
@@ -41,9 +42,16 @@ def events_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")] if path.exists() else []
 
 
-def stage_of(run: Path) -> str:
-    """The stage that the last events tell of."""
-    return next((event["stage"] for event in reversed(events_of(run)) if event["event"] == "stage_start"), "start")
+def told_by(command: Command) -> list[dict]:
+    """The events since this driver told of its start."""
+    events = events_of(command.run)
+    own = (at for at, event in enumerate(events) if (event["event"], event.get("pid")) == ("driver_start", command.process.pid))
+    return events[next(own, len(events)) :]
+
+
+def stage_of(command: Command) -> str:
+    """The stage that this driver told of last."""
+    return next((event["stage"] for event in reversed(told_by(command)) if event["event"] == "stage_start"), "start")
 
 
 def work_of(run: Path) -> tuple[Counter[tuple[str, int]], Counter[int]]:
@@ -53,15 +61,56 @@ def work_of(run: Path) -> tuple[Counter[tuple[str, int]], Counter[int]]:
     return Counter((event["stage"], event["shard"]) for event in told if event["event"] == "shard"), steps
 
 
-def assert_little_again(run: Path, twin: Path, hits: Counter[str]) -> str:
-    """A shard is told of when it is committed, so no more often than the twin's; steps may come again up to the last stored."""
-    (shards, steps), (twin_shards, twin_steps) = work_of(run), work_of(twin)
-    again = shards - twin_shards
-    assert not again, f"committed shards were computed again: {again}"
-    kills = sum(number for hit, number in hits.items() if hit.endswith(" in checkpoint"))
-    repeated = (steps - twin_steps).total()
-    assert repeated <= INTERVAL * kills, f"{repeated} training steps were computed again in {kills} kills of the training"
-    return f"{shards.total()} shards (twin: {twin_shards.total()}), {repeated} steps again in {kills} kills of the training"
+class Victim:
+    """A run that is killed again and again, and what must hold of it."""
+
+    def __init__(self, run: Path):
+        self.run = run
+        self.kept: Kept = {}
+        self.kills_of_training = 0
+        self.stored: list[tuple[int, int]] = []  # at each kill: how many events were told, the last stored training step
+
+    def kill(self, command: Command, role: str, process: psutil.Process) -> str:
+        """SIGKILL; gives back what was hit, "" if the process was over before."""
+        self.kept |= committed_files(self.run)
+        try:
+            process.suspend()  # so that it cannot end between the look and the kill
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return ""
+            stage = stage_of(command)
+            self.stored.append((len(events_of(self.run)), last_stored(self.run)))
+            process.kill()
+        except psutil.NoSuchProcess:
+            return ""
+        self.kills_of_training += stage == "checkpoint"
+        if role == "driver":
+            assert command.process.wait(60) == -signal.SIGKILL
+        return f"{role} in {stage}"
+
+    def settle(self, twin: Path) -> str:
+        """Once it is over: it is its twin, no file was written again, and little was computed again."""
+        assert_equals_twin(self.run, twin)
+        if self.kept:
+            assert_kept(self.kept)
+        self.assert_resumed()
+        return self.assert_little_again(twin)
+
+    def assert_resumed(self) -> None:
+        """A training that begins after a kill goes on from the step that was stored then."""
+        for number, stored in self.stored:
+            later = (event for event in events_of(self.run)[number:] if event.get("iteration") == 1)
+            any(event["event"] == "model_loaded" for event in later)  # up to there an older training may tell
+            first = next((event["steps"][0]["step"] for event in later if event["event"] == "training"), stored)
+            assert first >= stored, f"a training began at step {first}, though step {stored} was stored"
+
+    def assert_little_again(self, twin: Path) -> str:
+        """No shard is committed, which is when it is told of, more often than by the twin; few steps come again."""
+        (shards, steps), (twin_shards, twin_steps) = work_of(self.run), work_of(twin)
+        again = shards - twin_shards
+        assert not again, f"committed shards were computed again: {again}"
+        repeated, kills = (steps - twin_steps).total(), self.kills_of_training
+        assert repeated <= INTERVAL * kills, f"{repeated} training steps were computed again in {kills} kills of the training"
+        return f"{shards.total()} shards (twin: {twin_shards.total()}), {repeated} steps again in {kills} kills of the training"
 
 
 def assert_ended_with_a_sentence(command: Command) -> None:
@@ -69,65 +118,83 @@ def assert_ended_with_a_sentence(command: Command) -> None:
 
     Where its raylet dies while it joins Ray, Ray itself ends it, without a word.
     """
-    told = [event["event"] for event in events_of(command.run)]
-    joined = "ray_joined" in told[max(at for at, kind in enumerate(told) if kind == "driver_start") :]
+    joined = any(event["event"] == "ray_joined" for event in told_by(command))
     if command.process.returncode and joined:
         said = last_line(command)
         assert said.startswith("error: "), f"exit code {command.process.returncode}, last line: {said}"
 
 
+def over(command: Command, seconds: float) -> bool:
+    """Whether the command ends within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and command.process.poll() is None:
+        time.sleep(0.05)
+    return command.process.poll() is not None
+
+
+class Orphans:
+    """What killed commands had started: all of it is gone some time after its driver."""
+
+    def __init__(self) -> None:
+        self.left: list[tuple[float, list[psutil.Process]]] = []
+
+    def add(self, members: list[psutil.Process]) -> None:
+        """Of a driver that has just ended."""
+        self.left.append((time.monotonic() + ORPHANS_S, members))
+
+    def check(self, *, wait: bool = False) -> None:
+        """Those whose time is over; with `wait`, all."""
+        while self.left and (wait or self.left[0][0] < time.monotonic()):
+            deadline, members = self.left.pop(0)
+            _, alive = psutil.wait_procs(members, timeout=max(1.0, deadline - time.monotonic()))
+            assert not alive, f"orphans: {alive}"
+
+
 def soak(out: Path, kills: int, seed: int) -> None:
-    chance, done = random.Random(seed), 0
+    chance, hits, orphans = random.Random(seed), Counter[str](), Orphans()
     twin = out / "twin"
     if not (twin / "report.json").exists():
         finish(twin)
     reference = Command(twin, None, out / "twin.log")  # type: ignore[arg-type]
     longest = min(run_seconds(twin), LONGEST_S)
-    members: dict[int, psutil.Process] = {}  # all that the killed commands had started
-    run, hits, every = fork(reference, f"soak-{seed}-{time.time_ns()}"), Counter[str](), Counter[str]()
-    started = time.monotonic()
-    while done < kills:
-        command = start(run, *arguments())
-        moment = chance.uniform(2.0, longest)
-        deadline = time.monotonic() + moment
-        while time.monotonic() < deadline and command.process.poll() is None:
-            time.sleep(0.1)
-        if command.process.poll() is not None:
-            assert command.process.returncode == 0, command.log.read_text()[-3000:]
-            assert_equals_twin(run, twin)
-            print(
-                f"the run was over before kill {done + 1}: {assert_little_again(run, twin, hits)}; a new one begins", flush=True
-            )
-            run, hits = fork(reference, f"soak-{seed}-{time.time_ns()}"), Counter[str]()
-            continue
-        there = targets(command)
-        role = chance.choice(sorted(there))
-        before = committed_files(run)
-        members |= {process.pid: process for process in family(command.process.pid)}
-        stage = stage_of(run)
-        os.kill(there[role].pid, signal.SIGKILL)
-        done += 1
-        hits[f"{role} in {stage}"] += 1
-        every[f"{role} in {stage}"] += 1
-        print(f"kill {done} of {kills}: {role} in {stage} after {moment:.1f} s", flush=True)
-        if role != "driver":
-            # The run goes on by itself, or ends with a sentence; either way the next command continues.
-            time.sleep(chance.uniform(5.0, 15.0))
-            if command.process.poll() is None:
-                members |= {process.pid: process for process in family(command.process.pid)}
-                hits[f"driver in {stage_of(run)}"] += 1
-                os.kill(command.process.pid, signal.SIGKILL)
-            else:
-                assert_ended_with_a_sentence(command)
-        command.process.wait(60)
-        if before:
-            assert_kept(before)
-    finish(run)
-    assert_gone(list(members.values()))
-    assert_equals_twin(run, twin)
-    told = assert_little_again(run, twin, hits)
+
+    def begin() -> Victim:
+        return Victim(fork(reference, f"soak-{seed}-{time.time_ns()}"))
+
+    def kill(command: Command, role: str, process: psutil.Process) -> None:
+        if hit := victim.kill(command, role, process):
+            hits[hit] += 1
+            print(f"kill {hits.total()} of {kills}: {hit} {time.monotonic() - begun:.1f} s after its start", flush=True)
+
+    victim, started = begin(), time.monotonic()
+    while hits.total() < kills:
+        orphans.check()
+        begun = time.monotonic()
+        with ended(start(victim.run, *arguments())) as command:
+            if over(command, chance.uniform(2.0, longest)):
+                assert command.process.returncode == 0, command.log.read_text()[-3000:]
+                print(f"over before kill {hits.total() + 1}: {victim.settle(twin)}; a new run begins", flush=True)
+                victim = begin()
+                continue
+            there = targets(command)
+            role = chance.choice(sorted(there))
+            members = set(family(command.process.pid))
+            kill(command, role, chance.choice(there[role]))
+            if role != "driver":
+                # The run goes on by itself, or ends with a sentence; either way the next command continues.
+                last = hits.total() == kills
+                if over(command, 1200 if last else chance.uniform(5.0, 15.0)):
+                    assert_ended_with_a_sentence(command)
+                else:
+                    assert not last, "the run did not go on after the kill"
+                    members |= set(family(command.process.pid))
+                    kill(command, "driver", psutil.Process(command.process.pid))
+            orphans.add(list(members))
+    finish(victim.run)
+    told = victim.settle(twin)
+    orphans.check(wait=True)
     print(f"{kills} kills, seed {seed}: equal to the twin; {time.monotonic() - started:.0f} s; {told}")
-    print("; ".join(f"{number} {hit}" for hit, number in every.most_common()))
+    print("; ".join(f"{number} {hit}" for hit, number in hits.most_common()))
 
 
 def run_seconds(run: Path) -> float:

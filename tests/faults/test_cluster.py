@@ -116,12 +116,13 @@ def test_driver_whose_head_is_lost_ends_within_a_minute_naming_it_and_is_resumed
 
 
 def test_autoscaled_cluster_grows_for_a_run_and_shrinks_to_its_head(small, tmp_path, monkeypatch):
-    """Ray's autoscaler with its provider of local nodes: a node that is idle for a second goes, also between two phases."""
+    """Ray's autoscaler with its provider of local nodes: one that is idle for a second, and that no request holds, goes."""
     run = fork(small, "autoscaled")
     worker = {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 2}
     head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
     scaling = {name: {} for name in ("auth", "docker", "file_mounts")} | {name: [] for name in COMMANDS}
-    scaling |= {"cluster_name": "fake", "provider": {"type": "fake_multinode"}, "head_node_type": "ray.head.default"}
+    provider = {"type": "fake_multinode", "use_node_id_as_ip": True}  # else all nodes are one to it, and none is ever idle
+    scaling |= {"cluster_name": "fake", "provider": provider, "head_node_type": "ray.head.default"}
     scaling |= {"idle_timeout_minutes": 0.02, "upscaling_speed": 1.0, "max_workers": 2, "file_mounts_sync_continuously": False}
     scaling["available_node_types"] = {"ray.head.default": head, "worker": worker}
     (tmp_path / "scaling.yaml").write_text(yaml.safe_dump(scaling))

@@ -7,7 +7,6 @@ import itertools
 import signal
 import time
 
-import psutil
 import pytest
 
 from evolve_ray import rows
@@ -18,7 +17,6 @@ from tests.faults.harness import (
     all_of,
     arguments,
     assert_hit_inside,
-    at_work,
     await_deaths,
     ended,
     family,
@@ -26,6 +24,7 @@ from tests.faults.harness import (
     finish,
     in_stage,
     last_line,
+    last_stored,
     strike,
     strike_shard,
 )
@@ -138,12 +137,6 @@ def test_train_worker_killed_before_the_first_step_while_it_stores_a_step_and_af
     assert_equals_twin(run, small.run)
 
 
-def last_stored(run):
-    """The last step of iteration 1's training that is committed, 0 for none."""
-    found = (run / "iteration-01").glob(f".checkpoint-*/steps/step-*/{MANIFEST}")
-    return max((int(path.parent.name[5:]) for path in found), default=0)
-
-
 def strike_storing(command):
     """SIGKILL to a train worker while a step is written aside and not committed; which step it was."""
     steps = "iteration-01/.checkpoint-*/steps"
@@ -172,19 +165,18 @@ def test_engine_and_training_that_hang_are_replaced_or_end_the_run_with_exit_cod
     run = fork(small, "hangs")
     patient = ("engine.stall_s=90", "trainer.stall_s=90", "engine.actors=1")
     with ended(start(run, *arguments(*patient, "engine.max_restarts=0"))) as command:
-        first = strike(command, "engine", signal.SIGSTOP, after_shards(1))
-        shard = min(number for number in range(4) if not list((run / "iteration-01").glob(f".generations-*/shard-{number:05d}")))
+        shard = int(strike_shard(command, "engine", ".generations-*", number=signal.SIGSTOP).stem[6:])
+        engine, members = find(command.process.pid, "engine"), family(command.process.pid)
         assert command.process.wait(600) == 7
         assert last_line(command).startswith(f"error: generations: shard {shard}: its actor (engines) made no progress for 90 s")
-    assert_gone([process for process in first.families if process.pid != command.process.pid])
-    assert not psutil.pid_exists(first.pid), "the stopped engine was left behind"
-    kept = committed_files(run)
+    assert not engine.is_running(), "the stopped engine was left behind"
+    assert_gone(members)
 
     with ended(start(run, *arguments(*patient))) as command:
-        command.wait_for(lambda _: at_work(run, ".generations-*"), 600)  # before that it starts, which may take longer
-        second = strike(command, "engine", signal.SIGSTOP, in_stage("generations"))
+        strike_shard(command, "engine", ".generations-*", number=signal.SIGSTOP)
+        engine, kept = find(command.process.pid, "engine"), committed_files(run)
         command.wait_for(in_stage("checkpoint"), 600)
-        assert not psutil.pid_exists(second.pid), "the stopped engine was left behind"
+        assert not engine.is_running(), "the stopped engine was left behind"
         strike(command, "train worker", signal.SIGSTOP, in_stage("checkpoint"))
         members = family(command.process.pid)
         assert command.process.wait(600) == 7

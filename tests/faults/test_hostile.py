@@ -2,9 +2,11 @@
 
 import json
 import random
+import re
 
 from evolve_ray import rows, shards, verify
 from evolve_ray.store import read_manifest
+from tests.faults.harness import last_line
 from tests.faults.hostile import prompts
 from tests.real.conftest import start
 from tests.real.test_foreign import foreign, overrides
@@ -14,21 +16,27 @@ __all__ = ["foreign"]  # a fixture
 NUMBER, SEED = 10_000, 0
 
 
+def asking_of(foreign, path):
+    """The recipe for the prompts in `path`, all but how many an iteration takes: repeated and too long ones are rejected."""
+    return (
+        *overrides(foreign), f"prompts.path={path}", "prompts.max_rejected_fraction=0.2", 'prompts.id_column=""',
+        "strategy.name=chain", "strategy.rounds=2", "template.layout=conversation", "sampling.max_tokens=8",
+        "engine.shard_prompts=250", "training.objective=dpo", "training.batch_pairs=256", "training.micro_pairs=64",
+        "--iterations", "1", "activation=none", "verifier=none", "toy=none",
+    )  # fmt: skip
+
+
 def test_every_hostile_prompt_is_accounted_for(foreign, place):
     asked, chance = prompts(NUMBER, SEED), random.Random(SEED)
     path = foreign / "hostile.jsonl"
     with open(path, "w", encoding="utf-8", newline="") as file:
         for number, text in enumerate(asked):
             file.write(json.dumps({"qid": f"h{number}", "question": text}, ensure_ascii=chance.random() < 0.5) + "\n")
-    run = place / "hostile"
-    command = start(
-        run, *overrides(foreign), f"prompts.path={path}", f"prompts.per_iteration={NUMBER}",
-        "prompts.max_rejected_fraction=0.2",
-        'prompts.id_column=""', "strategy.name=chain", "strategy.rounds=2", "template.layout=conversation",
-        "sampling.max_tokens=8",
-        "engine.shard_prompts=250", "training.objective=dpo", "training.batch_pairs=256", "training.micro_pairs=64",
-        "--iterations", "1", "activation=none", "verifier=none", "toy=none",
-    )  # fmt: skip
+    run, hostile = place / "hostile", asking_of(foreign, path)
+    refused = start(place / "hostile-refused", *hostile, f"prompts.per_iteration={NUMBER}")
+    assert refused.wait(300) == 2
+    usable = int(re.search(rf"need {NUMBER}, but (\d+) are usable", last_line(refused))[1])
+    command = start(run, *hostile, f"prompts.per_iteration={usable}")
     assert command.wait(3000) == 0
 
     iteration = run / "iteration-01"
@@ -37,6 +45,7 @@ def test_every_hostile_prompt_is_accounted_for(foreign, place):
     assert sorted([*kept, *lost]) == list(range(1, NUMBER + 1)), "each line once"
     assert {line: row["prompt"] for line, row in kept.items()} == {line: asked[line - 1] for line in kept}
     reasons = {reason.split(" ")[0] for reason in lost.values()}
+    assert len(kept) == usable
     assert len(lost) > 100
     print(f"{len(kept)} prompts, {len(lost)} rejected: {reasons}")
 
