@@ -12,6 +12,7 @@ import queue
 import shutil
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -296,6 +297,7 @@ def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[in
 def stream(pools: Pools, steps: list[Step], todo: list[dict], on_shard: Callable[[int, str, dict], None]) -> None:
     """One Ray Data pipeline; tells of each shard that comes out of it, when it went in and the counts of its last step."""
     import ray
+    from ray.util.annotations import RayDeprecationWarning
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -304,17 +306,19 @@ def stream(pools: Pools, steps: list[Step], todo: list[dict], on_shard: Callable
     dataset.set_name(f"{steps[0].stage.final.parent.name} {' + '.join(step.stage.name for step in steps)}")  # in the dashboard
     for step in steps:
         actors = pools.open(step.pool)
-        dataset = dataset.map_batches(
-            AskPool,
-            fn_constructor_kwargs={"actors": actors, "stage": step.stage.name, "spec": step.spec},
-            batch_size=1,
-            num_cpus=0.01,  # it only waits
-            compute=ray.data.ActorPoolStrategy(
-                size=1, max_concurrent_calls_per_actor=min(len(actors), len(todo)), enable_true_multi_threading=True
-            ),
-            max_restarts=0,  # Ray warns of every actor of Ray Data that it may restart; `run` begins anew instead
-            max_task_retries=0,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RayDeprecationWarning)  # of `max_...`, for which there is no other way yet
+            dataset = dataset.map_batches(
+                AskPool,
+                fn_constructor_kwargs={"actors": actors, "stage": step.stage.name, "spec": step.spec},
+                batch_size=1,
+                num_cpus=0.01,  # it only waits
+                compute=ray.data.ActorPoolStrategy(
+                    size=1, max_concurrent_calls_per_actor=min(len(actors), len(todo)), enable_true_multi_threading=True
+                ),
+                max_restarts=0,  # Ray warns of every actor of Ray Data that it may restart; `run` begins anew instead
+                max_task_retries=0,
+            )
     # Without prefetching: a shard is told at once, not when the one after it is done, which may be never.
     for batch in dataset.iter_batches(batch_size=1, prefetch_batches=0):
         told = json.loads(batch["told"][0])

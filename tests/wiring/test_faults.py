@@ -122,6 +122,7 @@ def test_an_engine_that_is_slow_on_the_first_shard_changes_the_order_of_shards_a
     assert pairs.path("pairs.parquet").read_bytes() == twin[2].path("pairs.parquet").read_bytes()
 
 
+@pytest.mark.long
 def test_what_hands_out_shards_is_replaced_when_it_dies_and_changes_no_byte(twin, folder, tmp_path):
     """It waits for the engine in a process of Ray Data; the engine goes on meanwhile."""
     context = make_context(folder, tmp_path / "run", "engine.name=tests.fakes:SlowEngine")
