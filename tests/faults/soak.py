@@ -72,7 +72,7 @@ class Victim:
 
     def kill(self, command: Command, role: str, process: psutil.Process) -> str:
         """SIGKILL; gives back what was hit, "" if the process was over before."""
-        self.kept |= committed_files(self.run)
+        self.kept = committed_files(self.run) | self.kept  # what was seen first counts
         try:
             process.suspend()  # so that it cannot end between the look and the kill
             if process.status() == psutil.STATUS_ZOMBIE:
