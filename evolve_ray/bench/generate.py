@@ -45,7 +45,7 @@ CHECKED = ("num_tokens", "num_prompt_tokens")  # are the same on all sides
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=int, default=4, help="timed turns of each side")
+    parser.add_argument("--repeats", type=int, default=6, help="timed turns of each side")
     parser.add_argument("--seats", type=int, default=64, help="requests that the engine works on at a time")
     parser.add_argument("--prompts", type=int, default=160, help="chains; 2.5 for each seat")
     parser.add_argument("--rounds", type=int, default=4, help="drafts of a chain")

@@ -45,6 +45,7 @@ def caught(monkeypatch):
     module(monkeypatch, "ray.train", **{name: catch(name) for name in names})
     module(monkeypatch, "ray.train.torch", TorchConfig=catch("TorchConfig"), TorchTrainer=catch("TorchTrainer"))
     module(monkeypatch, "vllm", LLM=catch("LLM"), SamplingParams=catch("SamplingParams"))
+    module(monkeypatch, "vllm.sampling_params", RequestOutputKind=types.SimpleNamespace(FINAL_ONLY="final"))
     return found
 
 
