@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from evolve_ray import card, rows
+from evolve_ray import builds, card, rows
 from evolve_ray.errors import NumericsError, UserError
 from evolve_ray.schedule import batches, learning_rate
 from evolve_ray.store import CARD, commit, read_manifest
@@ -56,6 +56,7 @@ class Rank:
             dist_backend="nccl" if spec.trainer.use_gpu else "gloo", auto_mpi_discovery=False, verbose=False
         )
 
+    @builds.refusals_named()
     def load(self, folder: str, *, frozen: bool = False) -> None:
         """The model in `folder` as this rank's engine, in place of the one before; `frozen` has no optimiser."""
         import gc
