@@ -9,6 +9,7 @@
 import argparse
 import json
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -37,6 +38,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--instruction", type=int, default=32, help="tokens of the refinement instruction")
     parser.add_argument("--answer", type=int, default=256, help="tokens of an answer; for dpo the most, the least is a quarter")
+    parser.add_argument(
+        "--model", metavar="FOLDER_OR_NAME", help="has the shape that is initialised at random, in place of these"
+    )
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, default=2048)
@@ -126,27 +130,32 @@ def counted(used: int, read: int, forwards: int) -> dict[str, Any]:
     return {"tokens forwarded": read, "padding share": round(1 - used / read, 3), "forwards": forwards}
 
 
-def random_llama(given: argparse.Namespace, vocabulary: int, layers: int) -> Any:
+def random_model(given: argparse.Namespace, vocabulary: int, layers: int) -> Any:
+    """A Llama, or what `--model` has the shape of, with random weights."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
     heads = max(1, given.hidden // 64)
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=given.hidden, intermediate_size=given.hidden * 11 // 4, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=8192,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).to(getattr(torch, given.dtype)).to(given.device).train()
+    if given.model:
+        config = AutoConfig.from_pretrained(given.model, trust_remote_code=False)
+    else:
+        config = LlamaConfig(
+            vocab_size=vocabulary, hidden_size=given.hidden, intermediate_size=given.hidden * 11 // 4, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=8192,
+        )  # fmt: skip
+    with torch.device(given.device):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, given.dtype)).train()
 
 
 def evolve(given: argparse.Namespace) -> Row:
     """Six sequences a pair, as the `conversation` layout has them, of random tokens."""
-    model = random_llama(given, given.vocabulary, given.layers)
+    model = random_model(given, given.vocabulary, given.layers)
     policy = Policy(given, options_of.Training(objective="evolve"), model, SIX)
     draw = random.Random(0)
 
     def tokens(length: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(given.vocabulary) for _ in range(length))
+        return tuple(draw.randrange(model.config.vocab_size) for _ in range(length))
 
     def group() -> list[Sequence]:
         x, z, w, l = tokens(given.prompt), tokens(given.instruction), tokens(given.answer), tokens(given.answer)  # noqa: E741
@@ -154,11 +163,17 @@ def evolve(given: argparse.Namespace) -> Row:
 
     groups = [group() for _ in range(given.pairs)]
     sides = {"tree": lambda: policy.by_trees(groups), "separate": lambda: policy.by_rows(groups)}
-    return in_turns("evolve_tree_vs_separate", given, sides, given.pairs, {"parameters": model.num_parameters()})
+    read = model.num_parameters() - model.get_input_embeddings().weight.numel()  # weights that every token is multiplied with
+    return in_turns("evolve_tree_vs_separate", given, sides, given.pairs, {"parameters": model.num_parameters()}, read)
 
 
-def in_turns(name: str, given: argparse.Namespace, sides: dict[str, Callable], pairs: int, counts: dict[str, Any]) -> Row:
-    """Seconds of the second side over those of the first, step by step, after one step of each that is not timed."""
+def in_turns(
+    name: str, given: argparse.Namespace, sides: dict[str, Callable], pairs: int, counts: dict[str, Any], read: int
+) -> Row:  # fmt: skip
+    """Seconds of the second side over those of the first, step by step, after one step of each that is not timed.
+
+    Model FLOPs, for the utilisation of a device of known speed: 6 a weight and token that is no padding; attention is left out.
+    """
     work = {side: step() for side, step in sides.items()}
     spent: dict[str, list[Spent]] = {side: [] for side in sides}
     for _ in range(given.repeats):
@@ -166,7 +181,12 @@ def in_turns(name: str, given: argparse.Namespace, sides: dict[str, Callable], p
             with Watch(given) as watch:
                 step()
             spent[side].append(watch.spent)
-    return ratio(name, spent, pairs, counts | work)
+    used = {side: done["tokens forwarded"] * (1 - done["padding share"]) for side, done in work.items()}
+    speed = {
+        f"{side}, model TFLOP/s": round(6e-12 * read * used[side] / statistics.median(wall for wall, _ in times), 4)
+        for side, times in spent.items()
+    }
+    return ratio(name, spent, pairs, counts | work | speed)
 
 
 def ratio(name: str, spent: dict[str, list[Spent]], pairs: int, counts: dict[str, Any]) -> Row:
@@ -240,7 +260,7 @@ def full_logits(given: argparse.Namespace) -> Row:
     policy = Policy(
         given,
         options_of.Training(objective="dpo"),
-        random_llama(given, given.memory_vocabulary, given.memory_layers),
+        random_model(given, given.memory_vocabulary, given.memory_layers),
         ("chosen", "rejected"),
     )
     groups = [group for _, group in preferences(given, given.dpo_pairs)]
@@ -278,7 +298,7 @@ def against_trl(given: argparse.Namespace, vocabulary: int, layers: int, *, memo
     from evolve_ray.bench.trl_loop import steps_of_trl
 
     pairs = preferences(given, given.dpo_pairs * (given.repeats + 1))
-    policy = Policy(given, options_of.Training(objective="dpo"), random_llama(given, vocabulary, layers), ("chosen", "rejected"))
+    policy = Policy(given, options_of.Training(objective="dpo"), random_model(given, vocabulary, layers), ("chosen", "rejected"))
     spent: dict[str, list[Spent]] = {"ours": [], "TRL": []}
     peaks: dict[str, list[int]] = {"ours": [], "TRL": []}
     work: list[dict[str, Any]] = []
@@ -294,7 +314,7 @@ def against_trl(given: argparse.Namespace, vocabulary: int, layers: int, *, memo
             peaks["TRL"].append(peak)
 
     watches = (Watch, Peak if memory else NoPeak)
-    steps_of_trl(given, random_llama(given, vocabulary, layers), [row for row, _ in pairs], ours, watches)
+    steps_of_trl(given, random_model(given, vocabulary, layers), [row for row, _ in pairs], ours, watches)
     counts = {"parameters": policy.model.num_parameters(), "ours": work[-1], "TRL": padded(given, [g for _, g in pairs])}
     if not memory:
         return ratio("dpo_vs_trl", spent, given.dpo_pairs, counts)

@@ -93,6 +93,7 @@ ALLOWED_DANGER = {
         "chat.py",
         "self.tokenizer: Any = tokenizer_class(Path(folder)).from_pretrained(str(folder), trust_remote_code=False)",
     ): "off",
+    ("train.py", "config = AutoConfig.from_pretrained(given.model, trust_remote_code=False)"): "off",
     ("scorers.py", "folder, dtype=getattr(torch, options.dtype), trust_remote_code=False"): "off",
     (
         "rank.py",
