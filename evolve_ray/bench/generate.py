@@ -30,9 +30,9 @@ from evolve_ray.rows import derive_seed
 
 CPU_ARGUMENTS = {
     "enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.05,
-    "kv_cache_memory_bytes": 1 << 29, "block_size": 32,
+    "kv_cache_memory_bytes": 1 << 30, "block_size": 32,
 }  # fmt: skip
-CPU_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+CPU_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 CONTEXT_TOKENS = 1024
 ORDERS = (
@@ -45,7 +45,7 @@ CHECKED = ("num_tokens", "num_prompt_tokens")  # are the same on all sides
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=int, default=6, help="timed turns of each side")
+    parser.add_argument("--repeats", type=int, default=3, help="timed turns of each side")
     parser.add_argument("--seats", type=int, default=64, help="requests that the engine works on at a time")
     parser.add_argument("--prompts", type=int, default=160, help="chains; 2.5 for each seat")
     parser.add_argument("--rounds", type=int, default=4, help="drafts of a chain")
@@ -53,8 +53,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new", type=int, nargs=2, default=[8, 96], metavar=("LEAST", "MOST"), help="tokens of a draft")
     parser.add_argument("--copies", type=float, default=0.6, help="share of the refinements that are as long as their draft")
     parser.add_argument("--layout", choices=("conversation", "one_message"), default="conversation")
-    parser.add_argument("--hidden", type=int, default=192)
-    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--engine-args",
