@@ -86,7 +86,7 @@ def test_run_that_loses_one_of_its_two_nodes_ends_on_the_other(cluster, small):
     # An engine on each node; both fit on the one that is left.
     sizes = ("engine.actors=2", "engine.cpus_per_actor=0.8", "scorer.cpus_per_actor=0.1", "engine.release_for_training=true")
     job = cluster.submit(run, *sizes)
-    await_(lambda: len(list(run.glob(f"iteration-01/.generations-*/{FOLDER}/actor-*"))) == 2, 300, "no engine began")
+    await_(lambda: len(list(run.glob(f"iteration-01/.generations-*/{FOLDER}/actor-[01]"))) == 2, 300, "not both engines began")
     time.sleep(5)
     assert in_stage("generations")(events())
     assert any(ENGINE_MARK in process.environ() for process in cluster.family("other")), "no engine was at work there"
