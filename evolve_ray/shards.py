@@ -274,7 +274,7 @@ def watched(actor: Any, index: int, shard: int, pool: PoolOptions, stage: str, s
 
 def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[int, str, dict], None]) -> None:
     """Streams the shards that are not committed in every step through the pools, again where who hands them out is lost."""
-    from ray.exceptions import ActorDiedError
+    from ray.exceptions import RayActorError
 
     for lost in itertools.count(1):
         todo = [
@@ -286,7 +286,7 @@ def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[in
             return
         try:
             return stream(pools, steps, todo, on_shard)
-        except ActorDiedError as error:
+        except RayActorError as error:  # died, or out of reach with its node
             if lost > MAX_LOST:
                 raise ResourceError(
                     f"{steps[0].stage.name}: what hands out shards died {lost} times; see the Ray dashboard (often memory), then "
