@@ -17,11 +17,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from evolve_ray import rows
 from evolve_ray.store import MANIFEST
 from tests.real.conftest import SMALL, Command, start
 
 Moment = Callable[[list[dict]], object]
 POOLS = {"engine": "engines", "scorer": "scorers"}
+DRAFTED = ("prompts", "generations", "scores", "pairs")  # the stages before a training
 
 
 def title(process: psutil.Process) -> str:
@@ -121,6 +123,19 @@ def last_stored(run: Path) -> int:
     """The last step of iteration 1's training that is committed, 0 for none."""
     found = (run / "iteration-01").glob(f".checkpoint-*/steps/step-*/{MANIFEST}")
     return max((int(path.parent.name[5:]) for path in found), default=0)
+
+
+def first_steps_of_trainings(run: Path) -> list[int]:
+    """The first step that each attempt at iteration 1's training tells of; attempts begin with a loaded model."""
+    found: list[int] = []
+    fresh = True
+    for event in rows.read_jsonl(run / "events.jsonl"):
+        if event.get("iteration") == 1 and event["event"] == "model_loaded":
+            fresh = True
+        elif event.get("iteration") == 1 and event["event"] == "training" and fresh:
+            found.append(event["steps"][0]["step"])
+            fresh = False
+    return found
 
 
 @dataclass

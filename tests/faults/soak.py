@@ -21,20 +21,29 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.faults.harness import all_of, arguments, ended, family, finish, last_line, last_stored
+from tests.faults.harness import all_of, arguments, ended, family, finish, last_line, last_stored, title
 from tests.faults.twin import Kept, assert_equals_twin, assert_kept, committed_files
 from tests.real.conftest import Command, fork, start
 
 LONGEST_S = 60.0  # until a kill: every stage is reached, for what is committed stays
 ORPHANS_S = 90.0  # Ray's own agents notice the end of their driver within a minute
-TARGETS = ("driver", "engine", "scorer", "train worker", "raylet")
+TARGETS = ("driver", "engine", "scorer", "train worker", "raylet")  # and every other process of the run, as one role
 INTERVAL = 2  # trainer.checkpoint_steps of the small run
 
 
 def targets(command: Command) -> dict[str, list[psutil.Process]]:
     """The processes of each role that are there now."""
     found = {role: all_of(command.process.pid, role) for role in TARGETS}
+    known = {process for processes in found.values() for process in processes}
+    found["other"] = [process for process in family(command.process.pid) if process not in known]
     return {role: processes for role, processes in found.items() if processes}
+
+
+def name_of(process: psutil.Process) -> str:
+    """In a word: what a process of Ray calls itself, or the script or program that it runs."""
+    words = title(process).split()
+    own = (word for word in words if word.startswith("ray::") or word.endswith(".py"))
+    return "/".join(next(own, words[0] if words else "?").split("/")[-2:])
 
 
 def events_of(run: Path) -> list[dict]:
@@ -77,7 +86,7 @@ class Victim:
             process.suspend()  # so that it cannot end between the look and the kill
             if process.status() == psutil.STATUS_ZOMBIE:
                 return ""
-            stage = stage_of(command)
+            stage, name = stage_of(command), f"{role} ({name_of(process)})" if role == "other" else role
             self.stored.append((len(events_of(self.run)), last_stored(self.run)))
             process.kill()
         except psutil.NoSuchProcess:
@@ -85,7 +94,7 @@ class Victim:
         self.kills_of_training += stage == "checkpoint"
         if role == "driver":
             assert command.process.wait(60) == -signal.SIGKILL
-        return f"{role} in {stage}"
+        return f"{name} in {stage}"
 
     def settle(self, twin: Path) -> str:
         """Once it is over: it is its twin, no file was written again, and little was computed again."""

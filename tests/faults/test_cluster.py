@@ -1,4 +1,4 @@
-"""Faults of a cluster: a submitted driver killed and stopped, a node lost while it generates, the head lost."""
+"""Faults of a cluster: a submitted driver killed and stopped, a node lost in generations and in training, the head lost."""
 
 import json
 import os
@@ -10,7 +10,18 @@ import pytest
 import yaml
 
 from evolve_ray.attempts import FOLDER
-from tests.faults.harness import after_shards, arguments, ended, finish, in_stage, last_line, title
+from tests.faults.harness import (
+    DRAFTED,
+    after_shards,
+    after_step,
+    arguments,
+    ended,
+    finish,
+    first_steps_of_trainings,
+    in_stage,
+    last_line,
+    title,
+)
 from tests.faults.twin import assert_equals_twin, assert_kept, committed_files
 from tests.real.cluster import await_, cluster_of
 from tests.real.conftest import Command, assert_gone, fork, start
@@ -92,6 +103,26 @@ def test_run_that_loses_one_of_its_two_nodes_ends_on_the_other(cluster, small):
     assert any(ENGINE_MARK in process.environ() for process in cluster.family("other")), "no engine was at work there"
     cluster.kill("other")
     assert cluster.wait(job) == "SUCCEEDED", cluster.log(job)[-3000:]
+    assert_equals_twin(run, small.run)
+
+
+def test_run_that_loses_one_of_two_nodes_while_it_trains_goes_on_from_the_stored_step_on_the_next_node(cluster, small):
+    run = fork(small, "train-node", keep=DRAFTED)
+    events = Command(run, None, run).events  # type: ignore[arg-type]
+    cluster.start("lost")
+    # A rank on each node: two do not fit on one, so the training waits for a node in place of the lost one.
+    job = cluster.submit(run, "trainer.cpus_per_worker=1.2", "engine.release_for_training=true")
+    await_(lambda: after_step(run, 2)(events()), 300, "no step was stored")
+    ranks = {name: [p for p in cluster.family(name) if title(p).startswith("ray::RayTrainWorker")] for name in ("head", "lost")}
+    assert [len(found) for found in ranks.values()] == [1, 1], ranks
+    kept = committed_files(run)
+    cluster.kill("lost")
+    assert in_stage("checkpoint")(events()), "the fault came after the training"
+    cluster.start("next")
+    assert cluster.wait(job) == "SUCCEEDED", cluster.log(job)[-3000:]
+    assert first_steps_of_trainings(run)[-1] >= 2, "the training went on from a stored step"
+    assert sum(event["event"] == "driver_start" for event in events()) == 1
+    assert_kept(kept)
     assert_equals_twin(run, small.run)
 
 

@@ -12,6 +12,7 @@ import pytest
 from evolve_ray import rows
 from evolve_ray.store import MANIFEST
 from tests.faults.harness import (
+    DRAFTED,
     after_shards,
     after_step,
     all_of,
@@ -22,6 +23,7 @@ from tests.faults.harness import (
     family,
     find,
     finish,
+    first_steps_of_trainings,
     in_stage,
     last_line,
     last_stored,
@@ -30,8 +32,6 @@ from tests.faults.harness import (
 )
 from tests.faults.twin import assert_equal_evaluation, assert_equals_twin, assert_kept, committed_files, stage_identity
 from tests.real.conftest import assert_gone, fork, start
-
-DRAFTED = ("prompts", "generations", "scores", "pairs")
 
 
 def test_driver_killed_in_generations_pairs_checkpoint_probe_and_evaluation_of_one_run(small):
@@ -104,18 +104,6 @@ def test_reward_actor_killed_in_generations_and_evaluation_and_a_train_worker_be
         assert command.wait(1200) == 0
     assert first_steps_of_trainings(run)[-1] == 2, "the training went on from the stored step"
     assert_equals_twin(run, small.run)
-
-
-def first_steps_of_trainings(run):
-    """The first step that each attempt at iteration 1's training tells of; attempts begin with a loaded model."""
-    found, fresh = [], True
-    for event in rows.read_jsonl(run / "events.jsonl"):
-        if event.get("iteration") == 1 and event["event"] == "model_loaded":
-            fresh = True
-        elif event.get("iteration") == 1 and event["event"] == "training" and fresh:
-            found.append(event["steps"][0]["step"])
-            fresh = False
-    return found
 
 
 def test_train_worker_killed_before_the_first_step_while_it_stores_a_step_and_after_one(small):

@@ -1,4 +1,4 @@
-"""One run in odd surroundings: another hash seed and locale, secrets in the environment, a dashboard, a second driver."""
+"""One run in odd surroundings: another hash seed, locale and folder, secrets in the environment, a dashboard, a second driver."""
 
 import json
 import shutil
@@ -44,9 +44,9 @@ def surroundings():
 
 
 @pytest.fixture(scope="module")
-def odd(small, surroundings):
-    run = fork(small, "odd")
-    with ended(start(run, *arguments("ray.dashboard=true", "engine.actors=1"))) as command:
+def odd(small, surroundings, tmp_path_factory):
+    run, elsewhere = fork(small, "odd"), tmp_path_factory.mktemp("elsewhere")
+    with ended(start(run, *arguments("ray.dashboard=true", "engine.actors=1"), cwd=elsewhere)) as command:
         command.wait_for(after_shards(1), 600)
         sockets = listening(command)
         driver = psutil.Process(command.process.pid)
@@ -73,7 +73,7 @@ def listening(command: Command) -> dict[str, set[str]]:
     return found
 
 
-def test_another_hash_seed_and_locale_give_the_same_run(odd, small):
+def test_another_hash_seed_locale_and_working_folder_give_the_same_run(odd, small):
     assert_equals_twin(odd.run, small.run)
 
 

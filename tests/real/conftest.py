@@ -66,7 +66,7 @@ def assert_gone(family: list[psutil.Process]) -> None:
     assert not alive, f"orphans: {[process.name() for process in alive]}"
 
 
-def start(run: Path, *arguments: str, recipe: str = "tiny", address: str = "") -> Command:
+def start(run: Path, *arguments: str, recipe: str = "tiny", address: str = "", cwd: Path = ROOT) -> Command:
     """The command as a process; with a Ray of its own unless `address` names one."""
     run.parent.mkdir(parents=True, exist_ok=True)
     log = run.parent / f"{run.name}-{time.time_ns()}.log"
@@ -82,7 +82,7 @@ def start(run: Path, *arguments: str, recipe: str = "tiny", address: str = "") -
     if address:
         environment["RAY_ADDRESS"] = address
     with open(log, "wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(command, cwd=cwd, stdout=output, stderr=subprocess.STDOUT, env=environment)
     return Command(run, process, log)
 
 
