@@ -12,9 +12,10 @@ from evolve_ray import rows
 from evolve_ray.chat import Chat
 from evolve_ray.drive import Completion, Drive, Engine, GenerateSpec
 from evolve_ray.errors import ResourceError, UserError, first_line
+from evolve_ray.pools import PoolOptions
 from evolve_ray.refine import Ask, Strategy, find_plug
 from evolve_ray.scorers import build_verifier, checked
-from evolve_ray.shards import PoolOptions, ShardWorker
+from evolve_ray.shards import ShardWorker
 from evolve_ray.strategies import STRATEGIES
 
 # The engine runs inside the actor's own process and is stepped by it: that is what makes the schedule reproducible.

@@ -17,6 +17,7 @@ from evolve_ray.errors import IntegrityError, UserError
 from evolve_ray.evaluate import add_best_of, summarise
 from evolve_ray.inputs import Context, Policy
 from evolve_ray.pipeline import EVALUATION_SCOPE, Asked, generate_and_score, generate_spec, run_steps, scores_loss
+from evolve_ray.pools import Step, call_all
 from evolve_ray.refine import find_plug
 from evolve_ray.store import Manifest, Stage, full_disk_named
 
@@ -94,7 +95,7 @@ def refresh(
                 prompts=str(prompts.path("prompts.parquet")), drafts=str(drafts.folder), work=str(stage.resume()), key=stage.key,
                 shard_prompts=size, scorer=judge, reward_models={}, verifier=config.verifier,
             )  # fmt: skip
-            run_steps(context, "labels", iteration, [shards.Step(stage, score.pool(config.scorer), spec)], num_shards)
+            run_steps(context, "labels", iteration, [Step(stage, score.pool(config.scorer), spec)], num_shards)
             labels = shards.finish(stage, num_shards, shards.total(drafts, num_shards, "num_answers"), scores_loss(config))
     selection = options.Selection(max_pairs=config.refresh.max_pairs)
     inputs_of = {"prompts": prompts.identity, "generations": drafts.identity, "scores": labels.identity}
@@ -248,7 +249,7 @@ def probe(context: Context, iteration: int, policy: Policy, before: Policy) -> d
             asked = Asked(iteration, "probe", policy, prompts, config.strategy, free, "probe", {})
             engines = context.pools.open(generate.pool(config.engine))
             few = shards.read_slice(prompts.path("prompts.parquet"), 0, config.probe.prompts)
-            samples = shards.call_all(engines, generate_spec(context, asked, stage), "probe", few)
+            samples = call_all(engines, generate_spec(context, asked, stage), "probe", few)
             folders = {name: str(model.folder) for name, model in models.items()}
             found = logprob_probe.compare(context.pools, config.probe, config.model.dtype, folders, samples)
             if not found["mean_difference"] <= config.probe.tolerance:

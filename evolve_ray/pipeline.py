@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evolve_ray import config as options
-from evolve_ray import generate, score, shards, strategies
+from evolve_ray import generate, pools, score, shards, strategies
 from evolve_ray.config import resolved
 from evolve_ray.drive import GenerateSpec, RemoteJudge
 from evolve_ray.errors import NumericsError, UserError
@@ -78,10 +78,10 @@ def generate_and_score(context: Context, asked: Asked, folder: Path, *, scored: 
                 scorers = tuple(context.pools.open(score.pool(config.scorer)))
                 judge_spec = dataclasses.replace(score_spec, reward_models=folders(judges))
                 spec = dataclasses.replace(spec, judge=RemoteJudge(scorers, judge_spec))
-            steps.append(shards.Step(drafts_stage, generate.pool(config.engine), spec))
+            steps.append(pools.Step(drafts_stage, generate.pool(config.engine), spec))
         if scored:
             scores_stage.resume()
-            steps.append(shards.Step(scores_stage, score.pool(config.scorer), score_spec))
+            steps.append(pools.Step(scores_stage, score.pool(config.scorer), score_spec))
         run_steps(context, asked.label, asked.iteration, steps, num_shards)
         if not drafts:
             drafts = shards.finish(drafts_stage, num_shards, num_prompts, prompts_loss(config))
@@ -102,7 +102,7 @@ def folders(reward_models: dict[str, Policy]) -> dict[str, str]:
     return {name: str(model.folder) for name, model in reward_models.items()}
 
 
-def run_steps(context: Context, label: str, iteration: int | None, steps: list[shards.Step], num_shards: int) -> None:
+def run_steps(context: Context, label: str, iteration: int | None, steps: list[pools.Step], num_shards: int) -> None:
     """Runs a pipeline and tells of every shard that comes out of it."""
     done = 0
 
@@ -112,7 +112,7 @@ def run_steps(context: Context, label: str, iteration: int | None, steps: list[s
         context.run.event("shard", stage=label, iteration=iteration, shard=shard, num_shards=num_shards, begun=begun)
         context.say(f"    {done} of {num_shards} shards")
 
-    shards.run(context.pools, steps, num_shards, on_shard)
+    pools.run(context.pools, steps, num_shards, on_shard)
 
 
 def generate_spec(context: Context, asked: Asked, stage: Stage) -> GenerateSpec:

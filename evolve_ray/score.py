@@ -7,8 +7,9 @@ from pathlib import Path
 
 from evolve_ray import config, rows
 from evolve_ray.errors import IntegrityError
+from evolve_ray.pools import PoolOptions
 from evolve_ray.scorers import build_scorer, build_verifier, checked, is_finite
-from evolve_ray.shards import PoolOptions, ShardWorker, shard_name
+from evolve_ray.shards import ShardWorker, shard_name
 from evolve_ray.store import read_manifest
 
 VERSION = 3

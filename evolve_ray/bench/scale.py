@@ -207,7 +207,7 @@ def resident_mib() -> float:
 
 
 def growth_rows(given: argparse.Namespace, root: Path) -> list[Row]:
-    from evolve_ray.shards import Pools
+    from evolve_ray.pools import Pools
 
     engine = {"actors": given.engines, "shard_prompts": given.shard, "args": {"service_s": 0.0}}
     pools = Pools()
@@ -241,7 +241,7 @@ def growth(found: list[list[Spent]], start_mib: float) -> list[Row]:
 
 def actor_rows(given: argparse.Namespace, root: Path) -> list[Row]:
     """Each number of engines after the other, so that no two compete; their start is left out."""
-    from evolve_ray.shards import Pools
+    from evolve_ray.pools import Pools
 
     size, service_s = 16, given.service_ms / 1000
     took: dict[int, list[Spent]] = {number: [] for number in given.actors}

@@ -1,11 +1,14 @@
 """Faults of a cluster: a submitted driver killed and stopped, a node lost in generations and in training, the head lost."""
 
+import contextlib
+import itertools
 import json
 import os
 import re
 import signal
 import time
 
+import psutil
 import pytest
 import yaml
 
@@ -57,6 +60,28 @@ def workers_of(cluster, driver):
     return found
 
 
+def ranks_of(cluster):
+    """The training workers, by node."""
+    return {name: [p for p in cluster.family(name) if title(p).startswith("ray::RayTrainWorker")] for name in cluster.nodes}
+
+
+@contextlib.contextmanager
+def stopped_after_two_steps(cluster, run):
+    """The training workers of a job, stopped when step 2 is stored, so that the training is not over when the fault comes."""
+    await_(lambda: sum(map(len, ranks_of(cluster).values())) == 2, 300, "no training began")
+    ranks, stored = ranks_of(cluster), after_step(run, 2)
+    await_(lambda: stored([]), 300, "no step was stored", tick=0.005)
+    for rank in itertools.chain(*ranks.values()):
+        rank.suspend()
+    try:
+        assert not (run / "iteration-01/checkpoint").exists(), "the training was over before the fault"
+        yield ranks
+    finally:
+        for rank in itertools.chain(*ranks.values()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.resume()
+
+
 def test_submitted_driver_that_is_killed_then_stopped_leaves_nobody_behind_and_is_resumed(cluster, small):
     run = fork(small, "submitted")
     events = Command(run, None, run).events  # type: ignore[arg-type]
@@ -72,18 +97,16 @@ def test_submitted_driver_that_is_killed_then_stopped_leaves_nobody_behind_and_i
     assert before
 
     second = cluster.submit(run)
-    stored = ".checkpoint-*/steps/step-000002/MANIFEST.json"
-    await_(lambda: list((run / "iteration-01").glob(stored)), 300, "no step was stored")
-    left = workers_of(cluster, json.loads((run / "LOCK").read_text())["pid"])
-    started = time.monotonic()
-    cluster.stop_job(second)
-    assert cluster.wait(second, 60) == "STOPPED"
-    assert time.monotonic() - started < 30
+    with stopped_after_two_steps(cluster, run):
+        left = workers_of(cluster, json.loads((run / "LOCK").read_text())["pid"])
+        started = time.monotonic()
+        cluster.stop_job(second)
+        assert cluster.wait(second, 60) == "STOPPED"
+        assert time.monotonic() - started < 30
     assert events()[-1]["event"] == "driver_failed", "the driver was not told, but killed"
     assert events()[-1]["error"].startswith("KeyboardInterrupt")
     assert_gone(left)
     assert_kept(before)
-    assert not (run / "iteration-01" / "checkpoint").exists(), "the stop came after the training"
 
     third = cluster.submit(run)
     assert cluster.wait(third) == "SUCCEEDED", cluster.log(third)[-3000:]
@@ -112,12 +135,10 @@ def test_run_that_loses_one_of_two_nodes_while_it_trains_goes_on_from_the_stored
     cluster.start("lost")
     # A rank on each node: two do not fit on one, so the training waits for a node in place of the lost one.
     job = cluster.submit(run, "trainer.cpus_per_worker=1.2", "engine.release_for_training=true")
-    await_(lambda: after_step(run, 2)(events()), 300, "no step was stored")
-    ranks = {name: [p for p in cluster.family(name) if title(p).startswith("ray::RayTrainWorker")] for name in ("head", "lost")}
-    assert [len(found) for found in ranks.values()] == [1, 1], ranks
-    kept = committed_files(run)
-    cluster.kill("lost")
-    assert in_stage("checkpoint")(events()), "the fault came after the training"
+    with stopped_after_two_steps(cluster, run) as ranks:
+        assert {name: len(found) for name, found in ranks.items()} == {"head": 1, "lost": 1}
+        kept = committed_files(run)
+        cluster.kill("lost")
     cluster.start("next")
     assert cluster.wait(job) == "SUCCEEDED", cluster.log(job)[-3000:]
     assert first_steps_of_trainings(run)[-1] >= 2, "the training went on from a stored step"

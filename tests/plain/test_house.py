@@ -31,6 +31,7 @@ PLAIN = [
     "pairs",
     "ledger",
     "shards",
+    "pools",
     "markup",
     "charts",
     "views",

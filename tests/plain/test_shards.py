@@ -6,6 +6,7 @@ import pytest
 
 from evolve_ray import attempts, rows, shards
 from evolve_ray.errors import IntegrityError
+from evolve_ray.pools import Host
 from evolve_ray.store import Stage, read_manifest
 
 PROMPTS = [
@@ -128,7 +129,7 @@ def test_identity_of_a_stage_does_not_change_with_the_seconds_that_its_shards_to
 
 
 def test_actor_keeps_its_worker_and_renews_it_for_another_spec(worker):
-    host = shards.Host(Doubler)
+    host = Host(Doubler)
     host.call(worker.spec, "commit_shard", 0)
     kept = host.worker
     other = SimpleNamespace(**{**vars(worker.spec), "key": "other"})

@@ -28,11 +28,11 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def await_(found: Any, seconds: float, what: str) -> Any:
+def await_(found: Any, seconds: float, what: str, tick: float = 0.5) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := found()):
         assert time.monotonic() < deadline, what
-        time.sleep(0.5)
+        time.sleep(tick)
     return value
 
 

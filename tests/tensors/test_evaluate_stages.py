@@ -7,9 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
 
-from evolve_ray import evaluate_driver, models, rows, shards
+from evolve_ray import evaluate_driver, models, rows
 from evolve_ray.errors import UserError
 from evolve_ray.evaluate_models import model_shape
+from evolve_ray.pools import Host, Pools
 from evolve_ray.store import read_manifest
 from evolve_ray.toy.tokenizer import make_tokenizer
 
@@ -69,7 +70,7 @@ def no_ray(monkeypatch):
     def open_here(pools, pool):
         if pool.name not in pools._actors:
             log["made"] += pool.name == "engines"
-            pools._actors[pool.name] = [shards.Host(pool.worker)]
+            pools._actors[pool.name] = [Host(pool.worker)]
         return pools._actors[pool.name]
 
     def close_here(pools, name):
@@ -83,9 +84,9 @@ def no_ray(monkeypatch):
             log["shards"] += 1
             on_shard(shard, "", stats)
 
-    monkeypatch.setattr(shards, "run", run)
-    monkeypatch.setattr(shards.Pools, "open", open_here)
-    monkeypatch.setattr(shards.Pools, "close", close_here)
+    monkeypatch.setattr("evolve_ray.pools.run", run)
+    monkeypatch.setattr(Pools, "open", open_here)
+    monkeypatch.setattr(Pools, "close", close_here)
     monkeypatch.setattr(evaluate_driver, "start_ray", lambda config: None)
     monkeypatch.setattr(evaluate_driver, "stop_ray", lambda: None)
     return log

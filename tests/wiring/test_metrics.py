@@ -7,7 +7,7 @@ import urllib.request
 import pytest
 
 from evolve_ray.metrics import Follower, Metrics
-from evolve_ray.shards import Host
+from evolve_ray.pools import Host
 from evolve_ray.store import Run
 
 

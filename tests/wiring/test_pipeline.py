@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from evolve_ray import config as options
 from evolve_ray import inputs, iterate, pipeline, rows, shards, tallies
 from evolve_ray.errors import ResourceError, UserError
+from evolve_ray.pools import Pools
 from evolve_ray.store import Run
 from evolve_ray.toy.tokenizer import make_tokenizer
 
@@ -72,9 +73,9 @@ def make_context(folder: Path, run: Path, *overrides: str) -> inputs.Context:
     return inputs.prepare(config, Run(run), lambda line: None, lambda: None, rerun_changed=False)
 
 
-def draft(context: inputs.Context, pools: shards.Pools | None = None):
+def draft(context: inputs.Context, pools: Pools | None = None):
     """Drafts, scores and pairs of iteration 1, in pools that end with it or in those that are given."""
-    context.pools = pools or shards.Pools()
+    context.pools = pools or Pools()
     prompts, config = context.prompts[1], context.config
     place = context.run.iteration(1)
     try:
@@ -92,7 +93,7 @@ def draft(context: inputs.Context, pools: shards.Pools | None = None):
 @pytest.fixture(scope="module")
 def pools(local_ray):
     """One engine and one scorer that several tests take in turn, as the stages of a run do."""
-    return shards.Pools()
+    return Pools()
 
 
 @pytest.fixture(scope="module")
