@@ -72,6 +72,11 @@ def is_full_disk(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno in DISK) or any(sign in str(error) for sign in FULL)
 
 
+def is_full_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: torch's on a GPU or in memory, or Python's own."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, without what follows it."""
     lines = str(error).strip().splitlines()

@@ -259,6 +259,14 @@ def torch_on_a_full_disk():
     raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
 
 
+def full_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB")
+
+
+def full_memory():
+    torch.empty(1 << 50, dtype=torch.float64)
+
+
 def lost_peer():
     raise RuntimeError("Connection closed by peer")
 
@@ -269,7 +277,7 @@ def run_worker(monkeypatch, tmp_path, fail):
     monkeypatch.setattr(Rank, "run", lambda self: fail())
     monkeypatch.setattr("evolve_ray.builds.settle", lambda: None)
     kept = tmp_path / "error.json"
-    given = SimpleNamespace(checkpoint=SimpleNamespace(work=tmp_path / ".checkpoint-1"))
+    given = SimpleNamespace(checkpoint=SimpleNamespace(work=tmp_path / ".checkpoint-1", final=tmp_path / "checkpoint"))
     with pytest.raises((EvolveError, RuntimeError)):
         worker({"spec": given, "error": str(kept)})
     return kept
@@ -279,6 +287,13 @@ def run_worker(monkeypatch, tmp_path, fail):
 def test_full_disk_under_a_training_ends_it_with_the_path_and_exit_code_five(monkeypatch, tmp_path, fail):
     kept = run_worker(monkeypatch, tmp_path, fail)
     with pytest.raises(ResourceError, match=rf"{tmp_path}/\.checkpoint-1: cannot be written: .* MiB are free there"):
+        raise_kept(kept)
+
+
+@pytest.mark.parametrize(("fail", "said"), [(full_gpu, "CUDA out of memory"), (full_memory, "can't allocate memory")])
+def test_full_memory_ends_a_training_with_what_to_change_and_exit_code_five(monkeypatch, tmp_path, fail, said):
+    kept = run_worker(monkeypatch, tmp_path, fail)
+    with pytest.raises(ResourceError, match=rf"checkpoint: a rank .*{said}.*; lower training.micro_pairs or trainer.max_tokens"):
         raise_kept(kept)
 
 
