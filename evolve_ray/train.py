@@ -150,13 +150,15 @@ def merge(base: dict, over: dict) -> dict:
 def worker(config: dict) -> None:
     """One rank of the group (`train_loop_per_worker` of Ray Train).
 
-    Ray restarts the group after any error. That is right for a lost rank, whose peers see a RuntimeError of the
-    collective; any other error would only come again, so it is kept in a file and ends the group. So do a full disk and
-    a full memory, which torch tells as RuntimeErrors too.
+    Ray restarts the group after any error. That is right for a lost rank, whose peers see a RuntimeError of the collective,
+    and for the actor of Ray Train at which ranks meet; any other error would only come again, so it is kept in a file and
+    ends the group. So do a full disk and a full memory, which torch tells as RuntimeErrors too.
     """
     kept = Path(config["error"])
     if kept.exists():
         return
+    from ray.exceptions import RayActorError
+
     from evolve_ray import builds
     from evolve_ray.rank import Rank
 
@@ -172,7 +174,7 @@ def worker(config: dict) -> None:
                 "lower training.micro_pairs or trainer.max_tokens, set trainer.gradient_checkpointing, take more "
                 "trainer.workers, or offload with trainer.deepspeed; jobs/iterate.py --plan tells what fits"
             )
-        elif isinstance(error, RuntimeError):
+        elif isinstance(error, RuntimeError | RayActorError):
             raise
         told = pack(error) if isinstance(error, EvolveError) else {"traceback": traceback.format_exc()}
         write_atomic(kept, json.dumps(told).encode())

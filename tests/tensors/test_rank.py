@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ray.exceptions import ActorDiedError
 
 from evolve_ray.config import Trainer, Training
 from evolve_ray.errors import EvolveError, IntegrityError, NumericsError, ResourceError, pack, unpack
@@ -271,6 +272,11 @@ def lost_peer():
     raise RuntimeError("Connection closed by peer")
 
 
+def lost_actor():
+    """As ray.train.report does where the actor is gone that the ranks meet at."""
+    raise ActorDiedError
+
+
 def run_worker(monkeypatch, tmp_path, fail):
     """A rank whose training ends with what `fail` raises; gives back the file in which errors that last are kept."""
     monkeypatch.setattr(Rank, "__init__", lambda self, spec: None)
@@ -278,7 +284,7 @@ def run_worker(monkeypatch, tmp_path, fail):
     monkeypatch.setattr("evolve_ray.builds.settle", lambda: None)
     kept = tmp_path / "error.json"
     given = SimpleNamespace(checkpoint=SimpleNamespace(work=tmp_path / ".checkpoint-1", final=tmp_path / "checkpoint"))
-    with pytest.raises((EvolveError, RuntimeError)):
+    with pytest.raises((EvolveError, RuntimeError, ActorDiedError)):
         worker({"spec": given, "error": str(kept)})
     return kept
 
@@ -297,5 +303,6 @@ def test_full_memory_ends_a_training_with_what_to_change_and_exit_code_five(monk
         raise_kept(kept)
 
 
-def test_rank_whose_peer_is_lost_keeps_no_error_so_that_the_group_starts_again(monkeypatch, tmp_path):
-    assert not run_worker(monkeypatch, tmp_path, lost_peer).exists()
+@pytest.mark.parametrize("fail", [lost_peer, lost_actor])
+def test_rank_whose_peer_or_meeting_point_is_lost_keeps_no_error_so_that_the_group_starts_again(monkeypatch, tmp_path, fail):
+    assert not run_worker(monkeypatch, tmp_path, fail).exists()
