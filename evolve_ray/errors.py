@@ -77,14 +77,22 @@ def is_full_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
+def is_lost_process(error: BaseException) -> bool:
+    """Whether Ray says that a process, its node or what it held is gone; a command that never had a Ray does not load it."""
+    lost = getattr(sys.modules.get("ray"), "exceptions", None)
+    if lost is None or getattr(error, "actor_init_failed", False):  # that one did not start, for an error of its own
+        return False
+    return isinstance(error, lost.RayActorError | lost.WorkerCrashedError | lost.NodeDiedError | lost.ObjectLostError)
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, without what follows it."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says in one line that a terminal can only print: what came from a file cannot steer it."""
+def one_line(error: BaseException | str) -> str:
+    """What an error says, or a text, in one line that a terminal can only print: what came from a file cannot steer it."""
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in str(error))
 
 
@@ -116,4 +124,10 @@ def run_command(command: Callable[[], int], again: str) -> int:
         print(
             f"error: {error.filename or 'the disk'}: {error.strerror}; free space, then continue with: {again}", file=sys.stderr
         )
+        return ResourceError.exit_code
+    except Exception as error:
+        if not is_lost_process(error):
+            raise
+        what = " ".join(" ".join(str(error).splitlines()[:2]).split()).rstrip(".")  # what died
+        print(f"error: ray: {one_line(what)}; see the Ray dashboard (often memory); continue with: {again}", file=sys.stderr)
         return ResourceError.exit_code

@@ -36,6 +36,8 @@ def title(process: psutil.Process) -> str:
 ROLES: dict[str, Callable[[psutil.Process], bool]] = {
     "engine's child": lambda process: "EngineCore" in title(process),
     "train worker": lambda process: title(process).startswith("ray::RayTrainWorker"),
+    "train controller": lambda process: title(process).startswith("ray::TrainController"),
+    "meeting point of ranks": lambda process: title(process).startswith("ray::SynchronizationActor"),
     "raylet": lambda process: "raylet/raylet" in title(process),
 }
 
@@ -136,6 +138,27 @@ def first_steps_of_trainings(run: Path) -> list[int]:
             found.append(event["steps"][0]["step"])
             fresh = False
     return found
+
+
+@contextlib.contextmanager
+def held_after_two_steps(run: Path, ranks: Callable[[], list[psutil.Process]]) -> Iterator[list[psutil.Process]]:
+    """Both workers of a training, stopped once step 2 is stored: so it is not over when a fault comes."""
+    deadline, found, stored = time.monotonic() + 600, [], after_step(run, 2)
+    while not stored([]):
+        assert time.monotonic() < deadline, "no step was stored"
+        if len(found) < 2 or not found[0].is_running():
+            found = ranks()
+        time.sleep(0.005)
+    assert len(found) == 2, found
+    for rank in found:
+        rank.suspend()
+    try:
+        assert not (run / "iteration-01/checkpoint").exists(), "the training was over before the fault"
+        yield found
+    finally:
+        for rank in found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.resume()
 
 
 @dataclass

@@ -1,14 +1,11 @@
 """Faults of a cluster: a submitted driver killed and stopped, a node lost in generations and in training, the head lost."""
 
-import contextlib
-import itertools
 import json
 import os
 import re
 import signal
 import time
 
-import psutil
 import pytest
 import yaml
 
@@ -16,11 +13,11 @@ from evolve_ray.attempts import FOLDER
 from tests.faults.harness import (
     DRAFTED,
     after_shards,
-    after_step,
     arguments,
     ended,
     finish,
     first_steps_of_trainings,
+    held_after_two_steps,
     in_stage,
     last_line,
     title,
@@ -61,25 +58,8 @@ def workers_of(cluster, driver):
 
 
 def ranks_of(cluster):
-    """The training workers, by node."""
-    return {name: [p for p in cluster.family(name) if title(p).startswith("ray::RayTrainWorker")] for name in cluster.nodes}
-
-
-@contextlib.contextmanager
-def stopped_after_two_steps(cluster, run):
-    """The training workers of a job, stopped when step 2 is stored, so that the training is not over when the fault comes."""
-    await_(lambda: sum(map(len, ranks_of(cluster).values())) == 2, 300, "no training began")
-    ranks, stored = ranks_of(cluster), after_step(run, 2)
-    await_(lambda: stored([]), 300, "no step was stored", tick=0.005)
-    for rank in itertools.chain(*ranks.values()):
-        rank.suspend()
-    try:
-        assert not (run / "iteration-01/checkpoint").exists(), "the training was over before the fault"
-        yield ranks
-    finally:
-        for rank in itertools.chain(*ranks.values()):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                rank.resume()
+    """The training workers of all nodes."""
+    return [p for name in cluster.nodes for p in cluster.family(name) if title(p).startswith("ray::RayTrainWorker")]
 
 
 def test_submitted_driver_that_is_killed_then_stopped_leaves_nobody_behind_and_is_resumed(cluster, small):
@@ -97,7 +77,7 @@ def test_submitted_driver_that_is_killed_then_stopped_leaves_nobody_behind_and_i
     assert before
 
     second = cluster.submit(run)
-    with stopped_after_two_steps(cluster, run):
+    with held_after_two_steps(run, lambda: ranks_of(cluster)):
         left = workers_of(cluster, json.loads((run / "LOCK").read_text())["pid"])
         started = time.monotonic()
         cluster.stop_job(second)
@@ -135,8 +115,8 @@ def test_run_that_loses_one_of_two_nodes_while_it_trains_goes_on_from_the_stored
     cluster.start("lost")
     # A rank on each node: two do not fit on one, so the training waits for a node in place of the lost one.
     job = cluster.submit(run, "trainer.cpus_per_worker=1.2", "engine.release_for_training=true")
-    with stopped_after_two_steps(cluster, run) as ranks:
-        assert {name: len(found) for name, found in ranks.items()} == {"head": 1, "lost": 1}
+    with held_after_two_steps(run, lambda: ranks_of(cluster)) as ranks:
+        assert [len(set(ranks) & set(cluster.family(name))) for name in ("head", "lost")] == [1, 1]
         kept = committed_files(run)
         cluster.kill("lost")
     cluster.start("next")

@@ -24,6 +24,7 @@ from tests.faults.harness import (
     find,
     finish,
     first_steps_of_trainings,
+    held_after_two_steps,
     in_stage,
     last_line,
     last_stored,
@@ -98,11 +99,43 @@ def test_reward_actor_killed_in_generations_and_evaluation_and_a_train_worker_be
     run = fork(small, "killed-scorer")
     with ended(start(run, *arguments())) as command:
         await_deaths(command, strike_shard(command, "scorer", ".scores-*"), 1)
-        strike(command, "train worker", signal.SIGKILL, after_step(run, 2), delay=0.3)
-        assert not list((run / "iteration-01").glob("checkpoint*")), "the fault came after the training"
+        with held_after_two_steps(run, lambda: all_of(command.process.pid, "train worker")) as ranks:
+            ranks[0].kill()
         await_deaths(command, strike_shard(command, "scorer", ".evaluation-*/.scores-*"), 1)
         assert command.wait(1200) == 0
     assert first_steps_of_trainings(run)[-1] == 2, "the training went on from the stored step"
+    assert_equals_twin(run, small.run)
+
+
+def test_training_whose_meeting_point_and_whose_controller_are_killed_goes_on_from_the_stored_step(small):
+    """Both are Ray Train's own; neither is a rank that it replaces."""
+    run = fork(small, "killed-controller", keep=DRAFTED)
+    with ended(start(run, *arguments())) as command:
+        with held_after_two_steps(run, lambda: all_of(command.process.pid, "train worker")):
+            find(command.process.pid, "meeting point of ranks").kill()
+        strike(command, "train controller", signal.SIGKILL, lambda events: num_loaded(events) == 2)
+        assert not (run / "iteration-01/checkpoint").exists(), "the fault came after the training"
+        assert command.wait(1200) == 0
+        assert num_loaded(command.events()) == 3
+    assert first_steps_of_trainings(run)[-1] >= 2, "the training went on from the stored step"
+    assert_equals_twin(run, small.run)
+
+
+def num_loaded(events):
+    """How many worker groups began to train, or to compute the reference of it, with what iteration 1 starts from."""
+    return sum(event["event"] == "model_loaded" for event in events)
+
+
+def test_training_whose_workers_die_more_often_than_allowed_ends_with_a_sentence(small):
+    run = fork(small, "killed-too-often", keep=DRAFTED)
+    with ended(start(run, *arguments("trainer.max_failures=0"))) as command:
+        strike(command, "train worker", signal.SIGKILL, lambda events: num_loaded(events) == 1)
+        assert command.process.wait(600) == 5
+    said = last_line(command)
+    assert said.startswith("error: checkpoint: processes of the training died more often than trainer.max_failures (0) allows"), (
+        said
+    )
+    finish(run)
     assert_equals_twin(run, small.run)
 
 
