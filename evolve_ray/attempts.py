@@ -113,6 +113,15 @@ class Beats:
         return -1, ""
 
 
+def signs(work: Path) -> list[tuple[str, int]]:
+    """What all actors of a stage wrote down about their work, by name and time: it changes whenever one of them gets on."""
+    found = []
+    with contextlib.suppress(OSError):  # what is written meanwhile
+        for path in sorted((work / FOLDER).iterdir()):
+            found.append((path.name, path.stat().st_mtime_ns))
+    return found
+
+
 def mark_of(work: Path, shard: int) -> Path:
     """Says that the worker of a shard was ended because it hung."""
     return work / FOLDER / f"shard-{shard:05d}.hung"

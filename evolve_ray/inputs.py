@@ -108,12 +108,12 @@ class Context:
                 thread.join()
 
     @contextlib.contextmanager
-    def deadline(self, name: str, stall_s: float, stage: Stage) -> Iterator[None]:
-        """Ends a stage of the main thread that appends no event and stores no step for `stall_s`, wherever it waits.
+    def deadline(self, name: str, stall_s: float, progress: Callable[[], Any], advice: str) -> Iterator[None]:
+        """Ends a stage of the main thread that for `stall_s` appends no event and changes no `progress`, wherever it waits.
 
         Where Ray waits, it heeds a KeyboardInterrupt of a handler and drops every other error.
         """
-        events, steps = self.run.root / "events.jsonl", stage.work / "steps"
+        events = self.run.root / "events.jsonl"
         seen: Any = None
         stalled: list[StalledError] = []
         idle, last, tick = 0.0, time.monotonic(), min(5.0, stall_s / 4)
@@ -123,15 +123,11 @@ class Context:
             passed = time.monotonic() - last
             last += passed
             idle += min(passed, 2 * tick)  # a driver that was stopped itself has seen nothing
-            now = (events.stat().st_size, sorted(steps.glob("*")), sorted(stage.final.parent.iterdir()))
+            now = (events.stat().st_size, progress())
             if now != seen:
                 seen, idle = now, 0.0
             elif idle > stall_s:
-                message = (
-                    f"{name}: made no progress for {stall_s:g} s; see its workers' logs in the Ray dashboard, allow it more time "
-                    "with trainer.stall_s, or submit the same command again: it continues from the last stored step"
-                )
-                stalled.append(StalledError(message))
+                stalled.append(StalledError(f"{name}: made no progress for {stall_s:g} s; {advice}"))
                 raise KeyboardInterrupt
 
         before = signal.signal(signal.SIGALRM, look)

@@ -219,8 +219,16 @@ def fit(context: Context, iteration: int, policy: Policy, given: Manifest, train
                 context.trackers.training(stage.key, iteration, name, event["steps"])
                 return f"    step {event['step'] + 1} of {event['num_steps']}, loss {event['loss']:.4f}"
 
+            def progress() -> Any:
+                return sorted((stage.work / "steps").glob("*")), sorted(folder.iterdir())
+
+            advice = (
+                "see its workers' logs in the Ray dashboard, allow it more time with trainer.stall_s, or submit the same command "
+                "again: it continues from the last stored step"
+            )
             context.trackers.begins(stage.key, iteration, name)
-            with context.followed("training", told), context.deadline(name, config.trainer.stall_s, stage):
+            deadline = context.deadline(name, config.trainer.stall_s, progress, advice)
+            with context.followed("training", told), deadline:
                 manifest = train.fit(spec, folder / f".ray-train-{name}")
     context.trackers.trained(manifest, iteration)
     return Policy.from_manifest(manifest)

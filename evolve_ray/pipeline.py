@@ -6,6 +6,7 @@ from pathlib import Path
 
 from evolve_ray import config as options
 from evolve_ray import generate, pools, score, shards, strategies
+from evolve_ray.attempts import signs
 from evolve_ray.config import resolved
 from evolve_ray.drive import GenerateSpec, RemoteJudge
 from evolve_ray.errors import NumericsError, UserError
@@ -112,7 +113,11 @@ def run_steps(context: Context, label: str, iteration: int | None, steps: list[p
         context.run.event("shard", stage=label, iteration=iteration, shard=shard, num_shards=num_shards, begun=begun)
         context.say(f"    {done} of {num_shards} shards")
 
-    pools.run(context.pools, steps, num_shards, on_shard)
+    advice = (
+        "what hands out its shards hangs or has no place on a node; see the Ray dashboard, then submit the same command again"
+    )
+    with context.deadline(label, pools.silence(steps), lambda: [signs(step.stage.work) for step in steps], advice):
+        pools.run(context.pools, steps, num_shards, on_shard)
 
 
 def generate_spec(context: Context, asked: Asked, stage: Stage) -> GenerateSpec:

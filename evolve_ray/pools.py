@@ -201,6 +201,11 @@ def watched(actor: Any, index: int, shard: int, pool: PoolOptions, stage: str, s
     return ray.get(call)
 
 
+def silence(steps: list[Step]) -> float:
+    """Seconds without a sign of any actor after which it is not an actor that hangs: `watched` would have ended it before."""
+    return 1.5 * max(START_S, *(step.pool.stall_s for step in steps))
+
+
 def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[int, str, dict], None]) -> None:
     """Streams the shards that are not committed in every step through the pools, again where who hands them out is lost."""
     from ray.exceptions import RayActorError

@@ -122,7 +122,7 @@ def test_training_whose_meeting_point_and_whose_controller_are_killed_goes_on_fr
 
 
 def num_loaded(events):
-    """How many worker groups began to train, or to compute the reference of it, with what iteration 1 starts from."""
+    """How many worker groups loaded the model that they train."""
     return sum(event["event"] == "model_loaded" for event in events)
 
 
@@ -131,10 +131,8 @@ def test_training_whose_workers_die_more_often_than_allowed_ends_with_a_sentence
     with ended(start(run, *arguments("trainer.max_failures=0"))) as command:
         strike(command, "train worker", signal.SIGKILL, lambda events: num_loaded(events) == 1)
         assert command.process.wait(600) == 5
-    said = last_line(command)
-    assert said.startswith("error: checkpoint: processes of the training died more often than trainer.max_failures (0) allows"), (
-        said
-    )
+    told = "error: checkpoint: processes of the training died more often than trainer.max_failures (0) allows; see their logs"
+    assert last_line(command).startswith(told)
     finish(run)
     assert_equals_twin(run, small.run)
 

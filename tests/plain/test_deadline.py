@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from evolve_ray import config as options
+from evolve_ray.attempts import Beats, signs
 from evolve_ray.errors import StalledError
 from evolve_ray.inputs import Context, Policy
 from evolve_ray.refine import load_template
-from evolve_ray.store import Run, Stage
+from evolve_ray.store import Run
 
 
 @pytest.fixture
@@ -22,13 +23,13 @@ def context(recipe, tmp_path):
     return Context(options.load(recipe()), run, print, print, False, template, Policy(Path(), ""))
 
 
-def stage_of(context):
-    return Stage(context.run.iteration(1) / "checkpoint", "checkpoint", "key")
+def deadline(context, stall_s, progress=lambda: None):
+    return context.deadline("checkpoint", stall_s, progress, "submit it again")
 
 
 def test_stage_without_progress_is_ended_with_exit_code_seven(context):
-    with pytest.raises(StalledError, match=r"checkpoint: made no progress for 0\.4 s") as caught, \
-            context.deadline("checkpoint", 0.4, stage_of(context)):  # fmt: skip
+    said = r"^checkpoint: made no progress for 0\.4 s; submit it again$"
+    with pytest.raises(StalledError, match=said) as caught, deadline(context, 0.4):
         time.sleep(60)
     assert caught.value.exit_code == 7
 
@@ -46,30 +47,35 @@ def ray_waits():
 
 
 def test_stage_without_progress_is_ended_where_ray_waits(context):
-    with pytest.raises(StalledError, match="made no progress"), context.deadline("checkpoint", 0.4, stage_of(context)):
+    with pytest.raises(StalledError, match="made no progress"), deadline(context, 0.4):
         ray_waits()
 
 
 def test_interrupt_of_a_stage_that_is_not_stalled_stays_one(context):
-    with pytest.raises(KeyboardInterrupt), context.deadline("checkpoint", 60.0, stage_of(context)):
+    with pytest.raises(KeyboardInterrupt), deadline(context, 60.0):
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("sign", ["event", "step"])
-def test_stage_that_gets_on_is_left_alone(context, sign):
-    stage = stage_of(context)
-    with context.deadline("checkpoint", 2.0, stage):
-        for number in range(12):
+@pytest.mark.parametrize("sign", ["event", "beat"])
+def test_stage_that_gets_on_is_left_alone(context, tmp_path, sign):
+    beats = Beats(tmp_path, 0)
+    beats.start(0)
+    with deadline(context, 2.0, lambda: signs(tmp_path)):
+        for _ in range(12):
             time.sleep(0.25)
             if sign == "event":
                 context.run.event("training")
             else:
-                (stage.work / "steps" / f"step-{number}").mkdir(parents=True)
+                beats()
+
+
+def test_signs_of_a_stage_that_nobody_works_at_are_none(tmp_path):
+    assert signs(tmp_path) == []
 
 
 def test_deadline_is_gone_after_its_stage(context):
     before = signal.getsignal(signal.SIGALRM)
-    with context.deadline("checkpoint", 0.4, stage_of(context)):
+    with deadline(context, 0.4):
         pass
     time.sleep(0.6)
     assert signal.getsignal(signal.SIGALRM) == before

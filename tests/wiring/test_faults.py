@@ -122,6 +122,38 @@ def test_an_engine_that_is_slow_on_the_first_shard_changes_the_order_of_shards_a
     assert pairs.path("pairs.parquet").read_bytes() == twin[2].path("pairs.parquet").read_bytes()
 
 
+def those_that_hand_out():
+    return [p for p in psutil.Process().children(recursive=True) if "MapBatches(AskPool)" in " ".join(p.cmdline())]
+
+
+@pytest.mark.long
+def test_what_hands_out_shards_ends_the_run_where_it_hangs(folder, tmp_path, monkeypatch):
+    """Nobody watches the engine then, so the driver watches for signs of it."""
+    monkeypatch.setattr("evolve_ray.pools.START_S", 10.0)
+    context = make_context(
+        folder, tmp_path / "run", "engine.name=tests.fakes:SlowEngine", "engine.stall_s=20", "scorer.stall_s=20"
+    )
+    stopped = []
+
+    def stop():
+        while not list((tmp_path / "run").glob("iteration-01/.generations-*/shard-*")):
+            time.sleep(0.05)
+        for process in those_that_hand_out():
+            process.suspend()
+            stopped.append(process)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    try:
+        with pytest.raises(StalledError, match=r"^generations: made no progress for 30 s; what hands out its shards hangs"):
+            draft(context)
+    finally:
+        stopper.join()
+        for process in stopped:
+            process.kill()
+    assert stopped, "the fault did not fire"
+
+
 @pytest.mark.long
 def test_what_hands_out_shards_is_replaced_when_it_dies_and_changes_no_byte(twin, folder, tmp_path):
     """It waits for the engine in a process of Ray Data; the engine goes on meanwhile."""
@@ -131,8 +163,7 @@ def test_what_hands_out_shards_is_replaced_when_it_dies_and_changes_no_byte(twin
     def kill():
         while not list((tmp_path / "run").glob("iteration-01/.generations-*/shard-*")):
             time.sleep(0.05)
-        waiting = [p for p in psutil.Process().children(recursive=True) if "MapBatches(AskPool)" in " ".join(p.cmdline())]
-        for process in waiting:
+        for process in those_that_hand_out():
             process.kill()
             killed.append(process.pid)
 
