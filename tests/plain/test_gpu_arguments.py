@@ -36,7 +36,7 @@ def caught(monkeypatch):
         def call(*args, **kwargs):
             found[name] = kwargs | ({"args": args} if args else {})
             engine = types.SimpleNamespace(engine_core=None)  # of a vLLM in one process
-            return types.SimpleNamespace(fit=lambda: None, llm_engine=engine, **kwargs)
+            return types.SimpleNamespace(llm_engine=engine, **kwargs)
 
         return call
 
@@ -58,13 +58,10 @@ def engine_spec(config):
 
 
 def train_spec(config, folder):
-    stage = Stage(folder / "checkpoint", "checkpoint", "key")
-    stage.start()
-    stage.commit()
     return train.TrainSpec(
         pairs="", model="", reference_model="", reference_hash="", dtype=config.model.dtype,
         template=load_template("default", "conversation", "chain"), training=config.training, trainer=config.trainer, seed=0,
-        iteration=1, run=Run(folder), reference=None, checkpoint=stage,
+        iteration=1, run=Run(folder), reference=None, checkpoint=Stage(folder / "checkpoint", "checkpoint", "key"),
     )  # fmt: skip
 
 
@@ -100,7 +97,7 @@ def test_engines_take_whole_gpus_and_their_environment(nodes, actors):
 @pytest.mark.parametrize(("nodes", "workers"), [(1, 8), (4, 32)])
 def test_ray_train_gets_a_gpu_a_worker_nccl_and_the_environment(caught, tmp_path, nodes, workers):
     config = recipe(nodes, "trainer.env.NCCL_SOCKET_IFNAME=eth0")
-    train.fit(train_spec(config, tmp_path), tmp_path / "ray-train")
+    train.group(train_spec(config, tmp_path), tmp_path, tmp_path / "error.json")
     assert caught["TorchConfig"] == {"backend": "nccl"}
     assert caught["ScalingConfig"] == {
         "num_workers": workers, "use_gpu": True, "resources_per_worker": {"CPU": 4, "GPU": 1},
@@ -113,7 +110,7 @@ def test_ray_train_gets_a_gpu_a_worker_nccl_and_the_environment(caught, tmp_path
 
 def test_without_gpus_it_is_gloo_on_the_cpu(caught, tmp_path):
     config = options.load(ROOT / "jobs/recipes/tiny.toml")
-    train.fit(train_spec(config, tmp_path), tmp_path / "ray-train")
+    train.group(train_spec(config, tmp_path), tmp_path, tmp_path / "error.json")
     assert caught["TorchConfig"] == {"backend": "gloo"}
     assert caught["ScalingConfig"]["resources_per_worker"] == {"CPU": 0.4}
     assert caught["RunConfig"]["worker_runtime_env"]["env_vars"] == {"DS_ACCELERATOR": "cpu"}

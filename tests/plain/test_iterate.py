@@ -119,7 +119,7 @@ def test_engines_that_differ_from_the_checkpoint_end_the_run_and_nothing_is_comm
     context, prompts, *_ = tables(SCORES)
     context.prompts, context.pools = {1: prompts}, SimpleNamespace(open=lambda _: [])
     found = {"mean_difference": difference, "kl_iteration": 0.1, "kl_initial": 0.2}
-    monkeypatch.setattr(shards, "call_all", lambda *_: [])
+    monkeypatch.setattr(iterate, "call_all", lambda *_: [])
     monkeypatch.setattr(iterate.logprob_probe, "compare", lambda *_: found)
     folder = context.run.iteration(1) / "probe"
     if agrees:

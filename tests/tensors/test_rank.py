@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ray.exceptions import ActorDiedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from evolve_ray.config import Trainer, Training
 from evolve_ray.errors import EvolveError, IntegrityError, NumericsError, ResourceError, pack, unpack
@@ -18,7 +20,7 @@ from evolve_ray.forwards import Part
 from evolve_ray.rank import Rank
 from evolve_ray.schedule import batches, micro_batches
 from evolve_ray.store import MANIFEST, Run, Stage, read_manifest
-from evolve_ray.train import raise_kept, worker
+from evolve_ray.train import fit, raise_kept, worker
 from tests.plain.test_train import spec as train_spec
 
 
@@ -306,3 +308,37 @@ def test_full_memory_ends_a_training_with_what_to_change_and_exit_code_five(monk
 @pytest.mark.parametrize("fail", [lost_peer, lost_actor])
 def test_rank_whose_peer_or_meeting_point_is_lost_keeps_no_error_so_that_the_group_starts_again(monkeypatch, tmp_path, fail):
     assert not run_worker(monkeypatch, tmp_path, fail).exists()
+
+
+def fitted(monkeypatch, tmp_path, error, max_failures=2):
+    """How often a training was begun whose every worker group ends with `error`."""
+    begun = []
+
+    def fit_once():
+        begun.append(error)
+        raise error
+
+    monkeypatch.setattr("evolve_ray.train.group", lambda *_: SimpleNamespace(fit=fit_once))
+    given = SimpleNamespace(trainer=Trainer(max_failures=max_failures), checkpoint=SimpleNamespace(final=tmp_path / "checkpoint"))
+    with pytest.raises((ResourceError, ControllerError)) as caught:
+        fit(given, tmp_path / "storage")
+    return len(begun), caught.value
+
+
+def test_training_whose_controller_dies_again_and_again_ends_with_a_sentence(monkeypatch, tmp_path):
+    begun, error = fitted(monkeypatch, tmp_path, ActorDiedError())
+    assert begun == 3
+    assert str(error).startswith("checkpoint: processes of the training died more often than trainer.max_failures (2) allows; ")
+
+
+def test_group_that_ray_train_gave_up_is_not_begun_again(monkeypatch, tmp_path):
+    lost = WorkerHealthCheckFailedError("no answer", ActorDiedError())
+    begun, error = fitted(monkeypatch, tmp_path, WorkerGroupError("two", {0: RuntimeError("Connection closed by peer"), 1: lost}))
+    assert begun == 1
+    assert str(error).endswith("submit the same command again: The actor died unexpectedly before finishing this task.")
+
+
+def test_error_of_a_training_that_is_no_death_is_not_hidden(monkeypatch, tmp_path):
+    begun, error = fitted(monkeypatch, tmp_path, ControllerError(ValueError("a fault of the code")))
+    assert begun == 1
+    assert isinstance(error, ControllerError)
