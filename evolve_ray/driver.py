@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from evolve_ray import config as options
-from evolve_ray.errors import ResourceError, UserError, first_line, on_sigterm, run_command
+from evolve_ray.errors import ResourceError, UserError, first_line, is_lost_process, on_sigterm, run_command
 from evolve_ray.head import HeadWatch, RayletWatch
 from evolve_ray.keeper import kept
 from evolve_ray.metrics import Follower
@@ -228,7 +228,14 @@ def join_ray(local: dict[str, Any] | None = None, *, loud: bool = False) -> None
 _watches: list[HeadWatch] = []  # of the Ray that this process has joined
 
 
+GOING_S = 5.0  # a raylet that goes down is dead to others before its process ends
+
+
 def stop_ray() -> None:
+    """Leaves Ray. After an error that a dying raylet may have caused, its watch has time to see that and to end this process."""
+    error = sys.exception()
+    if _watches and error and (isinstance(error, ResourceError) or is_lost_process(error)):
+        time.sleep(GOING_S)
     while _watches:
         _watches.pop().stop()
     ray = sys.modules.get("ray")
