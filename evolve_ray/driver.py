@@ -222,7 +222,8 @@ def join_ray(local: dict[str, Any] | None = None, *, loud: bool = False) -> None
     here = ray.get_runtime_context()
     head = HeadWatch(here.gcs_address)
     own = next(node for node in ray.nodes() if node["NodeID"] == here.get_node_id())
-    _watches.extend([head, RayletWatch(f"{own['NodeManagerAddress']}:{own['NodeManagerPort']}", head)])
+    address = f"{own['NodeManagerAddress']}:{own['NodeManagerPort']}"
+    _watches.extend([head, RayletWatch(address, own["RayletSocketName"], head)])
 
 
 _watches: list[HeadWatch] = []  # of the Ray that this process has joined

@@ -3,14 +3,20 @@
 It does so a minute after it has lost its head, and at the driver's next use of a raylet that is gone.
 """
 
+import contextlib
 import os
+import re
+import select
 import socket
 import sys
 import threading
 
+import psutil
+
 from evolve_ray.errors import ResourceError
 
 TICK_S = 3.0
+AGENT = re.compile(r"dashboard/agent\.py|runtime_env/agent/main\.py|ray::(Dashboard|RuntimeEnv)Agent")  # as a title tells them
 FAILURES = 10  # in a row, so that a driver that was asleep itself does not take that for its head's death
 
 
@@ -45,41 +51,41 @@ class HeadWatch:
 
 
 class RayletWatch(HeadWatch):
-    """A thread that holds a connection to the raylet of the driver's own node: it breaks in the moment in which that ends."""
+    """A thread that waits for the end of the raylet of the driver's own node, or of an agent of it, with which it ends.
 
-    def __init__(self, address: str, head: HeadWatch):
-        self.head = head
+    Ray aborts a driver some milliseconds after that. A raylet of another machine's processes is not watched.
+    """
+
+    def __init__(self, address: str, socket_name: str, head: HeadWatch):
+        self.head, self.socket_name = head, socket_name
         super().__init__(address)
 
     def _watch(self) -> None:
-        host, _, port = self.address.rpartition(":")
-        refused = 0
-        while not self._done.wait(0.05):
-            try:
-                with socket.create_connection((host.strip("[]"), int(port)), timeout=TICK_S) as held:
-                    refused = 0
-                    self._hold(held)
-            except ConnectionRefusedError:  # by our own machine: nobody listens there any more
-                refused += 1
-                if refused == 2 and not self._done.is_set():
-                    self.end()
-            except OSError:
-                pass  # a machine too busy to answer
-
-    def _hold(self, held: socket.socket) -> None:
-        """Until the other side closes, which a raylet also does now and then."""
-        while not self._done.is_set():
-            try:
-                if not held.recv(4096):
-                    return
-            except TimeoutError:
-                pass
+        ends, files = select.poll(), []
+        with contextlib.suppress(OSError, psutil.Error):  # gone already, or not to be watched here
+            for pid in fate_of(self.socket_name):
+                files.append(os.pidfd_open(pid))
+                ends.register(files[-1], select.POLLIN)
+        while files and not self._done.is_set():
+            if ends.poll(TICK_S * 1000) and not self._done.is_set():
+                self.end()
+                break
+        for file in files:
+            os.close(file)
 
     def end(self) -> None:
         if self.head.answers():
             end(f"the raylet of this node at {self.address} is gone, and with it all that ran here")
         else:
             end(f"the head node at {self.head.address} is lost, and the raylet of this node with it")
+
+
+def fate_of(socket_name: str) -> list[int]:
+    """The processes of this machine with whose end that raylet is gone: its own, and its two agents."""
+    for process in psutil.process_iter(["cmdline"]):
+        if f"--raylet_socket_name={socket_name}" in (process.info["cmdline"] or ()):
+            return [process.pid, *(child.pid for child in process.children() if AGENT.search(" ".join(child.cmdline())))]
+    return []
 
 
 def end(what: str) -> None:

@@ -1,6 +1,9 @@
+import contextlib
 import socket
+import sys
 import time
 
+import psutil
 import pytest
 
 from evolve_ray import head
@@ -60,43 +63,48 @@ def test_sentence_names_the_head_and_the_way_out(monkeypatch, capfd):
 
 
 @pytest.fixture
-def raylet(monkeypatch, listener):
-    """A watch of a raylet of this machine, whose head does not answer, and where it ends its process."""
+def raylet(monkeypatch):
+    """A watch of a process that calls itself a raylet with an agent, and where it ends its own."""
     found = []
     monkeypatch.setattr(head.RayletWatch, "end", lambda self: found.append(self.address))
-    monkeypatch.setattr(head, "TICK_S", 0.1)
-    watch = head.RayletWatch(address(listener), None)
-    yield watch, found
-    watch.stop()
-
-
-def test_raylet_that_hangs_up_and_answers_again_ends_nobody(raylet, listener):
-    for _ in range(5):
-        listener.accept()[0].close()
-    time.sleep(0.5)
-    assert raylet[1] == []
-
-
-def test_raylet_that_is_gone_ends_the_driver_at_once(raylet, listener):
-    held, _ = listener.accept()
-    time.sleep(0.5)
-    assert raylet[1] == []
-    listener.close()
-    held.close()
-    started = time.monotonic()
-    while not raylet[1] and time.monotonic() < started + 20:
+    agent = "import time; time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {agent!r}, 'dashboard/agent.py']).wait()"
+    process = psutil.Popen([sys.executable, "-c", parent, "--raylet_socket_name=/s/raylet"])
+    while not process.children():
         time.sleep(0.01)
-    assert set(raylet[1]) == {raylet[0].address}
-    assert time.monotonic() - started < 5
-
-
-def test_raylet_that_ends_after_its_watch_was_stopped_ends_nobody(raylet, listener):
-    held, _ = listener.accept()
-    raylet[0].stop()
-    listener.close()
-    held.close()
+    watch = head.RayletWatch("10.0.0.8:4444", "/s/raylet", None)
     time.sleep(0.5)
-    assert raylet[1] == []
+    assert found == []
+    (child,) = process.children()
+    yield watch, found, process, child
+    watch.stop()
+    for one in (child, process):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("which", ["raylet", "agent"])
+def test_raylet_or_agent_that_ends_ends_the_driver_at_once(raylet, which):
+    watch, found, process, child = raylet
+    (process if which == "raylet" else child).kill()
+    started = time.monotonic()
+    while not found and time.monotonic() < started + 20:
+        time.sleep(0.001)
+    assert found == [watch.address]
+    assert time.monotonic() - started < 1
+
+
+def test_raylet_that_ends_after_its_watch_was_stopped_ends_nobody(raylet):
+    watch, found, process, _ = raylet
+    watch.stop()
+    process.kill()
+    time.sleep(0.5)
+    assert found == []
+
+
+def test_raylet_that_is_not_among_the_processes_of_this_machine_is_not_watched():
+    assert head.fate_of("/another/raylet") == []
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -106,7 +114,7 @@ def test_sentence_names_the_head_where_that_is_lost_too(monkeypatch, capfd, ther
     monkeypatch.setattr(head.HeadWatch, "_watch", lambda self: None)
     monkeypatch.setattr(head.RayletWatch, "_watch", lambda self: None)
     monkeypatch.setattr(head.HeadWatch, "answers", lambda self: there)
-    head.RayletWatch("10.0.0.8:4444", head.HeadWatch("10.0.0.7:6379")).end()
+    head.RayletWatch("10.0.0.8:4444", "/s/raylet", head.HeadWatch("10.0.0.7:6379")).end()
     assert codes == [5]
     said = capfd.readouterr().err
     assert ("the raylet of this node at 10.0.0.8:4444 is gone" in said) == there
