@@ -39,6 +39,7 @@ ROLES: dict[str, Callable[[psutil.Process], bool]] = {
     "train controller": lambda process: title(process).startswith("ray::TrainController"),
     "meeting point of ranks": lambda process: title(process).startswith("ray::SynchronizationActor"),
     "raylet": lambda process: "raylet/raylet" in title(process),
+    "agent": lambda process: "ray::DashboardAgent" in title(process),
 }
 
 

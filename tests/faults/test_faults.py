@@ -207,10 +207,11 @@ def test_engine_and_training_that_hang_are_replaced_or_end_the_run_with_exit_cod
 
 
 def test_sigterm_and_a_lost_ray_in_generations_and_in_checkpoint_end_the_run_with_a_sentence_and_it_is_resumed(small):
-    """Each of the four within its time; then the same command to its end. A lost Ray is a raylet that is gone."""
+    """Each of the six within its time; then the same command to its end. A lost Ray is a raylet that is gone, by itself or after
+    an agent of it."""
     run, members, kept = fork(small, "ended"), [], {}
     workers = {"generations": "engine", "checkpoint": "train worker"}  # once they are there, the driver has joined its Ray
-    for stage, role in itertools.product(workers, ("driver", "raylet")):
+    for stage, role in itertools.product(workers, ("driver", "raylet", "agent")):
         with ended(start(run, *arguments())) as command:
             command.wait_for(in_stage(stage), 600)
             find(command.process.pid, workers[stage], 120)
