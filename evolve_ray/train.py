@@ -47,9 +47,6 @@ def fit(spec: TrainSpec, storage: Path) -> Manifest:
     Ray Train begins a group anew that lost a rank, `trainer.max_failures` times; a group whose controller, a process of Ray
     Train's own, was lost is begun anew here, as often. Raises ResourceError where processes die more often than that.
     """
-    from ray.exceptions import RayActorError
-    from ray.train.v2.api.exceptions import TrainingFailedError
-
     kept = storage / "error.json"
     for lost in itertools.count(1):
         shutil.rmtree(storage, ignore_errors=True)
@@ -57,12 +54,12 @@ def fit(spec: TrainSpec, storage: Path) -> Manifest:
         try:
             group(spec, storage, kept).fit()
             break
-        except (RayActorError, TrainingFailedError) as error:
+        except Exception as error:
             raise_kept(kept)
             death = first_death(error)
             if death is None:
                 raise
-            if isinstance(error, TrainingFailedError) or lost > spec.trainer.max_failures:
+            if death is not error or lost > spec.trainer.max_failures:  # Ray Train gave its group up, or its controller died
                 raise ResourceError(
                     f"{spec.checkpoint.final.name}: processes of the training died more often than trainer.max_failures "
                     f"({spec.trainer.max_failures}) allows; see their logs in the Ray dashboard (often memory), then submit the "
