@@ -163,7 +163,7 @@ def test_committed_stages_are_returned_without_ray(pools, folder, tmp_path, monk
     run = tmp_path / "run"
     context = make_context(folder, run)
     first = draft(context, pools)
-    monkeypatch.setattr(shards, "run", lambda *_: pytest.fail("a committed stage was computed again"))
+    monkeypatch.setattr("evolve_ray.pools.run", lambda *_: pytest.fail("a committed stage was computed again"))
     again = draft(context, pools)
     assert [part.identity for part in again] == [part.identity for part in first]
     assert (
