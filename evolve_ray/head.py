@@ -16,8 +16,8 @@ import psutil
 from evolve_ray.errors import ResourceError
 
 TICK_S = 3.0
-AGENT = re.compile(r"dashboard/agent\.py|runtime_env/agent/main\.py|ray::(Dashboard|RuntimeEnv)Agent")  # as a title tells them
 FAILURES = 10  # in a row, so that a driver that was asleep itself does not take that for its head's death
+AGENT = re.compile(r"dashboard/agent\.py|runtime_env/agent/main\.py|ray::(Dashboard|RuntimeEnv)Agent")  # as a title tells them
 
 
 class HeadWatch:
@@ -53,7 +53,7 @@ class HeadWatch:
 class RayletWatch(HeadWatch):
     """A thread that waits for the end of the raylet of the driver's own node, or of an agent of it, with which it ends.
 
-    Ray aborts a driver some milliseconds after that. A raylet of another machine's processes is not watched.
+    Ray aborts a driver some milliseconds after that. A raylet whose process is not seen from here is not watched.
     """
 
     def __init__(self, address: str, socket_name: str, head: HeadWatch):
@@ -84,8 +84,15 @@ def fate_of(socket_name: str) -> list[int]:
     """The processes of this machine with whose end that raylet is gone: its own, and its two agents."""
     for process in psutil.process_iter(["cmdline"]):
         if f"--raylet_socket_name={socket_name}" in (process.info["cmdline"] or ()):
-            return [process.pid, *(child.pid for child in process.children() if AGENT.search(" ".join(child.cmdline())))]
+            return [process.pid, *(child.pid for child in process.children() if AGENT.search(title(child)))]
     return []
+
+
+def title(process: psutil.Process) -> str:
+    """What a process calls itself; "" where it is gone: workers of a busy node come and go."""
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def end(what: str) -> None:

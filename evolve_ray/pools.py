@@ -166,7 +166,7 @@ class AskPool:
         except ray.exceptions.RayActorError as error:
             message = (
                 f"{pool.name}: the actor that works on shard {shard} cannot be started again; see its log in the "
-                f"Ray dashboard, then submit the same command again: {str(error).strip().splitlines()[0]}"
+                f"Ray dashboard, then submit the same command again: {first_line(error)}"
             )
             return {"error": pack(ResourceError(message))}
 

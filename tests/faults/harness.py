@@ -18,19 +18,13 @@ import psutil
 import pytest
 
 from evolve_ray import rows
+from evolve_ray.head import title
 from evolve_ray.store import MANIFEST
 from tests.real.conftest import SMALL, Command, start
 
 Moment = Callable[[list[dict]], object]
 POOLS = {"engine": "engines", "scorer": "scorers"}
 DRAFTED = ("prompts", "generations", "scores", "pairs")  # the stages before a training
-
-
-def title(process: psutil.Process) -> str:
-    """What a process calls itself; "" if it is gone."""
-    with contextlib.suppress(psutil.Error):
-        return " ".join(process.cmdline())
-    return ""
 
 
 ROLES: dict[str, Callable[[psutil.Process], bool]] = {

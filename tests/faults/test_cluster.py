@@ -12,6 +12,7 @@ import yaml
 from evolve_ray.attempts import FOLDER
 from tests.faults.harness import (
     DRAFTED,
+    ROLES,
     after_shards,
     arguments,
     ended,
@@ -59,7 +60,7 @@ def workers_of(cluster, driver):
 
 def ranks_of(cluster):
     """The training workers of all nodes."""
-    return [p for name in cluster.nodes for p in cluster.family(name) if title(p).startswith("ray::RayTrainWorker")]
+    return [p for name in cluster.nodes for p in cluster.family(name) if ROLES["train worker"](p)]
 
 
 def test_submitted_driver_that_is_killed_then_stopped_leaves_nobody_behind_and_is_resumed(cluster, small):

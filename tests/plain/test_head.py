@@ -103,6 +103,12 @@ def test_raylet_that_ends_after_its_watch_was_stopped_ends_nobody(raylet):
     assert found == []
 
 
+def test_process_that_is_gone_has_no_title_and_hinders_no_watch():
+    process = psutil.Popen([sys.executable, "-c", ""])
+    assert process.wait() == 0
+    assert head.title(process) == ""
+
+
 def test_raylet_that_is_not_among_the_processes_of_this_machine_is_not_watched():
     assert head.fate_of("/another/raylet") == []
 

@@ -9,6 +9,7 @@ import pytest
 
 from evolve_ray import generate, rows, score, shards
 from evolve_ray.errors import IntegrityError, NumericsError, StalledError
+from evolve_ray.head import title
 from tests.fakes import DyingAfterCommit, DyingScorer, DyingScorerAfterCommit
 from tests.wiring.test_pipeline import draft, folder, local_ray, make_context, pools, twin
 
@@ -122,56 +123,47 @@ def test_an_engine_that_is_slow_on_the_first_shard_changes_the_order_of_shards_a
     assert pairs.path("pairs.parquet").read_bytes() == twin[2].path("pairs.parquet").read_bytes()
 
 
-def those_that_hand_out():
-    return [p for p in psutil.Process().children(recursive=True) if "MapBatches(AskPool)" in " ".join(p.cmdline())]
+@contextlib.contextmanager
+def those_that_hand_out(run, hit):
+    """Hits every process that hands out shards once a shard of the run is committed; gives those that were hit."""
+    found = []
+
+    def strike():
+        while not list(run.glob("iteration-01/.generations-*/shard-*")):
+            time.sleep(0.05)
+        for process in psutil.Process().children(recursive=True):
+            if "MapBatches(AskPool)" in title(process):
+                hit(process)
+                found.append(process)
+
+    striker = threading.Thread(target=strike, daemon=True)
+    striker.start()
+    yield found
+    striker.join()
+    assert found, "the fault did not fire"
 
 
 @pytest.mark.long
 def test_what_hands_out_shards_ends_the_run_where_it_hangs(folder, tmp_path, monkeypatch):
     """Nobody watches the engine then, so the driver watches for signs of it."""
     monkeypatch.setattr("evolve_ray.pools.START_S", 10.0)
-    context = make_context(
-        folder, tmp_path / "run", "engine.name=tests.fakes:SlowEngine", "engine.stall_s=20", "scorer.stall_s=20"
-    )
-    stopped = []
-
-    def stop():
-        while not list((tmp_path / "run").glob("iteration-01/.generations-*/shard-*")):
-            time.sleep(0.05)
-        for process in those_that_hand_out():
-            process.suspend()
-            stopped.append(process)
-
-    stopper = threading.Thread(target=stop)
-    stopper.start()
-    try:
-        with pytest.raises(StalledError, match=r"^generations: made no progress for 30 s; what hands out its shards hangs"):
-            draft(context)
-    finally:
-        stopper.join()
-        for process in stopped:
-            process.kill()
-    assert stopped, "the fault did not fire"
+    patient = ("engine.stall_s=20", "scorer.stall_s=20")
+    context = make_context(folder, tmp_path / "run", "engine.name=tests.fakes:SlowEngine", *patient)
+    with those_that_hand_out(tmp_path / "run", psutil.Process.suspend) as stopped:
+        try:
+            with pytest.raises(StalledError, match=r"^generations: made no progress for 30 s; what hands out its shards hangs"):
+                draft(context)
+        finally:
+            for process in stopped:
+                process.kill()
 
 
 @pytest.mark.long
 def test_what_hands_out_shards_is_replaced_when_it_dies_and_changes_no_byte(twin, folder, tmp_path):
     """It waits for the engine in a process of Ray Data; the engine goes on meanwhile."""
     context = make_context(folder, tmp_path / "run", "engine.name=tests.fakes:SlowEngine")
-    killed = []
-
-    def kill():
-        while not list((tmp_path / "run").glob("iteration-01/.generations-*/shard-*")):
-            time.sleep(0.05)
-        for process in those_that_hand_out():
-            process.kill()
-            killed.append(process.pid)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    drafts, _, pairs = draft(context)
-    killer.join()
-    assert killed, "the fault did not fire"
+    with those_that_hand_out(tmp_path / "run", psutil.Process.kill):
+        drafts, _, pairs = draft(context)
     assert list(shards.read_rows(drafts)) == list(shards.read_rows(twin[0]))
     assert pairs.path("pairs.parquet").read_bytes() == twin[2].path("pairs.parquet").read_bytes()
     told = [event["shard"] for event in rows.read_jsonl(tmp_path / "run" / "events.jsonl") if event["event"] == "shard"]
