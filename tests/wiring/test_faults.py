@@ -144,7 +144,7 @@ def those_that_hand_out(run, hit):
 
 
 @pytest.mark.long
-def test_what_hands_out_shards_ends_the_run_where_it_hangs(folder, tmp_path, monkeypatch):
+def test_what_hands_out_shards_ends_the_run_where_it_hangs(local_ray, folder, tmp_path, monkeypatch):
     """Nobody watches the engine then, so the driver watches for signs of it."""
     monkeypatch.setattr("evolve_ray.pools.START_S", 10.0)
     patient = ("engine.stall_s=20", "scorer.stall_s=20")
