@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from evolve_ray.config import Trainer
+from evolve_ray.config.options import Trainer
 
 INSIDE, FACTORS = ".base_layer.", ".lora_"  # peft's names for the weight inside an adapted layer, and for the factors
 

@@ -20,7 +20,7 @@ from evolve_ray import prompts
 from evolve_ray.answers import Answers, file_name
 from evolve_ray.errors import IntegrityError, UserError
 from evolve_ray.judge import Judge
-from evolve_ray.refine import fill
+from evolve_ray.refine.template import fill
 from evolve_ray.rows import digest
 from evolve_ray.store import write_atomic
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evolve_ray.errors import UserError, first_line
-from evolve_ray.refine import Messages
+from evolve_ray.refine.asks import Messages
 
 
 class Chat:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from evolve_ray.config import Controller
+from evolve_ray.config.options import Controller
 
 VERSION = 1
 ACTIONS = ("continue", "stop", "roll_back")

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from evolve_ray import config as options
+from evolve_ray.config.load import load
+from evolve_ray.config.options import Config
 from evolve_ray.errors import ResourceError, UserError, first_line, is_lost_process, on_sigterm, run_command
 from evolve_ray.head import HeadWatch, RayletWatch
 from evolve_ray.keeper import kept
@@ -67,7 +68,7 @@ def main(arguments: list[str]) -> int:
         overrides = list(given.overrides)
         if given.iterations is not None:
             overrides.append(f"iterations={given.iterations}")
-        config = options.load(given.recipe, overrides)
+        config = load(given.recipe, overrides)
         root, uri = places(given.run or f"runs/{config.name}", given.work)
         if given.plan:
             from evolve_ray.plan import plan
@@ -117,7 +118,7 @@ def run_folder(name: str) -> Path:
 
 
 def run(
-    config: options.Config, root: Path, uri: str = "", *, rerun_changed: bool, again: str = "", verbose: bool = False
+    config: Config, root: Path, uri: str = "", *, rerun_changed: bool, again: str = "", verbose: bool = False
 ) -> int:  # fmt: skip
     """`again` is the command as typed, kept for jobs/status.py and jobs/verify.py."""
     from evolve_ray import inputs, iterate, report
@@ -164,7 +165,7 @@ def tell_stages(line: str) -> None:
         say(line)
 
 
-def start_ray(config: options.Config, follower: Follower | None = None, *, loud: bool = False) -> None:
+def start_ray(config: Config, follower: Follower | None = None, *, loud: bool = False) -> None:
     """Joins the cluster that RAY_ADDRESS names (a submitted job has it), else starts a local Ray that ends with the driver."""
     if not os.environ.get("RAY_ADDRESS"):
         import_ray_for_loopback()

@@ -6,8 +6,9 @@ below, which are assumed, not measured. They leave out the start of engines and 
 
 from dataclasses import dataclass
 
-from evolve_ray.config import Config, Training
+from evolve_ray.config.options import Config, Training
 from evolve_ray.fitting import faults
+from evolve_ray.refine.strategies import responses_per_prompt
 from evolve_ray.shapes import Shape, read_shape
 from evolve_ray.sizing import (
     BYTES,
@@ -21,7 +22,6 @@ from evolve_ray.sizing import (
     memories,
     sequences,
 )
-from evolve_ray.strategies import responses_per_prompt
 
 PROMPT_TOKENS = 512  # of a prompt with its system text, where only loading tells
 COMPUTE, BANDWIDTH, TRAINING = 0.4, 0.6, 0.35  # of the peak: prefill and scoring, decoding, forward and backward together

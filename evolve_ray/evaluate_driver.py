@@ -8,8 +8,10 @@ import shlex
 from pathlib import Path
 
 from evolve_ray import checkpoints
-from evolve_ray import config as options
 from evolve_ray import probes as probing
+from evolve_ray.config.load import from_json, load
+from evolve_ray.config.options import Config
+from evolve_ray.config.resolve import resolved
 from evolve_ray.driver import run_folder, say, start_ray, stop_ray
 from evolve_ray.errors import IntegrityError, UserError, run_command
 from evolve_ray.evaluate_models import Plan
@@ -60,7 +62,7 @@ def main(arguments: list[str]) -> int:
 
 def sort_arguments(positional: list[str], data: list[str]) -> tuple[list[str], dict[str, str], list[str]]:
     """(models, {split: path}, key=value overrides). A dotted key, or one of a plain option, is an override wherever it stands."""
-    plain = {field.name for field in dataclasses.fields(options.Config)}
+    plain = {field.name for field in dataclasses.fields(Config)}
     models: list[str] = []
     splits: dict[str, str] = {}
     overrides: list[str] = []
@@ -81,14 +83,14 @@ def sort_arguments(positional: list[str], data: list[str]) -> tuple[list[str], d
     return models, splits, overrides
 
 
-def configuration(first: str, recipe: str | None, data: dict[str, str], overrides: list[str]) -> options.Config:
+def configuration(first: str, recipe: str | None, data: dict[str, str], overrides: list[str]) -> Config:
     """The recipe, or what the first model's run was configured with; `data` replaces its evaluation.splits."""
     run = Path(first) if checkpoints.is_run(Path(first)) else Path(first.rpartition("@")[0])
     if data:  # as an option of its own, so that it is checked as one
         splits = ", ".join(f"{json.dumps(name)} = {json.dumps(path)}" for name, path in data.items())
         overrides = [*overrides, f"evaluation.splits={{{splits}}}"]
     if recipe:
-        config = options.load(recipe, overrides)
+        config = load(recipe, overrides)
     elif first and checkpoints.is_run(run):
         path = run / "config.json"
         try:
@@ -97,7 +99,7 @@ def configuration(first: str, recipe: str | None, data: dict[str, str], override
             raise UserError(f"{path}: is gone; name the recipe with --recipe") from None
         except ValueError:
             raise IntegrityError(f"{path}: is damaged; name the recipe with --recipe") from None
-        config = options.from_json(tree, str(path), overrides)
+        config = from_json(tree, str(path), overrides)
     else:
         raise UserError(f"--recipe: is missing, and the first MODEL ({first}) is no run that would have one; give --recipe FILE")
     if not config.evaluation.splits:
@@ -120,7 +122,7 @@ def default_folder(plan: Plan) -> str:
     """A folder that the same models, data and options lead to again: beside the first model's run, else in runs/."""
     config = plan.config
     files = [sha256_file(Path(path)) if Path(path).is_file() else path for path in config.evaluation.splits.values()]
-    named = [options.resolved(config, runtime=False), files, [(model.name, model.hash) for model in plan.models]]
+    named = [resolved(config, runtime=False), files, [(model.name, model.hash) for model in plan.models]]
     named += [plan.probes, plan.foreign.hash if plan.foreign else None, plan.draft_column]
     run = plan.models[0].run
     return str((run.resolve().parent if run else Path("runs")) / f"evaluation-{digest(named)[:12]}")

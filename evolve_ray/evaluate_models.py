@@ -13,19 +13,20 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from evolve_ray import config as options
 from evolve_ray import inputs, pipeline, prompts, rows, shards
 from evolve_ray.checkpoints import Named
+from evolve_ray.config.options import Config, Evaluation, Strategy
+from evolve_ray.config.resolve import resolved
 from evolve_ray.driver import say
 from evolve_ray.errors import UserError
 from evolve_ray.evaluate_figures import Rows, add_probes, every_two, model_figures
 from evolve_ray.inputs import Context, Policy
 from evolve_ray.models import check_policy
 from evolve_ray.prompter import Prompter, evaluation_id
+from evolve_ray.refine.strategies import REFINE_GIVEN
 from evolve_ray.scorers import same_answer
 from evolve_ray.store import Manifest, Run, sha256_file
 
-REFINE_GIVEN = "evolve_ray.probes:refine_given"
 INCIDENTAL = ("transformers_version", "_name_or_path")  # entries of a model's config.json that no engine computes with
 USAGE = ("num_rows", "num_tokens", "num_prompt_tokens", "num_cached_tokens", "num_cut", "num_rejected")
 
@@ -34,7 +35,7 @@ USAGE = ("num_rows", "num_tokens", "num_prompt_tokens", "num_cached_tokens", "nu
 class Plan:
     """What is compared: the configuration, the models in their order, the probes, and where given drafts come from."""
 
-    config: options.Config
+    config: Config
     models: list[Named]
     probes: tuple[str, ...]
     foreign: Named | None
@@ -82,7 +83,7 @@ def compare(plan: Plan, folder: Run, start_ray: Callable[[], None], *, rerun_cha
         "prompts": {"identity": held_out.identity, "num_rejected": held_out.stats["num_rejected"]},
         "reward_models": {name: model.hash for name, model in context.reward_models.items()},
         "template": context.template.hash,
-        "config": options.resolved(config),
+        "config": resolved(config),
     }
 
 
@@ -114,7 +115,7 @@ class GivenDrafts:
         self.told = column if self.drafts else f"y1 of {self.writer.name}" if self.writer else None
 
 
-def read_column(part: options.Evaluation, path: str, split: str, column: str) -> dict[str, str]:
+def read_column(part: Evaluation, path: str, split: str, column: str) -> dict[str, str]:
     """`{prompt id of the evaluation: text in column}` of one split."""
     found, _ = prompts.read_prompts(
         path, prompt_column=part.prompt_column, answer_column=part.answer_column, answer_pattern=part.answer_pattern,
@@ -155,14 +156,14 @@ class Asker:
         config = self.context.config
         found = {"chain": self.chain(model)}
         for name, prompts_of in shown.items():
-            strategy = options.Strategy(name=REFINE_GIVEN, rounds=2)
+            strategy = Strategy(name=REFINE_GIVEN, rounds=2)
             found[name] = self.ask(model, name, prompts_of, strategy, scope=name)
         if "parallel" in wanted:  # twice as many as the chain has rounds: short first drafts buy more of them at equal tokens
             samples = max(config.evaluation.parallel, 2 * config.evaluation.rounds)
-            strategy = options.Strategy(name="parallel", samples=samples)
+            strategy = Strategy(name="parallel", samples=samples)
             found["parallel"] = self.ask(model, "parallel", self.held_out, strategy)
         if "longer" in wanted:
-            strategy = options.Strategy(name="chain", rounds=1)
+            strategy = Strategy(name="chain", rounds=1)
             found["longer"] = self.ask(model, "longer", self.held_out, strategy, max_tokens=self.longest())
         return found
 
@@ -181,11 +182,11 @@ class Asker:
     def chain(self, model: Named, part: str = "chain", rounds: int | None = None) -> tuple[Manifest, Manifest]:
         """The very chain of a run's own evaluation: the same prompts and seeds."""
         config = self.context.config
-        strategy = options.Strategy(name="chain", rounds=rounds or config.evaluation.rounds)
+        strategy = Strategy(name="chain", rounds=rounds or config.evaluation.rounds)
         return self.ask(model, part, self.held_out, strategy)
 
     def ask(
-        self, model: Named, part: str, prompts_of: Manifest, strategy: options.Strategy,
+        self, model: Named, part: str, prompts_of: Manifest, strategy: Strategy,
         scope: str = pipeline.EVALUATION_SCOPE, max_tokens: int | None = None,
     ) -> tuple[Manifest, Manifest]:  # fmt: skip
         """Drafts and scores of one part, at the evaluation's temperature."""

@@ -10,11 +10,13 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from evolve_ray import rows
-from evolve_ray.config import Config, from_json, resolved
+from evolve_ray.config.load import from_json
+from evolve_ray.config.options import Config
+from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import IntegrityError, UserError, run_command
 from evolve_ray.models import content_hash
 from evolve_ray.objects import run_argument
-from evolve_ray.refine import load_template
+from evolve_ray.refine.template import load_template
 from evolve_ray.store import Manifest, read_manifest, sha256_file
 
 # Folder of pairs -> the folder of the scores that they were selected by; None for pairs that were given.

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from evolve_ray.config import Config, texts_in_view
+from evolve_ray.config.options import Config, texts_in_view
 from evolve_ray.shapes import Shape
 from evolve_ray.sizing import Cluster, describe, engine_gpus, memories
 

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from evolve_ray import models, rows
-from evolve_ray.config import Config, flatten, from_json, resolved, trainings
+from evolve_ray.config.load import from_json
+from evolve_ray.config.options import Config, trainings
+from evolve_ray.config.plugs import find_plug
+from evolve_ray.config.resolve import flatten, resolved
 from evolve_ray.errors import IntegrityError, StalledError, UserError
 from evolve_ray.pools import Pools
 from evolve_ray.prompter import Prompter
-from evolve_ray.refine import Template, find_plug, load_template
+from evolve_ray.refine.template import Template, load_template
 from evolve_ray.scorers import VERIFIERS, build_verifier, reward_model_field, reward_model_names
 from evolve_ray.store import Manifest, Run, Stage, blocks, write_atomic
 from evolve_ray.toy.parts import toy_parts

@@ -10,15 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evolve_ray import card, generate, measure, pairs, report, rows, score, shards, train
-from evolve_ray import config as options
 from evolve_ray import probe as logprob_probe
-from evolve_ray.config import resolved
+from evolve_ray.config import options
+from evolve_ray.config.plugs import find_plug
+from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import IntegrityError, UserError
 from evolve_ray.evaluate import add_best_of, summarise
 from evolve_ray.inputs import Context, Policy
 from evolve_ray.pipeline import EVALUATION_SCOPE, Asked, generate_and_score, generate_spec, run_steps, scores_loss
 from evolve_ray.pools import Step, call_all
-from evolve_ray.refine import find_plug
 from evolve_ray.store import Manifest, Stage, full_disk_named
 
 

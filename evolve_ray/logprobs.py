@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from evolve_ray.chat import Chat
-from evolve_ray.refine import Template
+from evolve_ray.refine.template import Template
 from evolve_ray.tree import CHUNK_TOKENS, Forward, Sequence
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from evolve_ray import config as options
+from evolve_ray.config import options
 from evolve_ray.errors import UserError
 
 Logps = dict[str, torch.Tensor]
@@ -158,7 +158,7 @@ def find(training: options.Training) -> Objective:
         "evolve": Objective(evolve, DIRECT * with_dpo + (AFTER_REJECTED + AFTER_CHOSEN) * with_refine, reference=True),
         "reward": Objective(reward, DIRECT, reference=False, scores=True),
     }
-    from evolve_ray.refine import find_plug
+    from evolve_ray.config.plugs import find_plug
 
     found = find_plug(shipped, training.objective, "training.objective")
     if not isinstance(found, Objective):

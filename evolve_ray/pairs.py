@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from rapidfuzz.distance import Levenshtein
 
-from evolve_ray.config import Selection
+from evolve_ray.config.options import Selection
 from evolve_ray.rows import content_id, derive_seed, reject
 
 Selected = tuple[list[dict], list[dict]]  # pairs, rejected drafts

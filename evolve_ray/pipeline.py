@@ -4,13 +4,14 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from evolve_ray import config as options
-from evolve_ray import generate, pools, score, shards, strategies
+from evolve_ray import generate, pools, score, shards
 from evolve_ray.attempts import signs
-from evolve_ray.config import resolved
+from evolve_ray.config import options
+from evolve_ray.config.resolve import resolved
 from evolve_ray.drive import GenerateSpec, RemoteJudge
 from evolve_ray.errors import NumericsError, UserError
 from evolve_ray.inputs import Context, Policy
+from evolve_ray.refine import strategies
 from evolve_ray.store import Manifest, Stage
 
 EVALUATION_SCOPE = "evaluation"  # in place of an iteration: every model answers the same prompts with the same seeds

@@ -10,24 +10,12 @@ from typing import Any
 import numpy as np
 
 from evolve_ray.evaluate import changes, differences, values_of
-from evolve_ray.refine import Ask, Given, Strategy, Template
 from evolve_ray.report import interval
 
 Chains = dict[str, dict[int, dict]]  # prompt id -> round -> draft with its score
 Same = Callable[[str, str], bool]  # whether two responses give the same answer
-
 PROBES = ("foreign", "keep", "quality", "majority", "parallel", "longer")
 LAST_ROUNDS = 3  # that vote
-
-
-def refine_given(prompt: str, template: Template, options: Any) -> Strategy:
-    """A chain whose first draft is not the model's own: it comes with the prompt."""
-    draft = yield Given()
-    drafts = [draft]
-    for number in range(2, options.rounds + 1):
-        draft = yield Ask(template.refinement(prompt, draft.text), sample=0, round=number, parent_id=draft.draft_id)
-        drafts.append(draft)
-    return drafts
 
 
 def is_right(draft: dict) -> bool:

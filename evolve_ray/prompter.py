@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from evolve_ray import models, prompts, rows
-from evolve_ray.config import Preferences, texts_in_view
+from evolve_ray.config.options import Preferences, texts_in_view
 from evolve_ray.errors import UserError
 from evolve_ray.scorers import reward_model_field
 from evolve_ray.store import Manifest, Stage, sha256_file

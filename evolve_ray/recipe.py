@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from evolve_ray.config import flatten
+from evolve_ray.config.resolve import flatten
 from evolve_ray.markup import details, escape, table
 
 # A line is left out where the run has none of what it speaks of.

@@ -3,7 +3,7 @@
 import math
 
 from evolve_ray import rows
-from evolve_ray.config import Training
+from evolve_ray.config.options import Training
 
 
 def batches(num_pairs: int, training: Training, *, seed: int, iteration: int) -> list[list[int]]:

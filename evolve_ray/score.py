@@ -5,7 +5,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from evolve_ray import config, rows
+from evolve_ray import rows
+from evolve_ray.config import options
 from evolve_ray.errors import IntegrityError
 from evolve_ray.pools import PoolOptions
 from evolve_ray.scorers import build_scorer, build_verifier, checked, is_finite
@@ -24,9 +25,9 @@ class ScoreSpec:
     work: str
     key: str
     shard_prompts: int
-    scorer: config.Scorer
+    scorer: options.Scorer
     reward_models: dict[str, str]  # the names in the recipe -> local folders
-    verifier: config.Verifier | None
+    verifier: options.Verifier | None
 
 
 class ScoreWorker(ShardWorker):
@@ -88,7 +89,7 @@ class ScoreWorker(ShardWorker):
         return [rows.reject({**prompt, "prompt_id": draft_id}, self.stage, reason) for draft_id in drafts]
 
 
-def pool(scorer: config.Scorer) -> PoolOptions:
+def pool(scorer: options.Scorer) -> PoolOptions:
     """The pool of scoring actors that the recipe asks for."""
     return PoolOptions(
         name="scorers",

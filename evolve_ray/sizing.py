@@ -5,7 +5,7 @@ Every figure is an upper bound for the longest contexts that the recipe allows.
 
 from dataclasses import dataclass
 
-from evolve_ray.config import Config, Training, trainings
+from evolve_ray.config.options import Config, Training, trainings
 from evolve_ray.shapes import Shape
 from evolve_ray.tree import CHUNK_TOKENS
 

@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from evolve_ray import config as options
 from evolve_ray import study_tables as tables
+from evolve_ray.config.load import from_json, load
+from evolve_ray.config.options import Config, texts_in_view
+from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import UserError, run_command
 from evolve_ray.prompter import HELD_OUT
 from evolve_ray.rows import read_jsonl
@@ -94,7 +96,7 @@ def read_recipes(text: str, folder: Path) -> list[str]:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             raise UserError(f"--recipes: {folder} has no recipe {name!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
-        config = options.load(folder / f"{name}.toml")
+        config = load(folder / f"{name}.toml")
         missing = [f"[{table}]" for table in ("toy", "activation", "verifier") if getattr(config, table) is None]
         missing += [f"evaluation.splits.{split}" for split in SPLITS if split not in config.evaluation.splits]
         if missing:
@@ -115,7 +117,7 @@ def run(recipe: str, seed: int, jobs: Path, out: Path, execute: Callable[[list[s
     overrides = [f"seed={seed}", f"toy.seed={seed}"]
     command = [sys.executable, os.path.relpath(jobs / "iterate.py"), str(path), *overrides, "--run", str(root)]
     say(f"== {recipe}, seed {seed}: {shlex.join(command)}")
-    if shared := share_iteration_zero(options.load(path, overrides), root):
+    if shared := share_iteration_zero(load(path, overrides), root):
         say(f"   iteration 0 is shared: {shared}")
     start = time.monotonic()
     code = execute(command)
@@ -133,12 +135,12 @@ def execute_command(command: list[str]) -> int:
         raise
 
 
-def same_stages(config: options.Config, other: options.Config) -> list[str]:
+def same_stages(config: Config, other: Config) -> list[str]:
     """Stages of iteration 0 that two runs of one seed compute alike."""
 
-    def parts(whole: options.Config, names: tuple[str, ...]) -> list[Any]:
-        tree = options.resolved(whole, runtime=False)
-        fitting = tree["fitting prompts"] = [options.texts_in_view(whole.strategy), whole.prompts.max_rejected_fraction]
+    def parts(whole: Config, names: tuple[str, ...]) -> list[Any]:
+        tree = resolved(whole, runtime=False)
+        fitting = tree["fitting prompts"] = [texts_in_view(whole.strategy), whole.prompts.max_rejected_fraction]
         tree["held out"] = [getattr(whole.evaluation, name) for name in HELD_OUT] + [whole.sampling.max_tokens, *fitting]
         return [tree[name] for name in names]
 
@@ -148,7 +150,7 @@ def same_stages(config: options.Config, other: options.Config) -> list[str]:
     return [*TRAINED, *(MEASURED if measured else ())]
 
 
-def share_iteration_zero(config: options.Config, root: Path) -> str:
+def share_iteration_zero(config: Config, root: Path) -> str:
     """Gives a run that has not started the committed stages of iteration 0 that another run of its seed made alike.
 
     All come from one run, since an evaluation belongs to the very checkpoint that it measured. Files are hard-linked aside,
@@ -160,7 +162,7 @@ def share_iteration_zero(config: options.Config, root: Path) -> str:
     names: list[str] = []
     for path in sorted(root.parent.glob("*/config.json")):
         folder = Run(path.parent).iteration(0)
-        alike = same_stages(config, options.from_json(json.loads(path.read_bytes()), str(path)))
+        alike = same_stages(config, from_json(json.loads(path.read_bytes()), str(path)))
         committed = [name for name in alike if read_manifest(folder / name)]
         if len(committed) > len(names):
             names, source = committed, folder
@@ -195,7 +197,7 @@ def finished(root: Path) -> bool:
 def judge_run(root: Path, seed: int, jobs: Path) -> dict[str, float]:
     """The scores that the seed's trained reward model gives to the held-out drafts of a run, by draft id."""
     overrides = [f"seed={seed}", f"toy.seed={seed}"]
-    config = options.load(jobs / "recipes" / "tiny_reward_model.toml", overrides)
+    config = load(jobs / "recipes" / "tiny_reward_model.toml", overrides)
     return judge(root, config, json.loads((root / "report.json").read_bytes())["models"], say)
 
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from evolve_ray.config import Config, flatten, resolved
+from evolve_ray.config.options import Config
+from evolve_ray.config.resolve import flatten, resolved
 from evolve_ray.errors import UserError, first_line
 from evolve_ray.ledger import TOTALS, ledger
 from evolve_ray.rows import digest, read_jsonl

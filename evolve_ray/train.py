@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evolve_ray import config as options
+from evolve_ray.config import options
 from evolve_ray.errors import EvolveError, NumericsError, ResourceError, first_line, is_full_disk, is_full_memory, pack, unpack
-from evolve_ray.refine import Template
+from evolve_ray.refine.template import Template
 from evolve_ray.schedule import micro_steps
 from evolve_ray.store import Manifest, Run, Stage, disk_error, write_atomic
 

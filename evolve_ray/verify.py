@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evolve_ray import plan, tallies
-from evolve_ray.config import Config
+from evolve_ray.config.options import Config
 from evolve_ray.errors import IntegrityError, run_command
 from evolve_ray.explain import read_config
 from evolve_ray.keeper import fetched

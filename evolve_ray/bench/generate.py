@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evolve_ray import config as options_of
 from evolve_ray import rows as tables
 from evolve_ray.bench.table import Row
+from evolve_ray.config import options as options_of
 from evolve_ray.errors import UserError
 from evolve_ray.rows import derive_seed
 
@@ -129,7 +129,7 @@ class Bench:
         from evolve_ray.chat import Chat
         from evolve_ray.drive import GenerateSpec
         from evolve_ray.generate import VllmEngine
-        from evolve_ray.refine import load_template
+        from evolve_ray.refine.template import load_template
 
         chat = Chat(folder)
         letters = chat.text_ids(LETTERS)
@@ -203,7 +203,7 @@ class Bench:
     def chains(self) -> tuple[dict[tuple[str, int], str], dict[str, int]]:
         """As the product generates: no barrier between rounds."""
         from evolve_ray.drive import Drive
-        from evolve_ray.strategies import chain
+        from evolve_ray.refine.strategies import chain
 
         drive = Drive(self.engine, lambda ask: self.chat.context_ids(ask.messages), self.spec)
         made, _, stats = drive.run(self.prompts, lambda prompt: chain(prompt, self.spec.template, self.strategy))

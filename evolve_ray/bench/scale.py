@@ -22,9 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evolve_ray import config as options_of
 from evolve_ray import rows as tables
 from evolve_ray.bench.table import Row
+from evolve_ray.config.load import build
+from evolve_ray.config.options import Config
+from evolve_ray.config.resolve import resolved
 from evolve_ray.store import Run
 
 PARTS = ("sizes", "actors")
@@ -101,7 +103,7 @@ def model_folder(folder: Path) -> None:
     save_file({"weight": np.zeros(1)}, folder / "model.safetensors")
 
 
-def recipe(root: Path, given: argparse.Namespace, prompts: int, **engine: Any) -> options_of.Config:
+def recipe(root: Path, given: argparse.Namespace, prompts: int, **engine: Any) -> Config:
     """A run of one iteration on as many prompts with the null engine, scored by the verifier."""
     tree = {
         "name": "scale",
@@ -117,10 +119,10 @@ def recipe(root: Path, given: argparse.Namespace, prompts: int, **engine: Any) -
         # Logical CPUs: engines that sleep need none. Ray ends idle processes beyond this number, and each step has two an engine.
         "ray": {"num_cpus": 4 * max(8, *given.actors), "dashboard": False},
     }
-    return options_of.build(tree, "scale", "", ())
+    return build(tree, "scale", "", ())
 
 
-def one_run(root: Path, config: options_of.Config, pools: Any) -> Spent:
+def one_run(root: Path, config: Config, pools: Any) -> Spent:
     """Everything of one iteration that is neither a model nor a training, in a run directory that is removed afterwards."""
     from evolve_ray import driver, inputs, iterate, measure, pipeline, report
 
@@ -148,7 +150,7 @@ def one_run(root: Path, config: options_of.Config, pools: Any) -> Spent:
             models.append(models[0] | {"name": "iteration 1", "iteration": 1})
             models[-1]["drift"] = measure.measure_drift(context, 1, made, None, models[:1])
         with timed(spent, "report"):
-            report.write(run, options_of.resolved(config), models)
+            report.write(run, resolved(config), models)
     spent.first_s = first_shard_s(tables.read_jsonl(run.root / "events.jsonl"))
     sizes = [path.stat().st_size for path in run.root.rglob("*") if path.is_file()]
     spent.files, spent.num_bytes, spent.largest = len(sizes), sum(sizes), max(sizes)

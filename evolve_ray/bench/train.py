@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from evolve_ray import config as options_of
 from evolve_ray.bench.table import Row
+from evolve_ray.config import options as options_of
 from evolve_ray.errors import UserError
 from evolve_ray.rows import REFERENCE
 from evolve_ray.tree import Forward, Sequence, pack

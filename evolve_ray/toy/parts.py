@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from evolve_ray import models, rows
-from evolve_ray.config import Config, resolved
+from evolve_ray.config.options import Config
+from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import ResourceError, UserError
 from evolve_ray.scorers import reward_model_names
 from evolve_ray.store import Run, Stage

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from evolve_ray import card, models, rows
-from evolve_ray import config as options
+from evolve_ray.config.load import load
+from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import IntegrityError
 from evolve_ray.evaluate import summarise
 from evolve_ray.store import CARD, Run, Stage, read_manifest
@@ -29,8 +30,8 @@ def commit_checkpoint(run, iteration, weights):
 def made(recipe, tmp_path):
     """(run, configuration, models) of a run of one iteration after its evaluation."""
     run = Run(tmp_path / "run")
-    told = options.load(recipe(f"[activation]\npath = '{recipe()}'\n"), ["name='a|b <i>'", "evaluation.splits.held=x.jsonl"])
-    config = options.resolved(told)
+    told = load(recipe(f"[activation]\npath = '{recipe()}'\n"), ["name='a|b <i>'", "evaluation.splits.held=x.jsonl"])
+    config = resolved(told)
     for name, size in (("prompts", 7), ("generations", 14)):
         commit(run.iteration(1) / name, [], rows.GENERATION)  # below with the size that the card shall tell
         path = run.iteration(1) / name / "MANIFEST.json"

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from evolve_ray import config as options
+from evolve_ray.config import options, resolve
+from evolve_ray.config.load import load
+from evolve_ray.config.parse import find_line
 from evolve_ray.errors import UserError
-from evolve_ray.strict import find_line
 
 GUESSING = 'engine.args.speculative_config={method = "ngram", num_speculative_tokens = 4}'
 RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.toml"))
@@ -19,13 +20,13 @@ SECTIONS = [kind for kind in vars(options).values() if dataclasses.is_dataclass(
 def refusal(path: Path, *overrides: str) -> str:
     """The sentence with which a recipe is refused, without the path at its start."""
     with pytest.raises(UserError) as caught:
-        options.load(path, overrides)
+        load.load(path, overrides)
     return str(caught.value).removeprefix(str(path))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_is_valid(path):
-    assert options.load(path).name
+    assert load.load(path).name
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -33,7 +34,7 @@ def test_every_shipped_recipe_has_a_plan(path, tmp_path):
     from evolve_ray.plan import plan
     from evolve_ray.store import Run
 
-    config = options.load(path)
+    config = load.load(path)
     lines, _ = plan(config, Run(tmp_path))
     assert f"strategy   {config.strategy.name}" in lines
     assert ("reward_model (to do)" in lines) == (config.refresh is not None)
@@ -105,11 +106,11 @@ def test_what_json_cannot_hold_is_refused_inside_a_free_table(recipe, value):
 
 
 def test_bound_itself_is_allowed(recipe):
-    assert options.load(recipe(), ["training.alpha=1", "prompts.max_rejected_fraction=1"]).training.alpha == 1.0
+    assert load.load(recipe(), ["training.alpha=1", "prompts.max_rejected_fraction=1"]).training.alpha == 1.0
 
 
 def test_whole_number_serves_as_a_number(recipe):
-    beta = options.load(recipe(), ["training.beta=2"]).training.beta
+    beta = load.load(recipe(), ["training.beta=2"]).training.beta
     assert (beta, type(beta)) == (2.0, float)
 
 
@@ -120,7 +121,7 @@ def test_unknown_choice_is_refused_with_the_nearest(recipe):
 
 
 def test_plug_of_a_users_own_module_is_accepted(recipe):
-    assert options.load(recipe(), ["strategy.name=my.module:Tree"]).strategy.name == "my.module:Tree"
+    assert load.load(recipe(), ["strategy.name=my.module:Tree"]).strategy.name == "my.module:Tree"
 
 
 def test_module_name_is_refused_where_nothing_can_be_plugged(recipe):
@@ -149,11 +150,11 @@ def test_table_that_is_required_is_named(recipe):
     ],
 )  # fmt: skip
 def test_override_replaces_the_recipes_value(recipe, override, read, value):
-    assert read(options.load(recipe(), [override])) == value
+    assert read(load.load(recipe(), [override])) == value
 
 
 def test_last_override_of_an_option_wins(recipe):
-    assert options.load(recipe(), ["seed=1", "seed=2"]).seed == 2
+    assert load.load(recipe(), ["seed=1", "seed=2"]).seed == 2
 
 
 @pytest.mark.parametrize("override", ["training.beta", "=3", ""])
@@ -244,26 +245,26 @@ def test_options_that_do_not_fit_together_are_refused_by_name(recipe, overrides,
 
 def test_speculation_is_allowed_where_nothing_is_sampled_and_on_a_gpu(recipe):
     for allowed in (["sampling.temperature=0", "evaluation.temperature=0"], ["engine.gpus_per_actor=1"]):
-        assert options.load(recipe(), [GUESSING, *allowed]).engine.args["speculative_config"]["method"] == "ngram"
+        assert load.load(recipe(), [GUESSING, *allowed]).engine.args["speculative_config"]["method"] == "ngram"
 
 
 def test_environment_that_is_no_secret_is_allowed(recipe):
-    given = options.load(recipe(), ["engine.env.TOKENIZERS_PARALLELISM='false'", "engine.env.VLLM_MAX_TOKENS=3"])
+    given = load.load(recipe(), ["engine.env.TOKENIZERS_PARALLELISM='false'", "engine.env.VLLM_MAX_TOKENS=3"])
     assert set(given.engine.env) == {"TOKENIZERS_PARALLELISM", "VLLM_MAX_TOKENS"}
 
 
 def test_config_survives_json(recipe):
     for path in [*RECIPES, recipe('[activation]\npath = "x"\n[engine.args]\ndepth = {a = [1, 2.5]}\n')]:
-        config = options.load(path)
-        stored = json.loads(json.dumps(options.resolved(config)))
-        assert options.from_json(stored, "config.json") == config
+        config = load.load(path)
+        stored = json.loads(json.dumps(resolve.resolved(config)))
+        assert load.from_json(stored, "config.json") == config
 
 
 def test_stored_config_with_an_option_of_another_version_is_refused_by_name(recipe):
-    stored = options.resolved(options.load(recipe()))
+    stored = resolve.resolved(load.load(recipe()))
     stored["engine"]["turbo"] = True
     with pytest.raises(UserError, match=r"config\.json: engine\.turbo: unknown option"):
-        options.from_json(stored, "config.json")
+        load.from_json(stored, "config.json")
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
@@ -274,18 +275,18 @@ def test_runtime_options_are_left_out_of_what_a_stage_is_keyed_by(section):
         required = {"prompts": options.Prompts("p"), "model": options.Model("m")}
     part = section(**required)
     runtime = {f.name for f in dataclasses.fields(section) if f.metadata.get("runtime")}
-    assert set(options.resolved(part)) - set(options.resolved(part, runtime=False)) == runtime
+    assert set(resolve.resolved(part)) - set(resolve.resolved(part, runtime=False)) == runtime
 
 
 def test_runtime_options_of_nested_sections_are_left_out(recipe):
-    keyed = options.flatten(options.resolved(options.load(recipe()), runtime=False))
+    keyed = resolve.flatten(resolve.resolved(load.load(recipe()), runtime=False))
     assert "engine.name" in keyed
     assert not {"engine.actors", "iterations", "ray.num_cpus", "trainer.max_failures"} & set(keyed)
 
 
 def test_config_is_frozen(recipe):
     with pytest.raises(dataclasses.FrozenInstanceError):
-        options.load(recipe()).training.beta = 1.0
+        load.load(recipe()).training.beta = 1.0
 
 
 def test_free_tables_are_not_shared_between_configs():

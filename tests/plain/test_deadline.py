@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from evolve_ray import config as options
 from evolve_ray.attempts import Beats, signs
+from evolve_ray.config.load import load
 from evolve_ray.errors import StalledError
 from evolve_ray.inputs import Context, Policy
-from evolve_ray.refine import load_template
+from evolve_ray.refine.template import load_template
 from evolve_ray.store import Run
 
 
@@ -20,7 +20,7 @@ def context(recipe, tmp_path):
     run.iteration(1).mkdir(parents=True)
     run.event("driver_start")
     template = load_template("tiny", "conversation")
-    return Context(options.load(recipe()), run, print, print, False, template, Policy(Path(), ""))
+    return Context(load(recipe()), run, print, print, False, template, Policy(Path(), ""))
 
 
 def deadline(context, stall_s, progress=lambda: None):

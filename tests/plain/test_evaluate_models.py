@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from evolve_ray import checkpoints, evaluate_driver, evaluate_tables, models
-from evolve_ray import config as options
+from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import IntegrityError, UserError
 from evolve_ray.evaluate_figures import add_probes, every_two, model_figures, paired
 from evolve_ray.probes import PROBES
@@ -133,7 +133,7 @@ def test_configuration_is_the_recipes_or_that_of_the_first_models_run(run, recip
     path = recipe("[evaluation.splits]\nheld = 'h.jsonl'\n")
     config = evaluate_driver.configuration("m", str(path), {}, ["evaluation.rounds=2"])
     assert (config.evaluation.splits, config.evaluation.rounds) == ({"held": "h.jsonl"}, 2)
-    (run / "config.json").write_text(json.dumps(options.resolved(config)))
+    (run / "config.json").write_text(json.dumps(resolved(config)))
     for first in (str(run), f"{run}@base"):
         found = evaluate_driver.configuration(first, None, {"other": "o.jsonl"}, ["seed=5"])
         assert (found.evaluation.splits, found.evaluation.rounds, found.seed) == ({"other": "o.jsonl"}, 2, 5)

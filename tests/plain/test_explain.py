@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from evolve_ray import config as options
 from evolve_ray import explain, iterate, models, rows, shards
+from evolve_ray.config.load import load
+from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import IntegrityError, UserError
 from evolve_ray.inputs import Context, Policy
-from evolve_ray.refine import load_template
+from evolve_ray.refine.template import load_template
 from evolve_ray.store import Run, Stage, commit
 
 # prompt -> (text, score) of each round; None is a draft that got no finite score
@@ -23,9 +24,7 @@ CHAINS = {
 @pytest.fixture
 def run(recipe, tmp_path):
     """A run of one iteration whose pairs were selected, referenced and trained on; two shards of two prompts and one."""
-    config = options.load(
-        recipe(), ["engine.shard_prompts=2", "template.name=tiny", "verifier.name=exact", "prompts.answer_column=a"]
-    )
+    config = load(recipe(), ["engine.shard_prompts=2", "template.name=tiny", "verifier.name=exact", "prompts.answer_column=a"])
     folder = Run(tmp_path / "runs" / "mine")
     here = folder.iteration(1)
     start = Stage(folder.iteration(0) / "checkpoint", "checkpoint", "start")
@@ -76,7 +75,7 @@ def run(recipe, tmp_path):
         "model.safetensors"
     ).write_text("x")
     Stage(here / "checkpoint", "checkpoint", "trained", {"pairs": pairs.identity}).commit()
-    folder.root.joinpath("config.json").write_text(json.dumps(options.resolved(config)))
+    folder.root.joinpath("config.json").write_text(json.dumps(resolved(config)))
     return folder.root
 
 
@@ -188,7 +187,7 @@ def test_pairs_of_other_tables_than_those_that_are_there_now_are_refused(run):
 
 def test_given_pair_is_followed_to_its_file(run, recipe):
     more = ["activation.path=triples.jsonl", "activation.training.objective=sft", "template.name=tiny"]
-    (run / "config.json").write_text(json.dumps(options.resolved(options.load(recipe(), more))))
+    (run / "config.json").write_text(json.dumps(resolved(load(recipe(), more))))
     given = dict.fromkeys(rows.PAIR.names) | {"pair_id": "given", "prompt": "q", "chosen": "a\nb", "rejected": "c"}
     stage = Stage(run / "iteration-00" / "activation_pairs", "pairs", "given")
     rows.write_table(stage.start() / "pairs.parquet", [given], rows.PAIR)

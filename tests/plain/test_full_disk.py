@@ -8,8 +8,8 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 
-from evolve_ray import config as options
 from evolve_ray import iterate, rows, store
+from evolve_ray.config.load import load
 from evolve_ray.errors import ResourceError, run_command
 from evolve_ray.plan import check_space
 from evolve_ray.store import Run, read_manifest
@@ -110,7 +110,7 @@ def test_disk_that_is_full_at_any_write_of_a_selection_ends_the_run_and_the_next
 
 
 def test_space_that_is_too_small_is_told_with_the_path(recipe, tmp_path):
-    config = options.load(recipe(), ["prompts.per_iteration=1000000000000", "toy.seed=0", "prompts.path=toy:train"])
+    config = load(recipe(), ["prompts.per_iteration=1000000000000", "toy.seed=0", "prompts.path=toy:train"])
     with pytest.raises(ResourceError) as caught:
         check_space(config, Run(tmp_path))
     assert str(caught.value).startswith(f"{tmp_path}: 3 iterations need about ")

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import tempfile
+import tomllib
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,9 +17,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from evolve_ray import config as options
-from evolve_ray import prompts, refine, rows, verify
+from evolve_ray import prompts, rows, verify
+from evolve_ray.config.load import build, from_json, load
+from evolve_ray.config.options import Config
+from evolve_ray.config.resolve import flatten, resolved
 from evolve_ray.errors import EvolveError, IntegrityError, UserError, one_line
+from evolve_ray.refine import template as template_file
+from evolve_ray.refine.template import load_template
 from evolve_ray.store import MANIFEST, Manifest, commit, read_manifest
 from tests.plain.conftest import RECIPE
 
@@ -30,7 +35,7 @@ fuzz = settings(
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3))
-KEYS = sorted(options.flatten(options.resolved(options.build(options.tomllib.loads(RECIPE), "r", RECIPE, ()))))
+KEYS = sorted(flatten(resolved(build(tomllib.loads(RECIPE), "r", RECIPE, ()))))
 
 
 def spoil(data: bytes, seed: int) -> bytes:
@@ -71,18 +76,18 @@ def test_any_recipe_file_is_a_configuration_or_refused(seed, data, whole):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "recipe.toml")
         path.write_bytes(data if whole else spoil(RECIPE.encode(), seed))
-        found = outcome(lambda: options.load(path), UserError)
-    assert found is None or isinstance(found, options.Config)
+        found = outcome(lambda: load(path), UserError)
+    assert found is None or isinstance(found, Config)
 
 
 @fuzz
 @given(st.lists(st.tuples(st.sampled_from(KEYS) | st.text(max_size=12), SCALARS | JSON), max_size=4), st.booleans())
 def test_any_overrides_are_a_configuration_or_refused(given_, as_json):
     overrides = [f"{key}={json.dumps(value) if as_json else value}" for key, value in given_]
-    tree = options.tomllib.loads(RECIPE)
-    found = outcome(lambda: options.build(tree, "recipe.toml", RECIPE, overrides), UserError)
+    tree = tomllib.loads(RECIPE)
+    found = outcome(lambda: build(tree, "recipe.toml", RECIPE, overrides), UserError)
     if found is not None:
-        assert options.from_json(json.loads(json.dumps(options.resolved(found))), "config.json") == found
+        assert from_json(json.loads(json.dumps(resolved(found))), "config.json") == found
 
 
 LINE = json.dumps({"prompt": "one", "answer": "x", "id": "1", "chosen": "a", "rejected": "b"}).encode()
@@ -123,9 +128,9 @@ def test_any_parquet_file_and_any_template_is_read_or_refused(seed, name):
         path.write_bytes(spoil(parquet(), seed))
         outcome(lambda: prompts.read_prompts(str(path), prompt_column="prompt"), UserError)
         template = Path(folder, "template.toml")
-        shipped = Path(refine.__file__).parent / "templates" / f"{name}.toml"
+        shipped = Path(template_file.__file__).parent / "templates" / f"{name}.toml"
         template.write_bytes(spoil(shipped.read_bytes(), seed))
-        outcome(lambda: refine.load_template(str(template), "conversation"), UserError)
+        outcome(lambda: load_template(str(template), "conversation"), UserError)
 
 
 def committed(folder: Path) -> Path:
@@ -153,7 +158,7 @@ def test_any_manifest_is_read_or_refused_and_verify_goes_on(seed, value, what):
             found = outcome(lambda full=checked: read_manifest(final, verify=full), IntegrityError)
             assert found is None or isinstance(found, Manifest)
         root = Path(folder, "run")
-        (root / "config.json").write_text(json.dumps(options.resolved(options.build(options.tomllib.loads(RECIPE), "", "", ()))))
+        (root / "config.json").write_text(json.dumps(resolved(build(tomllib.loads(RECIPE), "", "", ()))))
         verify.text(root, verify.verify(root))
 
 
@@ -163,7 +168,7 @@ def test_any_damage_to_a_run_is_found_and_named(seed, name):
     with tempfile.TemporaryDirectory() as folder:
         final = committed(Path(folder))
         root = Path(folder, "run")
-        config = json.dumps(options.resolved(options.build(options.tomllib.loads(RECIPE), "", "", ())))
+        config = json.dumps(resolved(build(tomllib.loads(RECIPE), "", "", ())))
         (root / "config.json").write_text(config)
         (root / "events.jsonl").write_text('{"event": "driver_start", "command": "c"}\n')
         before = (final / name).read_bytes()

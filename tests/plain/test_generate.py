@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from evolve_ray import config as options
+from evolve_ray.config import options
 from evolve_ray.drive import Completion, Drive, GenerateSpec
 from evolve_ray.errors import UserError
 from evolve_ray.generate import GUESSED, VllmEngine
-from evolve_ray.refine import load_template
+from evolve_ray.refine.strategies import STRATEGIES
+from evolve_ray.refine.template import load_template
 from evolve_ray.rows import GENERATION, derive_seed
-from evolve_ray.strategies import STRATEGIES
 
 PROMPTS = [{"prompt_id": name, "prompt": f"q{name}", "split": "train", "file": "f", "line": n} for n, name in enumerate("abc", 1)]
 

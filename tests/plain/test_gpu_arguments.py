@@ -5,10 +5,11 @@ import types
 
 import pytest
 
-from evolve_ray import config as options
 from evolve_ray import generate, train
+from evolve_ray.config.load import load
+from evolve_ray.config.resolve import flatten, resolved
 from evolve_ray.errors import UserError
-from evolve_ray.refine import load_template
+from evolve_ray.refine.template import load_template
 from evolve_ray.schedule import micro_steps
 from evolve_ray.store import Run, Stage
 from tests.plain.processes import ROOT
@@ -17,7 +18,7 @@ NODES = {1: "llama31_8b.toml", 4: "llama31_8b_4nodes.toml"}
 
 
 def recipe(nodes, *overrides):
-    return options.load(ROOT / "jobs/recipes" / NODES[nodes], overrides)
+    return load(ROOT / "jobs/recipes" / NODES[nodes], overrides)
 
 
 def module(monkeypatch, name, **members):
@@ -109,7 +110,7 @@ def test_ray_train_gets_a_gpu_a_worker_nccl_and_the_environment(caught, tmp_path
 
 
 def test_without_gpus_it_is_gloo_on_the_cpu(caught, tmp_path):
-    config = options.load(ROOT / "jobs/recipes/tiny.toml")
+    config = load(ROOT / "jobs/recipes/tiny.toml")
     train.group(train_spec(config, tmp_path), tmp_path, tmp_path / "error.json")
     assert caught["TorchConfig"] == {"backend": "gloo"}
     assert caught["ScalingConfig"]["resources_per_worker"] == {"CPU": 0.4}
@@ -130,5 +131,5 @@ def test_deepspeed_gets_bfloat16_zero_3_and_one_global_batch(tmp_path, nodes, ac
 
 def test_both_recipes_are_the_same_experiment():
     """Only where and how fast it computes differs, and the size of a shard."""
-    one, four = (options.flatten(options.resolved(recipe(nodes), runtime=False)) for nodes in NODES)
+    one, four = (flatten(resolved(recipe(nodes), runtime=False)) for nodes in NODES)
     assert {name for name in one if one[name] != four[name]} == {"name", "engine.shard_prompts", "trainer.workers"}

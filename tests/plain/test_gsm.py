@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from evolve_ray import config, prompts
+from evolve_ray import prompts
+from evolve_ray.config import options as config
 from evolve_ray.errors import UserError
 from evolve_ray.scorers import build_verifier
 

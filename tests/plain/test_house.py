@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from evolve_ray import config as options
+from evolve_ray.config import options
 from tests.plain.processes import ROOT, run_python
 
 PACKAGE = ROOT / "evolve_ray"

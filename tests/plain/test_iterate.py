@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from evolve_ray import config as options
 from evolve_ray import iterate, rows, shards
+from evolve_ray.config.load import load
 from evolve_ray.errors import IntegrityError, UserError
 from evolve_ray.inputs import Context, Policy, settle_config
-from evolve_ray.refine import load_template
+from evolve_ray.refine.template import load_template
 from evolve_ray.store import Run, Stage, commit
 
 
@@ -19,7 +19,7 @@ def tables(recipe, tmp_path):
     """A run with prompts, drafts and scores of two shards committed; `scores` by draft id, None for a lost one."""
 
     def make(scores, *overrides, extra=()):
-        config = options.load(recipe(), ["engine.shard_prompts=2", *overrides])
+        config = load(recipe(), ["engine.shard_prompts=2", *overrides])
         run = Run(tmp_path / "run")
         context = Context(
             config, run, lambda _: None, lambda: None, False, load_template("tiny", "conversation"), Policy(Path(), "")
@@ -155,7 +155,7 @@ def test_stage_that_is_computed_again_says_which_options_changed_and_what_else_i
     context, prompts, drafts, scores = tables(SCORES)
     iterate.select(context, 1, prompts, drafts, scores)
     settle_config(context.config, context.run, rerun_changed=False)
-    config = options.load(recipe(), ["engine.shard_prompts=2", "selection.margin=0.75", "training.beta=0.3"])
+    config = load(recipe(), ["engine.shard_prompts=2", "selection.margin=0.75", "training.beta=0.3"])
     changed = settle_config(config, context.run, rerun_changed=True)
     assert changed == "selection.margin (0.0 -> 0.75), training.beta (0.1 -> 0.3)"
     said = []

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from evolve_ray import config as options
 from evolve_ray import controller, drift, iterate, measure, report, rows, shards
+from evolve_ray.config.load import load
+from evolve_ray.config.options import Controller
+from evolve_ray.config.resolve import resolved
 from evolve_ray.controller import Decision
 from evolve_ray.errors import UserError
 from evolve_ray.inputs import Context, Policy
-from evolve_ray.refine import load_template
+from evolve_ray.refine.template import load_template
 from evolve_ray.store import Run, Stage, commit, read_manifest
 
 NUM_PROMPTS = 80
@@ -103,7 +105,7 @@ def loop(recipe, tmp_path, monkeypatch):
             monkeypatch.setattr(iterate, name, getattr(world, name))
         monkeypatch.setattr(report, "write_page", lambda *_: None)  # it costs seconds, and its own tests look at it
         monkeypatch.setattr(iterate, "probe", lambda *_: {"kl_iteration": 0.25, "kl_initial": 0.5})
-        config = options.load(recipe(), [*(HELD_OUT if held_out else ()), "iterations=3", *overrides])
+        config = load(recipe(), [*(HELD_OUT if held_out else ()), "iterations=3", *overrides])
         said: list[str] = []
         policy, template = Policy(tmp_path / "base", "0"), load_template("tiny", "conversation")
         context = Context(config, root, said.append, lambda: None, rerun_changed, template, policy)
@@ -225,7 +227,7 @@ def test_without_a_probe_the_divergence_is_null(loop, monkeypatch, tmp_path):
     report, *_ = loop(HACKABLE, "iterations=1")
     assert report["models"][1]["drift"]["kl_initial"] == 0.5
     found = measure.measure_drift(
-        Context(options.load(tmp_path / "recipe.toml"), Run(tmp_path / "run"), print, print, False, None, None), 1,
+        Context(load(tmp_path / "recipe.toml"), Run(tmp_path / "run"), print, print, False, None, None), 1,
         {name: read_manifest(tmp_path / "run" / "iteration-01" / name) for name in ("generations", "scores", "pairs")}, None, [],
     )  # fmt: skip
     assert (found["kl_iteration"], found["kl_initial"]) == (None, None)
@@ -270,8 +272,8 @@ def test_a_decision_is_an_event(loop, tmp_path):
 
 
 def test_every_option_of_the_controller_is_in_the_key_of_the_decision():
-    fields = {field.name for field in dataclasses.fields(options.Controller)}
-    assert fields == set(options.resolved(options.Controller(), runtime=False))
+    fields = {field.name for field in dataclasses.fields(Controller)}
+    assert fields == set(resolved(Controller(), runtime=False))
 
 
 def test_evaluation_folder_of_every_model_is_in_the_report(loop, tmp_path):

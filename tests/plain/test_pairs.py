@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evolve_ray.config import Selection
+from evolve_ray.config.options import Selection
 from evolve_ray.pairs import SELECTIONS, repetition
 from evolve_ray.rows import PAIR
 

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from evolve_ray.config import Strategy
+from evolve_ray.config.options import Strategy
+from evolve_ray.config.plugs import find_plug
 from evolve_ray.errors import UserError
-from evolve_ray.refine import FIELDS, NEEDED, Ask, Draft, Judge, Template, fill, find_plug, load_template
-from evolve_ray.strategies import STRATEGIES, asks_scorer, drafts_per_prompt, responses_per_prompt
+from evolve_ray.refine.asks import Ask, Draft, Judge
+from evolve_ray.refine.strategies import STRATEGIES, asks_scorer, drafts_per_prompt, responses_per_prompt
+from evolve_ray.refine.template import FIELDS, NEEDED, Template, fill, load_template
 
 TEMPLATE = Template(layout="conversation", first="Q: {prompt}", refine="better!", one_message="Q: {prompt}\nD: {draft}")
 PARTS = {"first": "{prompt}", "refine": "again", "one_message": "{prompt} {draft}"}
@@ -240,10 +242,10 @@ def test_hash_of_a_template_changes_with_every_part_and_the_layout():
 
 def test_plug_is_found_by_short_name_and_by_module():
     assert find_plug(STRATEGIES, "chain", "strategy.name") is STRATEGIES["chain"]
-    assert find_plug({}, "evolve_ray.strategies:chain", "strategy.name") is STRATEGIES["chain"]
+    assert find_plug({}, "evolve_ray.refine.strategies:chain", "strategy.name") is STRATEGIES["chain"]
 
 
-@pytest.mark.parametrize("name", ["no_such_module:Thing", "evolve_ray.refine:Thing", "evolve_ray.nothing:Thing"])
+@pytest.mark.parametrize("name", ["no_such_module:Thing", "evolve_ray.refine.asks:Thing", "evolve_ray.nothing:Thing"])
 def test_plug_that_cannot_be_loaded_is_refused_by_field(name):
     with pytest.raises(UserError, match=f"strategy.name: '{name}' cannot be loaded"):
         find_plug({}, name, "strategy.name")

@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from evolve_ray import config, scorers
+from evolve_ray import scorers
+from evolve_ray.config import options as config
 from evolve_ray.errors import IntegrityError, ResourceError, UserError
 from evolve_ray.scorers import ExactMatch, MathMatch, build_scorer, build_verifier, reward_model_names
 from evolve_ray.toy.task import SortVerifier

@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from evolve_ray import config as options
 from evolve_ray import driver, estimate, fitting, sizing
+from evolve_ray.config.load import load as config_load
+from evolve_ray.config.options import Training
 from evolve_ray.shapes import read_shape
 from evolve_ray.sizing import GIB, Cluster, forward_tokens, sequences
 from tests.plain.processes import ROOT
@@ -34,7 +35,7 @@ def load(folders):
     """The 8B recipe with overrides, the shape of its model, and those of its reward models."""
 
     def load(*overrides, nodes=1):
-        config = options.load(ROOT / "jobs/recipes" / RECIPES[nodes], [*folders, *overrides])
+        config = config_load.load(ROOT / "jobs/recipes" / RECIPES[nodes], [*folders, *overrides])
         return config, read_shape(config.model.path, "model.path"), [read_shape(config.scorer.model, "", classifier=True)]
 
     return load
@@ -123,7 +124,7 @@ def test_cache_of_an_engine_is_what_weights_leave(load):
 )
 def test_sequences_are_those_of_the_objective(training, names):
     """`tests/tensors/test_plan.py` holds them to the objectives themselves."""
-    assert len(sequences(options.Training(**training))) == names
+    assert len(sequences(Training(**training))) == names
 
 
 def test_rows_are_as_long_as_the_context(load):
@@ -191,10 +192,10 @@ def test_a_model_beyond_the_cluster_is_told_what_was_tried(load):
 
 
 def test_a_recipe_without_gpus_and_a_cluster_that_nobody_names_are_not_sized(folders, recipe):
-    small = options.load(recipe())
+    small = config_load.load(recipe())
     assert estimate.report(small, 0, None) == ([], [])
     assert estimate.report(small, 0, NODE)[0] == ["memory     not sized: the recipe uses no GPU"]
-    large = options.load(ROOT / "jobs/recipes/llama31_8b.toml", folders)
+    large = config_load.load(ROOT / "jobs/recipes/llama31_8b.toml", folders)
     assert estimate.report(large, 0, None)[0][0].startswith("memory     not sized: give --nodes")
 
 
@@ -203,7 +204,7 @@ def test_a_hub_name_that_the_hub_does_not_give_is_one_sentence(monkeypatch):
         raise ConnectionError("no way out")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
-    config = options.load(ROOT / "jobs/recipes/llama31_8b.toml")
+    config = config_load.load(ROOT / "jobs/recipes/llama31_8b.toml")
     lines, found = estimate.report(config, 0, NODE)
     assert lines[0] == (
         "memory     not sized: model.path: the hub does not give the config.json of meta-llama/Llama-3.1-8B-Instruct "

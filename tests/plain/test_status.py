@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from evolve_ray import config as options
+from evolve_ray.config.load import load
+from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import UserError
 from evolve_ray.status import describe, main, status
 from evolve_ray.store import Run, Stage, commit
@@ -24,7 +25,7 @@ def run(tmp_path, recipe):
     run = Run(tmp_path / "run")
     run.root.mkdir()
     more = "[engine]\nshard_prompts = 4\n[evaluation]\nparallel = 2\n"
-    (run.root / "config.json").write_text(json.dumps(options.resolved(options.load(recipe(more)))))
+    (run.root / "config.json").write_text(json.dumps(resolved(load(recipe(more)))))
     hold(run, socket.gethostname())
     run.event("driver_start", pid=1, job=None, command=COMMAND)
     stage(run, 0, "held_out", num_rows=6)

@@ -11,9 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from evolve_ray import config as options
 from evolve_ray import inputs, iterate, report, rows, shards, study
 from evolve_ray import study_tables as tables
+from evolve_ray.config.load import load
+from evolve_ray.config.options import Preferences, Refresh, Training
+from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import IntegrityError
 from evolve_ray.evaluate import summarise
 from evolve_ray.prompter import Prompter
@@ -456,7 +458,7 @@ def seed_folder(tmp_path):
     """The folder of seed 0 with a finished run of the tiny recipe."""
     root = tmp_path / "seed-0" / "tiny"
     write_run(root)
-    (root / "config.json").write_text(json.dumps(options.resolved(options.load(TINY))))
+    (root / "config.json").write_text(json.dumps(resolved(load(TINY))))
     return root.parent
 
 
@@ -485,7 +487,7 @@ def names_in(folder):
 )
 def test_iteration_zero_is_shared_as_far_as_it_is_alike(seed_folder, overrides, shared):
     root = seed_folder / "other"
-    said = study.share_iteration_zero(options.load(TINY, overrides), root)
+    said = study.share_iteration_zero(load(TINY, overrides), root)
     assert names_in(root / "iteration-00") == shared
     assert bool(said) == bool(shared)
     events = rows.read_jsonl(root / "events.jsonl") if shared else []
@@ -493,7 +495,7 @@ def test_iteration_zero_is_shared_as_far_as_it_is_alike(seed_folder, overrides, 
 
 
 def test_shared_files_are_the_same_files(seed_folder):
-    study.share_iteration_zero(options.load(TINY), seed_folder / "other")
+    study.share_iteration_zero(load(TINY), seed_folder / "other")
     files = [
         path.relative_to(seed_folder / "other") for path in (seed_folder / "other" / "iteration-00").rglob("*") if path.is_file()
     ]
@@ -504,7 +506,7 @@ def test_shared_files_are_the_same_files(seed_folder):
 
 def test_shared_files_are_copies_where_there_are_no_hard_links(seed_folder, monkeypatch):
     monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(1, "no hard links here")))
-    study.share_iteration_zero(options.load(TINY), seed_folder / "other")
+    study.share_iteration_zero(load(TINY), seed_folder / "other")
     mine, theirs = (seed_folder / name / "iteration-00" / "checkpoint" / "model.safetensors" for name in ("other", "tiny"))
     assert not mine.samefile(theirs)
     assert mine.read_bytes() == theirs.read_bytes()
@@ -512,13 +514,13 @@ def test_shared_files_are_copies_where_there_are_no_hard_links(seed_folder, monk
 
 def test_nothing_is_shared_into_a_run_that_has_started(seed_folder):
     (seed_folder / "other" / "iteration-00").mkdir(parents=True)
-    assert study.share_iteration_zero(options.load(TINY), seed_folder / "other") == ""
+    assert study.share_iteration_zero(load(TINY), seed_folder / "other") == ""
     assert names_in(seed_folder / "other" / "iteration-00") == set()
 
 
 def test_stage_that_is_not_committed_is_not_shared(seed_folder):
     (seed_folder / "tiny" / "iteration-00" / "evaluation" / "MANIFEST.json").unlink()
-    study.share_iteration_zero(options.load(TINY), seed_folder / "other")
+    study.share_iteration_zero(load(TINY), seed_folder / "other")
     assert names_in(seed_folder / "other" / "iteration-00") == {"checkpoint", "base_evaluation"}
 
 
@@ -529,7 +531,7 @@ def test_all_stages_come_from_one_run_the_one_that_has_most(seed_folder):
     (first / "config.json").write_bytes((seed_folder / "tiny" / "config.json").read_bytes())
     for name in EVALUATIONS:
         (first / "iteration-00" / name / "MANIFEST.json").unlink()
-    study.share_iteration_zero(options.load(TINY), seed_folder / "other")
+    study.share_iteration_zero(load(TINY), seed_folder / "other")
     mine, theirs = (seed_folder / name / "iteration-00" / "checkpoint" / "model.safetensors" for name in ("other", "tiny"))
     assert mine.samefile(theirs)
     assert names_in(seed_folder / "other" / "iteration-00") == CHECKPOINT | EVALUATIONS
@@ -546,9 +548,9 @@ def test_sharing_that_is_interrupted_leaves_no_half_of_it(seed_folder, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(study, "link", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            study.share_iteration_zero(options.load(TINY), root)
+            study.share_iteration_zero(load(TINY), root)
     assert not (root / "iteration-00").exists()
-    study.share_iteration_zero(options.load(TINY), root)
+    study.share_iteration_zero(load(TINY), root)
     assert names_in(root / "iteration-00") == CHECKPOINT | EVALUATIONS
     assert names_in(root) == {"iteration-00", "events.jsonl"}
 
@@ -582,7 +584,7 @@ def keys(config, root, monkeypatch):
     """Keys of the stages of iteration 0, made by the code that makes them in a run."""
 
     def made_from(*parts):
-        return rows.digest([options.resolved(part, runtime=False) for part in parts])
+        return rows.digest([resolved(part, runtime=False) for part in parts])
 
     policy = inputs.Policy(Path("model"), made_from(config.toy, config.model))
     template = SimpleNamespace(hash=made_from(config.template))
@@ -598,9 +600,9 @@ def keys(config, root, monkeypatch):
     return context.found
 
 
-SOLID = options.load(TINY, ["evaluation.parallel=4"])
-REFRESHED = dataclasses.replace(SOLID, refresh=options.Refresh())
-OFFLINE = dataclasses.replace(SOLID, offline=options.Preferences(path="toy:triples", training=options.Training(objective="dpo")))
+SOLID = load(TINY, ["evaluation.parallel=4"])
+REFRESHED = dataclasses.replace(SOLID, refresh=Refresh())
+OFFLINE = dataclasses.replace(SOLID, offline=Preferences(path="toy:triples", training=Training(objective="dpo")))
 
 
 @pytest.mark.parametrize("config", [SOLID, REFRESHED, OFFLINE], ids=["plain", "refreshed", "offline"])
@@ -650,7 +652,7 @@ class Jobs:
         self.shared.setdefault(name, names_in(root / "iteration-00"))
         if not (root / "report.json").exists():
             write_run(root)
-            (root / "config.json").write_text(json.dumps(options.resolved(options.load(recipe, overrides))))
+            (root / "config.json").write_text(json.dumps(resolved(load(recipe, overrides))))
         return 0
 
     def main(self, *arguments):

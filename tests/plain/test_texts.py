@@ -7,14 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from evolve_ray import config as options
 from evolve_ray import iterate, markup, prompts, rows
+from evolve_ray.config.load import load
+from evolve_ray.config.options import Strategy
 from evolve_ray.drive import Completion, Drive
 from evolve_ray.inputs import Context, Policy
-from evolve_ray.refine import load_template
+from evolve_ray.refine.strategies import STRATEGIES
+from evolve_ray.refine.template import load_template
 from evolve_ray.shards import ShardWorker, finish, read_rows
 from evolve_ray.store import Run, Stage
-from evolve_ray.strategies import STRATEGIES
 from tests.plain.runs import chains, make_run
 from tests.plain.test_generate import FakeEngine, encode, spec
 
@@ -75,7 +76,7 @@ class Writer(ShardWorker):
     schema = rows.GENERATION
 
     def process(self, shard, prompts):
-        given = spec(strategy=options.Strategy(rounds=2), context_tokens=10**6)
+        given = spec(strategy=Strategy(rounds=2), context_tokens=10**6)
         drive = Drive(Echo(), encode, given)
         made, lost, stats = drive.run(prompts, lambda prompt: STRATEGIES["chain"](prompt, given.template, given.strategy))
         return made, lost, stats | {"num_in": len(prompts)}
@@ -96,7 +97,7 @@ class Scorer(ShardWorker):
 
 
 def test_drafts_are_byte_equal_from_the_engine_to_the_pairs(recipe, tmp_path):
-    config = options.load(recipe(), ["engine.shard_prompts=20"])
+    config = load(recipe(), ["engine.shard_prompts=20"])
     template = load_template("tiny", "conversation")
     context = Context(config, Run(tmp_path), print, print, False, template, Policy(Path(), ""))
     here = context.run.iteration(1)

@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from evolve_ray import config as options
 from evolve_ray import rows, trackers
+from evolve_ray.config.load import load
+from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import UserError
 from evolve_ray.store import Run, Stage, read_manifest
 from evolve_ray.trackers import Row, Trackers
@@ -52,7 +53,7 @@ class Loop:
 
     def go(self, *overrides, until=99, live=False):
         """The first `until` calls; `live` also tells of the steps before they are committed."""
-        config = options.load(self.recipe("[activation]\npath = 't.jsonl'\n"), ["seed=3", *overrides])
+        config = load(self.recipe("[activation]\npath = 't.jsonl'\n"), ["seed=3", *overrides])
         self.run.event("driver_start", pid=1)
         tracked = Trackers(config, self.run, self.said.append)
         tracked.start()
@@ -300,11 +301,11 @@ def test_missing_package_is_refused_before_anything_starts(loop, monkeypatch, or
 )
 def test_faulty_options_are_named(recipe, given, message):
     with pytest.raises(UserError, match=message):
-        options.load(recipe(), [given])
+        load(recipe(), [given])
 
 
 def test_trackers_are_no_part_of_what_a_run_computes(recipe):
-    plain = options.load(recipe())
-    other = options.load(recipe(), ["trackers.use=[]", "trackers.project=x"])
-    assert options.resolved(plain, runtime=False) == options.resolved(other, runtime=False)
-    assert "trackers" not in options.resolved(plain, runtime=False)
+    plain = load(recipe())
+    other = load(recipe(), ["trackers.use=[]", "trackers.project=x"])
+    assert resolved(plain, runtime=False) == resolved(other, runtime=False)
+    assert "trackers" not in resolved(plain, runtime=False)

@@ -10,11 +10,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from evolve_ray import config as options
 from evolve_ray import iterate, rows, shards, verify
+from evolve_ray.config.load import load
+from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import UserError
 from evolve_ray.inputs import Context, Policy
-from evolve_ray.refine import load_template
+from evolve_ray.refine.template import load_template
 from evolve_ray.store import MANIFEST, Run, Stage, commit, sha256_file
 from tests.plain.processes import ROOT
 
@@ -25,7 +26,7 @@ SCORES = {"p0": (0.0, 1.0), "p1": (1.0, None), "p2": (0.5, 0.25)}  # None: no fi
 @pytest.fixture
 def run(recipe, tmp_path) -> Path:
     """A run that ended after one iteration: three prompts (a fourth is a duplicate) in two shards, two drafts each."""
-    config = options.load(recipe("[probe]\nprompts = 0\n[engine]\nshard_prompts = 2\n"), ["template.name=tiny", "iterations=1"])
+    config = load(recipe("[probe]\nprompts = 0\n[engine]\nshard_prompts = 2\n"), ["template.name=tiny", "iterations=1"])
     folder = Run(tmp_path / "a run")
     here = folder.iteration(1)
     prompts = [
@@ -68,7 +69,7 @@ def run(recipe, tmp_path) -> Path:
         stage = Stage(here / name, name, f"{name} key", {"pairs": pairs.identity})
         stage.start().joinpath(file).write_text('{"action": "stop"}')
         stage.commit()
-    folder.root.joinpath("config.json").write_text(json.dumps(options.resolved(config)))
+    folder.root.joinpath("config.json").write_text(json.dumps(resolved(config)))
     folder.event("driver_start", command=COMMAND)
     with open(folder.root / "events.jsonl", "ab") as file:
         file.write(b'{"event": "driver_start", "comm')  # killed while it wrote
@@ -79,8 +80,8 @@ def run(recipe, tmp_path) -> Path:
 def evaluated(run, recipe) -> Path:
     """The same run with what held-out prompts and a probe add: every kind of stage that an iteration has."""
     more = ["template.name=tiny", "iterations=1", "evaluation.splits.held=held.jsonl", "probe.prompts=2"]
-    config = options.load(recipe("[engine]\nshard_prompts = 2\n"), more)
-    (run / "config.json").write_text(json.dumps(options.resolved(config)))
+    config = load(recipe("[engine]\nshard_prompts = 2\n"), more)
+    (run / "config.json").write_text(json.dumps(resolved(config)))
     first, here = run / "iteration-00", run / "iteration-01"
     stage = Stage(first / "held_out", "prompts", "held key")
     shutil.copy(here / "prompts/prompts.parquet", stage.start())

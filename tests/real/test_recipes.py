@@ -40,7 +40,7 @@ def test_a_refreshed_reward_model_orders_the_drafts_of_best_of_chains(refreshed)
     toy = next(refreshed.parent.glob("toy-reward-model-*")) / "reward_model"
     assert content_hash(trained.folder) != content_hash(toy)
     # The scores of the pairs are the refreshed model's: a plain forward says the same.
-    from evolve_ray.config import Scorer
+    from evolve_ray.config.options import Scorer
     from evolve_ray.scorers import RewardModel
 
     score = RewardModel(Scorer(batch_size=64, max_tokens=128), str(trained.folder))

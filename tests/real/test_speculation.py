@@ -17,8 +17,8 @@ from evolve_ray import config, rows
 from evolve_ray.chat import Chat
 from evolve_ray.drive import Drive, GenerateSpec
 from evolve_ray.generate import ENGINE_ENV, VllmEngine
-from evolve_ray.refine import load_template
-from evolve_ray.strategies import chain
+from evolve_ray.refine.template import load_template
+from evolve_ray.refine.strategies import chain
 
 if __name__ == "__main__":
     recipe = config.load(Path(sys.argv[1]), sys.argv[4:])

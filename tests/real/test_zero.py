@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import ray
 from evolve_ray import config, logprobs, rank, rows, train
-from evolve_ray.refine import load_template
+from evolve_ray.refine.template import load_template
 from evolve_ray.store import Run, Stage
 
 model, reference, pairs, out, *overrides = sys.argv[1:]
@@ -119,10 +119,10 @@ def test_a_gradient_step_that_blows_up_stops_with_the_numbers_before_anything_is
 
 def test_a_reference_that_is_not_finite_for_one_pair_stops_both_ranks_with_its_step_its_rank_and_that_pair_alone(small, tmp_path):
     """The reference is committed with the NaN. The pair is no first one of its batch: those also fill up ragged shares."""
-    from evolve_ray import config
+    from evolve_ray.config.load import load
     from evolve_ray.schedule import batches
 
-    recipe = config.load(ROOT / "jobs/recipes/tiny.toml", list(SIXTEEN))
+    recipe = load(ROOT / "jobs/recipes/tiny.toml", list(SIXTEEN))
     order = batches(17, recipe.training, seed=0, iteration=1)  # as SCRIPT trains
     bad, rank = order[0][5], 5 % 2
     pairs = rows.read_table(small.run / "iteration-01" / "pairs" / "pairs.parquet")[:17]
@@ -197,7 +197,7 @@ def test_another_reference_model_is_computed_through_zero_3_and_recorded(small, 
 
     from evolve_ray.chat import Chat
     from evolve_ray.logprobs import pair_sequences, sequence_logps
-    from evolve_ray.refine import load_template
+    from evolve_ray.refine.template import load_template
 
     base = next(place.glob("toy-world-*")) / "base"
     overrides = ("training.reference=initial", "training.epochs=1")

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from evolve_ray import adapters
-from evolve_ray.config import Trainer
+from evolve_ray.config.options import Trainer
 from evolve_ray.logprobs import sequence_logps
 from evolve_ray.tree import Sequence
 

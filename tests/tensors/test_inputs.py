@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 
-from evolve_ray import config as options
 from evolve_ray import driver, inputs, rows
+from evolve_ray.config.load import load
+from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import EvolveError, UserError
 from evolve_ray.prompter import Prompter
 from evolve_ray.store import Run
@@ -18,14 +19,14 @@ def settle(recipe, tmp_path):
 
     def settle(*overrides, rerun_changed=False):
         tmp_path.joinpath("run").mkdir(exist_ok=True)
-        inputs.settle_config(options.load(recipe(), overrides), Run(tmp_path / "run"), rerun_changed=rerun_changed)
+        inputs.settle_config(load(recipe(), overrides), Run(tmp_path / "run"), rerun_changed=rerun_changed)
         return json.loads((tmp_path / "run" / "config.json").read_text())
 
     return settle
 
 
 def test_resolved_configuration_is_stored_whole(settle, recipe):
-    assert settle("training.beta=0.5") == options.resolved(options.load(recipe(), ["training.beta=0.5"]))
+    assert settle("training.beta=0.5") == resolved(load(recipe(), ["training.beta=0.5"]))
 
 
 def test_same_configuration_is_accepted_again(settle):
@@ -77,7 +78,7 @@ def prepare(recipe, tmp_path, tiny_model):
             f"scorer.name={__name__}:Zero",
         ]  # fmt: skip
         splits = [f"evaluation.splits.held={tmp_path}/held.jsonl"] if held else []
-        config = options.load(recipe(), [*fixed, *splits, *overrides])
+        config = load(recipe(), [*fixed, *splits, *overrides])
         run = Run(tmp_path / "run")
         run.root.mkdir(exist_ok=True)
         return inputs.prepare(config, run, lambda _: None, no_ray, rerun_changed=rerun_changed)
@@ -249,13 +250,13 @@ def test_rejected_rows_of_an_iteration_are_collected_in_the_order_of_the_data(pr
 def test_verifier_that_cannot_be_made_is_refused_before_anything_starts(recipe):
     answers = ["prompts.answer_column=a", "verifier.name=regex", "verifier.pattern='(['"]
     with pytest.raises(UserError, match=r"verifier\.pattern: .*is not a regular expression"):
-        inputs.check_plugs(options.load(recipe(), answers))
+        inputs.check_plugs(load(recipe(), answers))
 
 
 def test_adapters_without_their_package_are_refused_before_anything_starts(recipe, monkeypatch):
     monkeypatch.setattr(inputs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"trainer\.lora_rank: needs the package peft; pip install -e '\.\[lora\]'"):
-        inputs.check_plugs(options.load(recipe(), ["trainer.lora_rank=8"]))
+        inputs.check_plugs(load(recipe(), ["trainer.lora_rank=8"]))
 
 
 def test_faults_of_all_files_are_told_at_once(prepare, tmp_path):

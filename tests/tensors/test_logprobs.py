@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from evolve_ray import objective
 from evolve_ray.chat import Chat
-from evolve_ray.config import Training
+from evolve_ray.config.options import Training
 from evolve_ray.logprobs import Sequence, pair_sequences, sequence_logps
-from evolve_ray.refine import Template
+from evolve_ray.refine.template import Template
 from evolve_ray.rows import REFERENCE
 
 CPU = torch.device("cpu")

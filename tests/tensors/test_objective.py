@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from evolve_ray import objective
-from evolve_ray.config import Training
+from evolve_ray.config.options import Training
 from evolve_ray.errors import UserError
 from evolve_ray.rows import REFERENCE
 

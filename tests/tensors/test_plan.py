@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from evolve_ray import config as options
+from evolve_ray.config.load import load
+from evolve_ray.config.options import Training
 from evolve_ray.errors import UserError
 from evolve_ray.objective import find
 from evolve_ray.plan import model_bytes, plan, splits
@@ -20,7 +21,7 @@ def config(recipe, tmp_path):
     for name, count in (("prompts", 50), ("held", 7)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": str(n)}) + "\n" for n in range(count)))
     paths = [f"prompts.path={tmp_path}/prompts.jsonl", f"evaluation.splits.held={tmp_path}/held.jsonl"]
-    return lambda *more: options.load(recipe(), [*paths, "prompts.per_iteration=10", "sampling.max_tokens=100", *more])
+    return lambda *more: load(recipe(), [*paths, "prompts.per_iteration=10", "sampling.max_tokens=100", *more])
 
 
 def test_plan_names_prompts_drafts_tokens_and_pairs(config, tmp_path):
@@ -73,7 +74,7 @@ def test_size_of_a_checkpoint_is_read_from_the_headers(config, tiny_model):
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("nll", [0.0, 0.1])
 def test_sized_sequences_are_those_that_the_objective_reads(objective, alpha, nll):
-    training = options.Training(objective=objective, alpha=alpha, nll=0.0 if objective == "reward" else nll)
+    training = Training(objective=objective, alpha=alpha, nll=0.0 if objective == "reward" else nll)
     assert set(sequences(training)) == set(find(training).needs)
 
 
@@ -83,7 +84,7 @@ def test_sizing_agrees_with_deepspeeds_own_estimator(monkeypatch):
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 
     shape = Shape(4096, 32, 32, 8, 128, 14336, 128256, False, False, False)
-    config = options.load(ROOT / "jobs/recipes/llama31_8b.toml", ["trainer.workers=32"])
+    config = load(ROOT / "jobs/recipes/llama31_8b.toml", ["trainer.workers=32"])
     of_theirs, largest = estimate_zero3_model_states_mem_needs(shape.parameters, shape.largest, 8, 4, cpu_offload=False)[1:]
     (_, states), (_, gathered), *_ = training_memory(config, config.training, shape, Cluster(4, 8, 80.0)).parts
     live_and_buckets = 2 * (1e9 + 5e8)

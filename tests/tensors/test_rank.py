@@ -14,7 +14,7 @@ from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from evolve_ray.config import Trainer, Training
+from evolve_ray.config.options import Trainer, Training
 from evolve_ray.errors import EvolveError, IntegrityError, NumericsError, ResourceError, pack, unpack
 from evolve_ray.forwards import Part
 from evolve_ray.rank import Rank

@@ -9,9 +9,9 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from evolve_ray import config as options
 from evolve_ray import rows, scorers
 from evolve_ray.chat import Chat
+from evolve_ray.config import options
 from evolve_ray.errors import IntegrityError
 from evolve_ray.score import ScoreSpec, ScoreWorker
 from evolve_ray.scorers import RewardModel, build_scorer, classify

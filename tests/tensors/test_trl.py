@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from evolve_ray import objective
 from evolve_ray.chat import Chat
-from evolve_ray.config import Training
+from evolve_ray.config.options import Training
 from evolve_ray.logprobs import pair_sequences, sequence_logps
-from evolve_ray.refine import Template
+from evolve_ray.refine.template import Template
 
 CPU = torch.device("cpu")
 RATE, BETA, STEPS = 2e-3, 0.3, 4

@@ -8,8 +8,8 @@ import pytest
 import ray
 from safetensors.numpy import save_file
 
-from evolve_ray import config as options
 from evolve_ray import inputs, iterate, pipeline, rows, shards, tallies
+from evolve_ray.config.load import load
 from evolve_ray.errors import ResourceError, UserError
 from evolve_ray.pools import Pools
 from evolve_ray.store import Run
@@ -68,7 +68,7 @@ def recipe_text(folder: Path, engine: str = "FakeEngine", per_iteration: int = 2
 def make_context(folder: Path, run: Path, *overrides: str) -> inputs.Context:
     recipe = run.parent / "recipe.toml"
     recipe.write_text(recipe_text(folder))
-    config = options.load(recipe, overrides)
+    config = load(recipe, overrides)
     run.mkdir()
     return inputs.prepare(config, Run(run), lambda line: None, lambda: None, rerun_changed=False)
 

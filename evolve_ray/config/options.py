@@ -5,14 +5,9 @@ file, the line and the nearest name, before anything heavy is imported. Fields m
 a run computes, never what: they are no part of a stage's key and may differ when a run is resumed.
 """
 
-import dataclasses
-import tomllib
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from evolve_ray.errors import UserError
-from evolve_ray.strict import Reader, join, option, parse_value, place
+from evolve_ray.config.option import option
 
 
 @dataclass(frozen=True)
@@ -351,47 +346,6 @@ class Config:
     ray: RayOptions = field(default_factory=RayOptions)
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Reads a recipe and applies `key=value` overrides (dotted keys; values in TOML syntax, bare words as strings)."""
-    path = Path(path)
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe; the shipped ones are in jobs/recipes/") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, but must be a recipe (a TOML file)") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 at byte {error.start}") from None
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: is not valid TOML: {error}") from None
-    return build(tree, str(path), text, overrides)
-
-
-def build(tree: dict, where: str, text: str, overrides: list[str] | tuple[str, ...]) -> Config:
-    """The configuration of a parsed tree with overrides; `text` is where the lines of faults are looked up."""
-    overridden = set()
-    for item in overrides:
-        key, equals, raw = item.partition("=")
-        if not equals or not key.strip():
-            raise UserError(f"command line: {item!r}: must have the form key=value, for example training.beta=0.2")
-        overridden.add(key.strip())
-        if key.strip() in OPTIONAL and raw.strip() == "none":
-            tree.pop(key.strip(), None)
-        else:
-            place(tree, key.strip().split("."), parse_value(raw.strip()))
-    from evolve_ray.together import check_together  # which reads the sections of this file
-
-    reader = Reader(where, text, overridden)
-    config = reader.build(Config, tree)
-    check_together(config, reader)
-    return config
-
-
-OPTIONAL = ("toy", "activation", "offline", "verifier", "refresh")  # tables that `TABLE=none` on the command line takes away
-
-
 def texts_in_view(strategy: Strategy) -> int:
     """Responses that one context of a strategy can hold, the one being written included."""
     return {"few_shot": strategy.shots + 1, "critique": 3}.get(strategy.name, 2)
@@ -401,30 +355,3 @@ def trainings(config: Config) -> list[tuple[str, Training]]:
     """Every phase of training of a recipe, with the name of its table."""
     parts = (("activation", config.activation), ("offline", config.offline), ("refresh", config.refresh))
     return [("training", config.training), *((f"{name}.training", part.training) for name, part in parts if part)]
-
-
-def resolved(part: Any, *, runtime: bool = True) -> Any:
-    """A section as plain JSON values; without its `runtime` fields when it goes into a stage's key."""
-    if not dataclasses.is_dataclass(part):
-        return part
-    return {
-        f.name: resolved(getattr(part, f.name), runtime=runtime)
-        for f in dataclasses.fields(part)
-        if runtime or not f.metadata.get("runtime")
-    }
-
-
-def from_json(tree: dict, where: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The configuration that `resolved` wrote; absent tables are null there."""
-    return build({name: value for name, value in tree.items() if value is not None}, where, "", overrides)
-
-
-def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` -> `{"a.b": 1}`; used to name the fields in which two configurations differ."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, join(prefix, key))
-        else:
-            flat[join(prefix, key)] = value
-    return flat

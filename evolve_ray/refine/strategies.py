@@ -8,7 +8,8 @@ to test it. Drafts of one prompt differ in (sample, round, kind).
 from collections.abc import Callable, Generator
 from typing import Any
 
-from evolve_ray.refine import Ask, Draft, Judge, Skip, Strategy, Template, Verify
+from evolve_ray.refine.asks import Ask, Draft, Given, Judge, Skip, Strategy, Verify
+from evolve_ray.refine.template import Template
 
 
 def chain(prompt: str, template: Template, options: Any) -> Strategy:
@@ -85,15 +86,6 @@ def best_of(prompt: str, template: Template, options: Any) -> Strategy:
     return drafts
 
 
-STRATEGIES: dict[str, Callable[..., Strategy]] = {
-    "chain": chain,
-    "parallel": parallel,
-    "few_shot": few_shot,
-    "critique": critique,
-    "best_of": best_of,
-}
-
-
 def drafts_per_prompt(options: Any) -> int:
     """How many answers a shipped strategy makes."""
     return {"parallel": options.samples, "best_of": options.samples * options.rounds}.get(options.name, options.rounds)
@@ -108,3 +100,26 @@ def asks_scorer(options: Any) -> bool:
     """Whether a strategy may ask the scorer in between; one that is not of this package may."""
     plugged = ":" in options.name and not options.name.startswith("evolve_ray.")
     return options.name == "best_of" or (options.name == "few_shot" and options.show == "best") or plugged
+
+
+def refine_given(prompt: str, template: Template, options: Any) -> Strategy:
+    """A chain whose first draft is not the model's own: it comes with the prompt."""
+    draft = yield Given()
+    drafts = [draft]
+    for number in range(2, options.rounds + 1):
+        draft = yield Ask(template.refinement(prompt, draft.text), sample=0, round=number, parent_id=draft.draft_id)
+        drafts.append(draft)
+    return drafts
+
+
+STRATEGIES: dict[str, Callable[..., Strategy]] = {
+    "chain": chain,
+    "parallel": parallel,
+    "few_shot": few_shot,
+    "critique": critique,
+    "best_of": best_of,
+}
+
+# What jobs/evaluate.py asks with. The keys of committed evaluations hold this name, so it stays whatever file the function is in.
+REFINE_GIVEN = "evolve_ray.probes:refine_given"
+KNOWN = STRATEGIES | {REFINE_GIVEN: refine_given}

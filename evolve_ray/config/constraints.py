@@ -3,8 +3,8 @@
 import difflib
 import re
 
-from evolve_ray.config import Config, texts_in_view, trainings
-from evolve_ray.strict import Reader, describe, pattern_fault
+from evolve_ray.config.options import Config, texts_in_view, trainings
+from evolve_ray.config.parse import Reader, describe, pattern_fault
 
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 SECRET = re.compile(r"(?i)(^|_)(token|secret|password|passwd|credentials?|api_?key|access_?key)(_|$)")

@@ -1,77 +1,14 @@
-"""What is asked of the model, and in which words: asks, drafts and the template around them.
+"""The words around prompts and drafts: a template, its parts, and how they become chat messages."""
 
-The strategies that put these to use are in `strategies.py`.
-"""
-
-import importlib
 import re
 import tomllib
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from evolve_ray.errors import UserError
+from evolve_ray.refine.asks import Messages
 from evolve_ray.rows import digest
-
-Messages = tuple[dict[str, str], ...]
-
-
-@dataclass(frozen=True)
-class Draft:
-    """One response of the model. `round` counts from 1; `parent_id` is the draft that it refines."""
-
-    draft_id: str
-    text: str
-    sample: int
-    round: int
-    parent_id: str | None
-    finish_reason: str
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One request to the model: chat messages, and where in the strategy the response belongs.
-
-    A response of another `kind` than "answer" (a critique) helps on the way: it is kept, but neither scored nor trained on.
-    """
-
-    messages: Messages
-    sample: int
-    round: int
-    parent_id: str | None = None
-    kind: str = "answer"
-
-
-@dataclass(frozen=True)
-class Judge:
-    """One request to the recipe's scorer: the strategy receives one number for each draft, higher is better."""
-
-    drafts: tuple[Draft, ...]
-
-
-@dataclass(frozen=True)
-class Verify:
-    """One request to the recipe's verifier: the strategy receives its value of a draft, 1.0 for exactly right."""
-
-    draft: Draft
-
-
-@dataclass(frozen=True)
-class Skip:
-    """No request: these rounds are left out, since `draft` needs no refinement for this reason. The strategy receives None."""
-
-    draft: Draft
-    rounds: tuple[int, ...]
-    reason: str
-
-
-@dataclass(frozen=True)
-class Given:
-    """A request for the draft that the prompt's row brings along in its column `draft`: round 1, nothing is generated."""
-
-
-Strategy = Generator[Ask | list[Ask] | Judge | Verify | Skip | Given, Any, list[Draft]]
 
 # The parts of a template and the fields that each must have. A strategy that is not named needs the first three alone.
 FIELDS = {
@@ -178,14 +115,3 @@ def load_template(name: str, layout: str, strategy: str = "chain") -> Template:
             if "{" + field + "}" not in text:
                 raise UserError(f"{path}: {key}: lacks the field {{{field}}}")
     return Template(layout=layout, **{key: value.strip("\n") for key, value in tree.items()})
-
-
-def find_plug(known: dict[str, Any], name: str, field: str) -> Any:
-    """A plug by its short name or by `module:Name`."""
-    if name in known:
-        return known[name]
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{field}: {name!r} cannot be loaded: {error}") from None

@@ -1,0 +1,54 @@
+"""Reads a recipe (TOML) or a stored configuration (JSON) into `Config`, with `key=value` overrides."""
+
+import tomllib
+from pathlib import Path
+
+from evolve_ray.config.constraints import check_together
+from evolve_ray.config.options import Config
+from evolve_ray.config.parse import Reader, parse_value, place
+from evolve_ray.errors import UserError
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads a recipe and applies `key=value` overrides (dotted keys; values in TOML syntax, bare words as strings)."""
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe; the shipped ones are in jobs/recipes/") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, but must be a recipe (a TOML file)") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 at byte {error.start}") from None
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: is not valid TOML: {error}") from None
+    return build(tree, str(path), text, overrides)
+
+
+def build(tree: dict, where: str, text: str, overrides: list[str] | tuple[str, ...]) -> Config:
+    """The configuration of a parsed tree with overrides; `text` is where the lines of faults are looked up."""
+    overridden = set()
+    for item in overrides:
+        key, equals, raw = item.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"command line: {item!r}: must have the form key=value, for example training.beta=0.2")
+        overridden.add(key.strip())
+        if key.strip() in OPTIONAL and raw.strip() == "none":
+            tree.pop(key.strip(), None)
+        else:
+            place(tree, key.strip().split("."), parse_value(raw.strip()))
+
+    reader = Reader(where, text, overridden)
+    config = reader.build(Config, tree)
+    check_together(config, reader)
+    return config
+
+
+OPTIONAL = ("toy", "activation", "offline", "verifier", "refresh")  # tables that `TABLE=none` on the command line takes away
+
+
+def from_json(tree: dict, where: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The configuration that `resolved` wrote; absent tables are null there."""
+    return build({name: value for name, value in tree.items() if value is not None}, where, "", overrides)

@@ -1,0 +1,28 @@
+"""The configuration as plain JSON values: for stage keys, for config.json, and to name what differs."""
+
+import dataclasses
+from typing import Any
+
+from evolve_ray.config.parse import join
+
+
+def resolved(part: Any, *, runtime: bool = True) -> Any:
+    """A section as plain JSON values; without its `runtime` fields when it goes into a stage's key."""
+    if not dataclasses.is_dataclass(part):
+        return part
+    return {
+        f.name: resolved(getattr(part, f.name), runtime=runtime)
+        for f in dataclasses.fields(part)
+        if runtime or not f.metadata.get("runtime")
+    }
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`; used to name the fields in which two configurations differ."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, join(prefix, key))
+        else:
+            flat[join(prefix, key)] = value
+    return flat
