@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from evolve_ray import prompts
 from evolve_ray.answers import Answers, file_name
+from evolve_ray.data import read
 from evolve_ray.errors import UserError, first_line
 from evolve_ray.judge import RETRIES, TIMEOUT_S, Judge
-from evolve_ray.rows import digest
-from evolve_ray.store import sha256_file, write_atomic
+from evolve_ray.store.files import sha256_file, write_atomic
+from evolve_ray.store.rows import digest
 
 OFFICIAL_TEMPLATE = "alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
 OFFICIAL_SIZE = 805  # instructions, whose difficulty the hub's df_gamed.csv has
@@ -59,13 +59,13 @@ def read_reference(path: str) -> list[dict]:
     """
     faults: list[str] = []
     found: list[dict] = []
-    for line, record in prompts.read_records(path, "eval", faults):
+    for line, record in read.read_records(path, "eval", faults):
         where = f"{path}:{line}"
-        row = {name: prompts.text_of(record, name, where, faults, empty=name == "output")
+        row = {name: read.text_of(record, name, where, faults, empty=name == "output")
                for name in ("instruction", "output", "generator")}  # fmt: skip
         found.append({**row, "dataset": record.get("dataset", ""), "index": len(found)})
     if faults:
-        raise prompts.show(path, faults)
+        raise read.show(path, faults)
     names = {row["generator"] for row in found}
     if len(names) != 1:
         raise UserError(f"--reference {path}: must hold the outputs of one generator, but has {len(names)}")

@@ -6,11 +6,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from evolve_ray.checkpoints import Named
 from evolve_ray.errors import IntegrityError, UserError
-from evolve_ray.rows import read_table
-from evolve_ray.shards import read_rows
-from evolve_ray.store import Manifest, read_manifest
+from evolve_ray.models.checkpoints import Named
+from evolve_ray.store.manifest import Manifest, read_manifest
+from evolve_ray.store.rows import read_table
+from evolve_ray.store.shards import read_rows
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from evolve_ray import prompts
 from evolve_ray.answers import Answers, file_name
+from evolve_ray.data import read
 from evolve_ray.errors import IntegrityError, UserError
 from evolve_ray.judge import Judge
 from evolve_ray.refine.template import fill
-from evolve_ray.rows import digest
-from evolve_ray.store import write_atomic
+from evolve_ray.store.files import write_atomic
+from evolve_ray.store.rows import digest
 
 SYSTEM = """\
 You compare two answers to the same prompt, one by assistant A and one by assistant B, and say which is better.
@@ -91,13 +91,13 @@ def read_questions(path: str, category: str | None) -> dict[str, dict]:
     """`{uid: question}` of a question.jsonl: uid, category, prompt."""
     faults: list[str] = []
     found: dict[str, dict] = {}
-    for line, record in prompts.read_records(path, "train", faults):
+    for line, record in read.read_records(path, "train", faults):
         where = f"{path}:{line}"
-        texts = [prompts.text_of(record, column, where, faults) for column in ("uid", "category", "prompt")]
+        texts = [read.text_of(record, column, where, faults) for column in ("uid", "category", "prompt")]
         if all(texts) and found.setdefault(str(texts[0]), record) is not record:
             faults.append(f"{where}: uid {texts[0]} stands in the file twice")
     if faults:
-        raise prompts.show(path, faults)
+        raise read.show(path, faults)
     if category and category not in {record["category"] for record in found.values()}:
         known = ", ".join(sorted({record["category"] for record in found.values()}))
         raise UserError(f"--category {category}: {path} has no such question; its categories are {known}")
@@ -108,14 +108,14 @@ def read_baseline(path: str) -> tuple[str, dict[str, dict]]:
     """The baseline's name and `{uid: row}` of its model_answer file."""
     faults: list[str] = []
     found: dict[str, dict] = {}
-    for line, record in prompts.read_records(path, "train", faults):
+    for line, record in read.read_records(path, "train", faults):
         try:
             answer_text(record)
             found[str(record["uid"])] = {**record, "model": str(record["model"])}
         except (KeyError, IndexError, TypeError) as error:
             faults.append(f"{path}:{line}: is no row of a model_answer file: lacks {error}")
     if faults:
-        raise prompts.show(path, faults)
+        raise read.show(path, faults)
     names = sorted({row["model"] for row in found.values()})
     if len(names) != 1:
         raise UserError(

@@ -8,12 +8,14 @@ from typing import Any
 
 from evolve_ray import alpaca, arena_hard
 from evolve_ray.answers import Answers, read_evaluation
-from evolve_ray.driver import run_folder, say
 from evolve_ray.errors import UserError, run_command
 from evolve_ray.judge import Judge, make_judge
 from evolve_ray.report import aligned
-from evolve_ray.rows import digest
-from evolve_ray.store import Run, sha256_file, write_atomic
+from evolve_ray.store.files import sha256_file, write_atomic
+from evolve_ray.store.places import run_folder
+from evolve_ray.store.rows import digest
+from evolve_ray.store.run import Run
+from evolve_ray.watch.terminal import say
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -10,9 +10,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from evolve_ray import models as folders
 from evolve_ray import recipe, report
-from evolve_ray.store import CARD, Run, read_manifest, write_atomic
+from evolve_ray.models import folders
+from evolve_ray.store.files import write_atomic
+from evolve_ray.store.manifest import CARD, read_manifest
+from evolve_ray.store.run import Run
 
 TRAININGS = ("activation.training", "offline.training", "training")
 

@@ -4,10 +4,11 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from evolve_ray import shards
 from evolve_ray.markup import escape, section
-from evolve_ray.rows import read_table
-from evolve_ray.store import Run, read_manifest
+from evolve_ray.store import shards
+from evolve_ray.store.manifest import read_manifest
+from evolve_ray.store.rows import read_table
+from evolve_ray.store.run import Run
 
 KINDS = {
     "better": "improved",

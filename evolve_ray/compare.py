@@ -10,9 +10,11 @@ from typing import Any
 from evolve_ray import costs, page, report
 from evolve_ray.errors import UserError, run_command
 from evolve_ray.markup import document, escape, section, table
-from evolve_ray.objects import run_argument
-from evolve_ray.rows import digest, read_table
-from evolve_ray.store import Run, read_manifest, write_atomic
+from evolve_ray.store.files import write_atomic
+from evolve_ray.store.manifest import read_manifest
+from evolve_ray.store.places import run_argument
+from evolve_ray.store.rows import digest, read_table
+from evolve_ray.store.run import Run
 from evolve_ray.views import name_of
 
 

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from evolve_ray import rows
-from evolve_ray.chat import Chat
 from evolve_ray.config import options
 from evolve_ray.errors import UserError
+from evolve_ray.models.chat import Chat
 from evolve_ray.refine.asks import Ask, Draft, Given, Judge, Skip, Strategy, Verify
 from evolve_ray.refine.template import Template
+from evolve_ray.store import rows
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,19 @@ import re
 import shlex
 from pathlib import Path
 
-from evolve_ray import checkpoints
 from evolve_ray import probes as probing
 from evolve_ray.config.load import from_json, load
 from evolve_ray.config.options import Config
 from evolve_ray.config.resolve import resolved
-from evolve_ray.driver import run_folder, say, start_ray, stop_ray
 from evolve_ray.errors import IntegrityError, UserError, run_command
 from evolve_ray.evaluate_models import Plan
-from evolve_ray.rows import digest
-from evolve_ray.store import Run, sha256_file
+from evolve_ray.models import checkpoints
+from evolve_ray.pools.session import start_ray, stop_ray
+from evolve_ray.store.files import sha256_file
+from evolve_ray.store.places import run_folder
+from evolve_ray.store.rows import digest
+from evolve_ray.store.run import Run
+from evolve_ray.watch.terminal import say
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

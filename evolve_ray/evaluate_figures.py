@@ -6,9 +6,9 @@ from typing import Any
 from rapidfuzz.distance import Levenshtein
 
 from evolve_ray import probes
-from evolve_ray.evaluate import by_prompt, differences, distinct, summarise, whole_chains
+from evolve_ray.evaluate.figures import by_prompt, differences, distinct, summarise, whole_chains
+from evolve_ray.evaluate.intervals import interval
 from evolve_ray.probes import Chains, Same, is_right
-from evolve_ray.report import interval
 
 Rows = tuple[list[dict], list[dict]]  # drafts, scores
 

@@ -13,19 +13,24 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from evolve_ray import inputs, pipeline, prompts, rows, shards
-from evolve_ray.checkpoints import Named
+from evolve_ray import inputs, pipeline
 from evolve_ray.config.options import Config, Evaluation, Strategy
 from evolve_ray.config.resolve import resolved
-from evolve_ray.driver import say
+from evolve_ray.data.prompts import read_prompts
+from evolve_ray.data.read import has_column
 from evolve_ray.errors import UserError
 from evolve_ray.evaluate_figures import Rows, add_probes, every_two, model_figures
 from evolve_ray.inputs import Context, Policy
-from evolve_ray.models import check_policy
+from evolve_ray.models.checkpoints import Named
+from evolve_ray.models.folders import check_policy
 from evolve_ray.prompter import Prompter, evaluation_id
 from evolve_ray.refine.strategies import REFINE_GIVEN
 from evolve_ray.scorers import same_answer
-from evolve_ray.store import Manifest, Run, sha256_file
+from evolve_ray.store import rows, shards
+from evolve_ray.store.files import sha256_file
+from evolve_ray.store.manifest import Manifest
+from evolve_ray.store.run import Run
+from evolve_ray.watch.terminal import say
 
 INCIDENTAL = ("transformers_version", "_name_or_path")  # entries of a model's config.json that no engine computes with
 USAGE = ("num_rows", "num_tokens", "num_prompt_tokens", "num_cached_tokens", "num_cut", "num_rejected")
@@ -102,7 +107,7 @@ class GivenDrafts:
         if "foreign" in plan.probes and plan.foreign is None:
             for split, path in part.splits.items():
                 source = toy.get(path, path)
-                if plan.draft_column or prompts.has_column(source, "draft", part.split):
+                if plan.draft_column or has_column(source, "draft", part.split):
                     self.drafts |= read_column(part, source, split, plan.draft_column or "draft")
         if "foreign" in plan.probes and not self.drafts:
             several = plan.models[0] if len(plan.models) > 1 else None  # a single model's own drafts tell nothing new
@@ -117,7 +122,7 @@ class GivenDrafts:
 
 def read_column(part: Evaluation, path: str, split: str, column: str) -> dict[str, str]:
     """`{prompt id of the evaluation: text in column}` of one split."""
-    found, _ = prompts.read_prompts(
+    found, _ = read_prompts(
         path, prompt_column=part.prompt_column, answer_column=part.answer_column, answer_pattern=part.answer_pattern,
         draft_column=column, source_split=part.split, split=split,
     )  # fmt: skip

@@ -7,7 +7,8 @@ from typing import Any
 from evolve_ray import costs, report
 from evolve_ray.ledger import compute
 from evolve_ray.markup import cell, document, escape, section, table
-from evolve_ray.store import Run, write_atomic
+from evolve_ray.store.files import write_atomic
+from evolve_ray.store.run import Run
 
 Table = tuple[str, list[str], list[list[str]]]  # title, header, lines
 MEASURES = (("exact_match", "exact match %", 100.0, 1), ("reward", "reward", 1.0, 3))

@@ -9,15 +9,16 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from evolve_ray import rows
 from evolve_ray.config.load import from_json
 from evolve_ray.config.options import Config
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import IntegrityError, UserError, run_command
-from evolve_ray.models import content_hash
-from evolve_ray.objects import run_argument
+from evolve_ray.models.folders import content_hash
 from evolve_ray.refine.template import load_template
-from evolve_ray.store import Manifest, read_manifest, sha256_file
+from evolve_ray.store import rows
+from evolve_ray.store.files import sha256_file
+from evolve_ray.store.manifest import Manifest, read_manifest
+from evolve_ray.store.places import run_argument
 
 # Folder of pairs -> the folder of the scores that they were selected by; None for pairs that were given.
 PAIRS = {"pairs": "scores", "reward_pairs": "labels", "activation_pairs": None, "offline_pairs": None}

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from evolve_ray.chat import Chat
 from evolve_ray.logprobs import num_chunks, pair_sequences, sequence_logps, tree_logps
+from evolve_ray.models.chat import Chat
 from evolve_ray.schedule import micro_batches, micro_steps
 from evolve_ray.train import TrainSpec
 from evolve_ray.tree import Forward, Sequence, lay_out, pack

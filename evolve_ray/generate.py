@@ -7,17 +7,17 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from evolve_ray import rows
-from evolve_ray.chat import Chat
 from evolve_ray.config import options
 from evolve_ray.config.plugs import find_plug
 from evolve_ray.drive import Completion, Drive, Engine, GenerateSpec
 from evolve_ray.errors import ResourceError, UserError, first_line
-from evolve_ray.pools import PoolOptions
+from evolve_ray.models.chat import Chat
+from evolve_ray.pools.actors import PoolOptions
+from evolve_ray.pools.worker import ShardWorker
 from evolve_ray.refine.asks import Ask, Strategy
 from evolve_ray.refine.strategies import KNOWN
 from evolve_ray.scorers import build_verifier, checked
-from evolve_ray.shards import ShardWorker
+from evolve_ray.store import rows
 
 # The engine runs inside the actor's own process and is stepped by it: that is what makes the schedule reproducible.
 ENGINE_ENV = {

@@ -12,17 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evolve_ray import models, rows
 from evolve_ray.config.load import from_json
 from evolve_ray.config.options import Config, trainings
 from evolve_ray.config.plugs import find_plug
 from evolve_ray.config.resolve import flatten, resolved
 from evolve_ray.errors import IntegrityError, StalledError, UserError
-from evolve_ray.pools import Pools
+from evolve_ray.models import folders
+from evolve_ray.pools.actors import Pools
 from evolve_ray.prompter import Prompter
 from evolve_ray.refine.template import Template, load_template
 from evolve_ray.scorers import VERIFIERS, build_verifier, reward_model_field, reward_model_names
-from evolve_ray.store import Manifest, Run, Stage, blocks, write_atomic
+from evolve_ray.store import rows
+from evolve_ray.store.files import blocks, write_atomic
+from evolve_ray.store.manifest import Manifest
+from evolve_ray.store.run import Run, Stage
 from evolve_ray.toy.parts import toy_parts
 from evolve_ray.trackers import Trackers
 
@@ -36,7 +39,7 @@ class Policy:
 
     @classmethod
     def from_manifest(cls, manifest: Manifest) -> "Policy":
-        return cls(manifest.folder, models.content_hash(manifest.folder))
+        return cls(manifest.folder, folders.content_hash(manifest.folder))
 
 
 @dataclass
@@ -196,15 +199,15 @@ def begin(
     check_plugs(config)
     template = load_template(config.template.name, config.template.layout, config.strategy.name)
     toy = toy_parts(config, run, say) if config.toy else {}
-    folder = models.resolve(model or toy.get(config.model.path, config.model.path), "model.path")
-    models.check_policy(folder, config.model.context_tokens)
-    policy = Policy(folder, models.content_hash(folder))
+    folder = folders.resolve(model or toy.get(config.model.path, config.model.path), "model.path")
+    folders.check_policy(folder, config.model.context_tokens)
+    policy = Policy(folder, folders.content_hash(folder))
     context = Context(config, run, say, start_ray, rerun_changed, template, policy, changed=changed)
     for name in reward_model_names(config.scorer):
         field_name = reward_model_field(config.scorer)
-        folder = models.resolve(toy.get(name, name), field_name)
-        models.check_reward_model(folder, field_name)
-        context.reward_models[name] = Policy(folder, models.content_hash(folder))
+        folder = folders.resolve(toy.get(name, name), field_name)
+        folders.check_reward_model(folder, field_name)
+        context.reward_models[name] = Policy(folder, folders.content_hash(folder))
     return context, toy
 
 

@@ -9,17 +9,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evolve_ray import card, generate, measure, pairs, report, rows, score, shards, train
+from evolve_ray import card, generate, measure, report, score, train
 from evolve_ray import probe as logprob_probe
 from evolve_ray.config import options
 from evolve_ray.config.plugs import find_plug
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import IntegrityError, UserError
-from evolve_ray.evaluate import add_best_of, summarise
+from evolve_ray.evaluate.figures import add_best_of, summarise
 from evolve_ray.inputs import Context, Policy
 from evolve_ray.pipeline import EVALUATION_SCOPE, Asked, generate_and_score, generate_spec, run_steps, scores_loss
-from evolve_ray.pools import Step, call_all
-from evolve_ray.store import Manifest, Stage, full_disk_named
+from evolve_ray.pools.actors import call_all
+from evolve_ray.pools.dispatch import Step
+from evolve_ray.select import pairs
+from evolve_ray.store import rows, shards
+from evolve_ray.store.files import full_disk_named
+from evolve_ray.store.manifest import Manifest
+from evolve_ray.store.run import Stage
 
 
 def iterate(context: Context) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from evolve_ray.rows import read_jsonl
-from evolve_ray.store import Manifest, Run, read_manifest
+from evolve_ray.store.manifest import Manifest, read_manifest
+from evolve_ray.store.rows import read_jsonl
+from evolve_ray.store.run import Run
 
 TOKENS = ("num_prompt_tokens", "num_cached_tokens", "num_tokens")  # prompted, of these found in the prefix cache, generated
 # Tokens that rounds left out would have taken, each as many as the draft before it; tokens that were guessed, and of these right.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from evolve_ray.chat import Chat
+from evolve_ray.models.chat import Chat
 from evolve_ray.refine.template import Template
 from evolve_ray.tree import CHUNK_TOKENS, Forward, Sequence
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from evolve_ray import controller, drift, rows, shards
 from evolve_ray.config.plugs import find_plug
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import UserError
-from evolve_ray.evaluate import against_previous
+from evolve_ray.evaluate import controller, drift
+from evolve_ray.evaluate.figures import against_previous
 from evolve_ray.inputs import Context
-from evolve_ray.store import Manifest, read_manifest
+from evolve_ray.store import rows, shards
+from evolve_ray.store.manifest import Manifest, read_manifest
 
 
 def measure_drift(

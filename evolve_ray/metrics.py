@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from evolve_ray.rows import read_jsonl
-from evolve_ray.store import MANIFEST, Run
+from evolve_ray.store.manifest import MANIFEST
+from evolve_ray.store.rows import read_jsonl
+from evolve_ray.store.run import Run
 
 INTERVAL_S = 1.0
 # Every metric: (kind, what it is, tags). Ray puts `ray_` in front, and `_total` after a counter.

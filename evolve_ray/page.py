@@ -12,7 +12,7 @@ from typing import Any
 from evolve_ray import chains, charts, costs, recipe
 from evolve_ray.charts import MARKERS, Move, Series, short
 from evolve_ray.markup import document, escape, figure, panels, section, table
-from evolve_ray.store import Run
+from evolve_ray.store.run import Run
 from evolve_ray.views import (
     EXACT,
     RUN_INKS,

@@ -4,15 +4,18 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from evolve_ray import generate, pools, score, shards
-from evolve_ray.attempts import signs
+from evolve_ray import generate, score
 from evolve_ray.config import options
 from evolve_ray.config.resolve import resolved
 from evolve_ray.drive import GenerateSpec, RemoteJudge
 from evolve_ray.errors import NumericsError, UserError
 from evolve_ray.inputs import Context, Policy
+from evolve_ray.pools import dispatch
+from evolve_ray.pools.retries import signs
 from evolve_ray.refine import strategies
-from evolve_ray.store import Manifest, Stage
+from evolve_ray.store import shards
+from evolve_ray.store.manifest import Manifest
+from evolve_ray.store.run import Stage
 
 EVALUATION_SCOPE = "evaluation"  # in place of an iteration: every model answers the same prompts with the same seeds
 
@@ -80,10 +83,10 @@ def generate_and_score(context: Context, asked: Asked, folder: Path, *, scored: 
                 scorers = tuple(context.pools.open(score.pool(config.scorer)))
                 judge_spec = dataclasses.replace(score_spec, reward_models=folders(judges))
                 spec = dataclasses.replace(spec, judge=RemoteJudge(scorers, judge_spec))
-            steps.append(pools.Step(drafts_stage, generate.pool(config.engine), spec))
+            steps.append(dispatch.Step(drafts_stage, generate.pool(config.engine), spec))
         if scored:
             scores_stage.resume()
-            steps.append(pools.Step(scores_stage, score.pool(config.scorer), score_spec))
+            steps.append(dispatch.Step(scores_stage, score.pool(config.scorer), score_spec))
         run_steps(context, asked.label, asked.iteration, steps, num_shards)
         if not drafts:
             drafts = shards.finish(drafts_stage, num_shards, num_prompts, prompts_loss(config))
@@ -104,7 +107,7 @@ def folders(reward_models: dict[str, Policy]) -> dict[str, str]:
     return {name: str(model.folder) for name, model in reward_models.items()}
 
 
-def run_steps(context: Context, label: str, iteration: int | None, steps: list[pools.Step], num_shards: int) -> None:
+def run_steps(context: Context, label: str, iteration: int | None, steps: list[dispatch.Step], num_shards: int) -> None:
     """Runs a pipeline and tells of every shard that comes out of it."""
     done = 0
 
@@ -117,8 +120,8 @@ def run_steps(context: Context, label: str, iteration: int | None, steps: list[p
     advice = (
         "what hands out its shards hangs or has no place on a node; see the Ray dashboard, then submit the same command again"
     )
-    with context.deadline(label, pools.silence(steps), lambda: [signs(step.stage.work) for step in steps], advice):
-        pools.run(context.pools, steps, num_shards, on_shard)
+    with context.deadline(label, dispatch.silence(steps), lambda: [signs(step.stage.work) for step in steps], advice):
+        dispatch.run(context.pools, steps, num_shards, on_shard)
 
 
 def generate_spec(context: Context, asked: Asked, stage: Stage) -> GenerateSpec:

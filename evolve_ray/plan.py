@@ -7,12 +7,13 @@ from typing import Any
 
 from evolve_ray import estimate
 from evolve_ray.config.options import Config
+from evolve_ray.data.read import count_rows
 from evolve_ray.errors import ResourceError
-from evolve_ray.prompts import count_rows
 from evolve_ray.refine.strategies import drafts_per_prompt, responses_per_prompt
 from evolve_ray.refine.template import load_template
 from evolve_ray.sizing import Cluster
-from evolve_ray.store import Run, read_manifest
+from evolve_ray.store.manifest import read_manifest
+from evolve_ray.store.run import Run
 
 STAGES = (
     "prompts",

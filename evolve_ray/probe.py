@@ -7,7 +7,7 @@ stale weight or a stale prefix cache shows here. The same forwards under the mod
 from typing import Any
 
 from evolve_ray.config import options
-from evolve_ray.pools import PoolOptions, Pools, call_all
+from evolve_ray.pools.actors import PoolOptions, Pools, call_all
 
 VERSION = 1
 

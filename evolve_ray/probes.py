@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from evolve_ray.evaluate import changes, differences, values_of
-from evolve_ray.report import interval
+from evolve_ray.evaluate.figures import changes, differences, values_of
+from evolve_ray.evaluate.intervals import interval
 
 Chains = dict[str, dict[int, dict]]  # prompt id -> round -> draft with its score
 Same = Callable[[str, str], bool]  # whether two responses give the same answer

@@ -8,11 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from evolve_ray import models, prompts, rows
 from evolve_ray.config.options import Preferences, texts_in_view
+from evolve_ray.data import triples as data_triples
+from evolve_ray.data.prompts import drop_held_out, fresh_order, fresh_slice, read_prompts, scan_prompts, with_token_counts
+from evolve_ray.data.read import BLOCK_ROWS, MAX_SHOWN
 from evolve_ray.errors import UserError
+from evolve_ray.models import folders
 from evolve_ray.scorers import reward_model_field
-from evolve_ray.store import Manifest, Stage, sha256_file
+from evolve_ray.store import rows
+from evolve_ray.store.files import sha256_file
+from evolve_ray.store.manifest import Manifest
+from evolve_ray.store.run import Stage
 
 if TYPE_CHECKING:
     from evolve_ray.inputs import Context
@@ -63,7 +69,7 @@ class Prompter:
     @property
     def chat(self) -> Any:
         if self._chat is None:
-            from evolve_ray.chat import Chat
+            from evolve_ray.models.chat import Chat
 
             self._chat = Chat(self.context.policy.folder)
             chats = [("model.path", self.context.policy, self._chat)]
@@ -71,7 +77,7 @@ class Prompter:
                 field = reward_model_field(self.config.scorer)
                 chats.append((field, model, Chat(model.folder, field)))
             for field_name, model, chat in chats:
-                models.check_vocabulary(model.folder, field_name, chat.tokenizer.get_vocab())
+                folders.check_vocabulary(model.folder, field_name, chat.tokenizer.get_vocab())
         return self._chat
 
     def limit(self) -> int:
@@ -88,12 +94,12 @@ class Prompter:
         """(rows that fit the context, with their tokens; rejected ones)."""
         self._limit = self.limit() if self._limit is None else self._limit
         field = "model.context_tokens - the responses in view * sampling.max_tokens - the template"
-        return prompts.with_token_counts(table, self.count, self._limit, field=field)
+        return with_token_counts(table, self.count, self._limit, field=field)
 
     def check_loss(self, too_long: list[dict], num_rows: int, path: str) -> None:
         """More than the allowed fraction of prompts too long is the user's to decide."""
         if len(too_long) > self.config.prompts.max_rejected_fraction * num_rows:
-            shown = "; ".join(f"{row['file']}:{row['line']}: {row['reason']}" for row in too_long[: prompts.MAX_SHOWN])
+            shown = "; ".join(f"{row['file']}:{row['line']}: {row['reason']}" for row in too_long[:MAX_SHOWN])
             raise UserError(
                 f"{path}: {len(too_long)} of {num_rows} prompts are too long: {shown}; raise model.context_tokens, lower "
                 "sampling.max_tokens, or allow the loss with prompts.max_rejected_fraction"
@@ -101,7 +107,7 @@ class Prompter:
 
     def commit(self, stage: Stage, table: Any, rejected: list[dict], name: str, schema: Any, num_in: int) -> Manifest:
         """Prompts stand in row groups, so that who works on a shard reads a part of them alone."""
-        rows.write_table(stage.start() / name, table, schema, group_rows=prompts.BLOCK_ROWS if schema == rows.PROMPT else None)
+        rows.write_table(stage.start() / name, table, schema, group_rows=BLOCK_ROWS if schema == rows.PROMPT else None)
         return stage.commit(rejected, num_in=num_in, num_rows=len(table))
 
     def held_out(self, final: Path | None = None) -> Manifest:
@@ -118,7 +124,7 @@ class Prompter:
             return manifest
         table, rejected, num_in = [], [], 0
         for split, path in part.splits.items():
-            found, duplicates = prompts.read_prompts(
+            found, duplicates = read_prompts(
                 self.toy.get(path, path), prompt_column=part.prompt_column, answer_column=part.answer_column,
                 answer_pattern=part.answer_pattern, source_split=part.split, split=split,
             )  # fmt: skip
@@ -142,7 +148,7 @@ class Prompter:
         return self.commit(stage, found, rejected, "pairs.parquet", rows.PAIR, len(found) + len(rejected))
 
     def read_triples(self, part: Preferences) -> tuple[list[dict], list[dict]]:
-        return prompts.read_triples(
+        return data_triples.read_triples(
             self.toy.get(part.path, part.path), prompt_column=part.prompt_column, chosen_column=part.chosen_column,
             rejected_column=part.rejected_column, source_split=part.split, limit=part.limit, held_out=self.held_texts(),
         )  # fmt: skip
@@ -186,10 +192,10 @@ class Prompter:
                     f"{part.path}: {self.config.iterations} iterations of {part.per_iteration} fresh prompts need {needed}, but "
                     f"{len(table)} are usable; lower prompts.per_iteration or iterations, or give more prompts"
                 )
-            order = prompts.fresh_order(table["prompt_id"], seed=self.config.seed)
+            order = fresh_order(table["prompt_id"], seed=self.config.seed)
             for number, stage in stages.items():
                 if found[number] is None:
-                    fresh = prompts.fresh_slice(table, order, iteration=number, per_iteration=part.per_iteration)
+                    fresh = fresh_slice(table, order, iteration=number, per_iteration=part.per_iteration)
                     lost = rejected if number == 1 else []
                     found[number] = self.commit(stage, fresh, lost, "prompts.parquet", rows.PROMPT, len(fresh) + len(lost))
         context.prompts = {number: manifest for number, manifest in found.items() if manifest}
@@ -201,12 +207,12 @@ class Prompter:
         overlap: list[dict] = []
         too_long: list[dict] = []
         blocks_of: list[pa.Table] = []
-        scanned = prompts.scan_prompts(
+        scanned = scan_prompts(
             self.toy.get(part.path, part.path), duplicates, prompt_column=part.prompt_column, answer_column=part.answer_column,
             answer_pattern=part.answer_pattern, id_column=part.id_column, source_split=part.split,
         )  # fmt: skip
-        while block := list(itertools.islice(scanned, prompts.BLOCK_ROWS)):
-            kept, held_here = prompts.drop_held_out(block, texts)
+        while block := list(itertools.islice(scanned, BLOCK_ROWS)):
+            kept, held_here = drop_held_out(block, texts)
             kept, long_here = self.fitting(kept)
             overlap += held_here
             too_long += long_here

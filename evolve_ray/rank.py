@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from evolve_ray import builds, card, rows
+from evolve_ray import builds, card
 from evolve_ray.errors import NumericsError, UserError
 from evolve_ray.schedule import batches, learning_rate
-from evolve_ray.store import CARD, commit, read_manifest
+from evolve_ray.store import rows
+from evolve_ray.store.manifest import CARD, commit, read_manifest
 from evolve_ray.train import TrainSpec, deepspeed_config
 
 PROGRESS_S = 5.0  # seconds between two events of progress; the last step is always told
@@ -31,7 +32,7 @@ class Rank:
         from ray.train.torch import get_device
 
         from evolve_ray import forwards, objective
-        from evolve_ray.chat import Chat
+        from evolve_ray.models.chat import Chat
 
         self.torch, self.deepspeed = torch, deepspeed
         self.spec, self.training = spec, spec.training

@@ -6,26 +6,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from evolve_ray import chains, page
 from evolve_ray.ledger import committed_stages, compute, ledger, wall_seconds
 from evolve_ray.markup import cell
-from evolve_ray.rows import read_jsonl
-from evolve_ray.store import Run, write_atomic
-
-RESAMPLES = 2000
-
-
-def interval(values: list[float], seed: int) -> dict[str, float]:
-    """Mean with its 95 % percentile bootstrap interval (2,000 resamples of the prompts)."""
-    data = np.asarray(values, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    means = np.empty(RESAMPLES)
-    for first in range(0, RESAMPLES, 200):  # in blocks, so that memory stays flat for many prompts
-        means[first : first + 200] = data[generator.integers(len(data), size=(200, len(data)))].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"mean": float(data.mean()), "low": float(low), "high": float(high)}
+from evolve_ray.store.files import write_atomic
+from evolve_ray.store.rows import read_jsonl
+from evolve_ray.store.run import Run
 
 
 def stage_rows(run: Run) -> list[dict[str, Any]]:

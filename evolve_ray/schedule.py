@@ -2,8 +2,8 @@
 
 import math
 
-from evolve_ray import rows
 from evolve_ray.config.options import Training
+from evolve_ray.store import rows
 
 
 def batches(num_pairs: int, training: Training, *, seed: int, iteration: int) -> list[list[int]]:

@@ -5,13 +5,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from evolve_ray import rows
 from evolve_ray.config import options
 from evolve_ray.errors import IntegrityError
-from evolve_ray.pools import PoolOptions
+from evolve_ray.pools.actors import PoolOptions
+from evolve_ray.pools.worker import ShardWorker
 from evolve_ray.scorers import build_scorer, build_verifier, checked, is_finite
-from evolve_ray.shards import ShardWorker, shard_name
-from evolve_ray.store import read_manifest
+from evolve_ray.store import rows
+from evolve_ray.store.manifest import read_manifest
+from evolve_ray.store.shards import shard_name
 
 VERSION = 3
 

@@ -16,10 +16,10 @@ import sys
 from collections.abc import Callable
 from typing import Any, Protocol, TypeGuard
 
-from evolve_ray.chat import Chat
 from evolve_ray.config import options as config
 from evolve_ray.config.plugs import find_plug
 from evolve_ray.errors import IntegrityError, ResourceError, UserError
+from evolve_ray.models.chat import Chat
 
 
 class Scorer(Protocol):

@@ -17,8 +17,9 @@ from typing import Any
 
 from evolve_ray.errors import IntegrityError, UserError, run_command
 from evolve_ray.ledger import committed_stages
-from evolve_ray.objects import run_argument
-from evolve_ray.store import MANIFEST, Manifest, Run, read_manifest
+from evolve_ray.store.manifest import MANIFEST, Manifest, read_manifest
+from evolve_ray.store.places import run_argument
+from evolve_ray.store.run import Run
 
 TRAININGS = ("checkpoint", "activation", "reward_model")
 FRESH_S = 120.0  # a younger last event speaks for a driver on another host, whatever the lock of a shared file system says

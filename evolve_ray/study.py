@@ -19,8 +19,10 @@ from evolve_ray.config.options import Config, texts_in_view
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import UserError, run_command
 from evolve_ray.prompter import HELD_OUT
-from evolve_ray.rows import read_jsonl
-from evolve_ray.store import Run, full_disk_named, read_manifest, write_atomic
+from evolve_ray.store.files import full_disk_named, write_atomic
+from evolve_ray.store.manifest import read_manifest
+from evolve_ray.store.rows import read_jsonl
+from evolve_ray.store.run import Run
 from evolve_ray.study_judge import judge
 from evolve_ray.study_tables import Result, Values, gain, minus, pooled, share
 

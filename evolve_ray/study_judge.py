@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from evolve_ray import rows, shards
 from evolve_ray.config import options
 from evolve_ray.config.options import Config
-from evolve_ray.models import content_hash
-from evolve_ray.store import Manifest, Run, Stage, read_manifest
+from evolve_ray.models.folders import content_hash
+from evolve_ray.store import rows, shards
+from evolve_ray.store.manifest import Manifest, read_manifest
+from evolve_ray.store.run import Run, Stage
 from evolve_ray.toy.parts import toy_parts
 
 NAME = "toy:reward_model"

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evolve_ray import shards
 from evolve_ray.errors import IntegrityError
-from evolve_ray.report import RESAMPLES, cell
-from evolve_ray.rows import read_table
-from evolve_ray.store import Run, read_manifest
+from evolve_ray.evaluate.intervals import RESAMPLES
+from evolve_ray.markup import cell
+from evolve_ray.store import shards
+from evolve_ray.store.manifest import read_manifest
+from evolve_ray.store.rows import read_table
+from evolve_ray.store.run import Run
 
 Values = dict[str, float]  # one number by prompt id (or pair id)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from evolve_ray import rows
-from evolve_ray.store import Manifest
+from evolve_ray.store import rows
+from evolve_ray.store.manifest import Manifest
 
 SHOWN = 5  # ids that a fault lists
 Origins = dict[str, Manifest]

@@ -24,8 +24,10 @@ from evolve_ray.config.options import Config
 from evolve_ray.config.resolve import flatten, resolved
 from evolve_ray.errors import UserError, first_line
 from evolve_ray.ledger import TOTALS, ledger
-from evolve_ray.rows import digest, read_jsonl
-from evolve_ray.store import Manifest, Run, write_atomic
+from evolve_ray.store.files import write_atomic
+from evolve_ray.store.manifest import Manifest
+from evolve_ray.store.rows import digest, read_jsonl
+from evolve_ray.store.run import Run
 
 PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
 UPDATES, REWARD_UPDATES = "updates", "reward_model/updates"  # axes: of the policy, and of a reward model that is trained again

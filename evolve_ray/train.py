@@ -17,7 +17,9 @@ from evolve_ray.config import options
 from evolve_ray.errors import EvolveError, NumericsError, ResourceError, first_line, is_full_disk, is_full_memory, pack, unpack
 from evolve_ray.refine.template import Template
 from evolve_ray.schedule import micro_steps
-from evolve_ray.store import Manifest, Run, Stage, disk_error, write_atomic
+from evolve_ray.store.files import disk_error, write_atomic
+from evolve_ray.store.manifest import Manifest
+from evolve_ray.store.run import Run, Stage
 
 VERSION = 2
 

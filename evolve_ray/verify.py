@@ -14,9 +14,10 @@ from evolve_ray import plan, tallies
 from evolve_ray.config.options import Config
 from evolve_ray.errors import IntegrityError, run_command
 from evolve_ray.explain import read_config
-from evolve_ray.keeper import fetched
-from evolve_ray.objects import check_uri, is_uri
-from evolve_ray.store import CARD, MANIFEST, Manifest, Run, file_faults, read_manifest
+from evolve_ray.store.manifest import CARD, MANIFEST, Manifest, file_faults, read_manifest
+from evolve_ray.store.places import check_uri, is_uri
+from evolve_ray.store.run import Run
+from evolve_ray.store.sync import fetched
 
 SHOWN = 20  # faults of one folder
 

@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 
-from evolve_ray import objects
-from evolve_ray.lease import Lease
-from evolve_ray.mirror import Mirror, committed_places, files_of
-from evolve_ray.objects import Store
-from evolve_ray.store import Manifest, Stage, read_manifest
+from evolve_ray.store import object_store
+from evolve_ray.store.manifest import Manifest, read_manifest
+from evolve_ray.store.mirror import Mirror, committed_places, files_of
+from evolve_ray.store.object_lock import Lease
+from evolve_ray.store.object_store import Store
+from evolve_ray.store.run import Stage
 
 __all__ = ["at", "place", "proxy", "server", "way"]
 
@@ -171,12 +172,12 @@ def server():
 def way(server):
     """The proxy, with one client that all tests share: making one takes half a second. It repeats nothing by itself, so that
     each fault is ours to see to."""
-    impatient = copy.deepcopy(objects.CLIENTS)
+    impatient = copy.deepcopy(object_store.CLIENTS)
     impatient["s3"]["config_kwargs"] |= {"read_timeout": READ_TIMEOUT_S, "retries": {"max_attempts": 0}}
     with proxy_to(server) as way, pytest.MonkeyPatch.context() as patch:
         for name, value in environment(way.port).items():
             patch.setenv(name, value)
-        patch.setattr(objects, "CLIENTS", impatient)
+        patch.setattr(object_store, "CLIENTS", impatient)
         way.client = Store("s3://bucket/any")
         yield way
 

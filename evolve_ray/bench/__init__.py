@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evolve_ray.bench.table import Row, as_json, as_text
 from evolve_ray.errors import run_command
-from evolve_ray.store import write_atomic
+from evolve_ray.store.files import write_atomic
 
 COMMANDS = {
     "train": "training steps: trees, memory, TRL",

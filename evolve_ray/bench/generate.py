@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evolve_ray import rows as tables
 from evolve_ray.bench.table import Row
 from evolve_ray.config import options as options_of
 from evolve_ray.errors import UserError
-from evolve_ray.rows import derive_seed
+from evolve_ray.store import rows as tables
+from evolve_ray.store.rows import derive_seed
 
 CPU_ARGUMENTS = {
     "enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.05,
@@ -126,9 +126,9 @@ class Bench:
     """One engine and the three ways to use it."""
 
     def __init__(self, folder: Path, given: argparse.Namespace):
-        from evolve_ray.chat import Chat
         from evolve_ray.drive import GenerateSpec
         from evolve_ray.generate import VllmEngine
+        from evolve_ray.models.chat import Chat
         from evolve_ray.refine.template import load_template
 
         chat = Chat(folder)

@@ -19,8 +19,8 @@ from typing import Any
 from evolve_ray.bench.table import Row
 from evolve_ray.errors import ResourceError, UserError
 from evolve_ray.ledger import ledger
-from evolve_ray.rows import read_jsonl
-from evolve_ray.store import Run
+from evolve_ray.store.rows import read_jsonl
+from evolve_ray.store.run import Run
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 

@@ -3,7 +3,7 @@
 import functools
 import tempfile
 
-from evolve_ray.chat import Chat
+from evolve_ray.models.chat import Chat
 from evolve_ray.toy.tokenizer import make_tokenizer
 
 

@@ -3,8 +3,8 @@
 import time
 from collections import deque
 
-from evolve_ray.chat import Chat
 from evolve_ray.drive import Completion, GenerateSpec
+from evolve_ray.models.chat import Chat
 
 TEXTS = ("yes", "no")
 

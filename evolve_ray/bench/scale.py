@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evolve_ray import rows as tables
 from evolve_ray.bench.table import Row
 from evolve_ray.config.load import build
 from evolve_ray.config.options import Config
 from evolve_ray.config.resolve import resolved
-from evolve_ray.store import Run
+from evolve_ray.store import rows as tables
+from evolve_ray.store.run import Run
 
 PARTS = ("sizes", "actors")
 ROUNDS = 4
@@ -48,7 +48,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def rows(given: argparse.Namespace) -> list[Row]:
-    from evolve_ray.driver import stop_ray
+    from evolve_ray.pools.session import stop_ray
 
     given.sizes, given.actors = sorted(set(given.sizes)), sorted(set(given.actors))
     with tempfile.TemporaryDirectory() as folder:
@@ -124,13 +124,14 @@ def recipe(root: Path, given: argparse.Namespace, prompts: int, **engine: Any) -
 
 def one_run(root: Path, config: Config, pools: Any) -> Spent:
     """Everything of one iteration that is neither a model nor a training, in a run directory that is removed afterwards."""
-    from evolve_ray import driver, inputs, iterate, measure, pipeline, report
+    from evolve_ray import inputs, iterate, measure, pipeline, report
+    from evolve_ray.pools import session
 
     prompts = config.prompts.per_iteration
     tables.write_jsonl(root / "prompts.jsonl", ({"prompt": letters(number), "answer": "yes"} for number in range(prompts)))
     run, spent, cpu = Run(root / "run"), Spent(prompts), time.process_time()
     run.root.mkdir()
-    quiet = functools.partial(inputs.prepare, config, run, lambda line: None, functools.partial(driver.start_ray, config))
+    quiet = functools.partial(inputs.prepare, config, run, lambda line: None, functools.partial(session.start_ray, config))
     with watched_memory() as memory:
         with timed(spent, "prompts"):
             context = quiet(rerun_changed=False)
@@ -209,7 +210,7 @@ def resident_mib() -> float:
 
 
 def growth_rows(given: argparse.Namespace, root: Path) -> list[Row]:
-    from evolve_ray.pools import Pools
+    from evolve_ray.pools.actors import Pools
 
     engine = {"actors": given.engines, "shard_prompts": given.shard, "args": {"service_s": 0.0}}
     pools = Pools()
@@ -243,7 +244,7 @@ def growth(found: list[list[Spent]], start_mib: float) -> list[Row]:
 
 def actor_rows(given: argparse.Namespace, root: Path) -> list[Row]:
     """Each number of engines after the other, so that no two compete; their start is left out."""
-    from evolve_ray.pools import Pools
+    from evolve_ray.pools.actors import Pools
 
     size, service_s = 16, given.service_ms / 1000
     took: dict[int, list[Spent]] = {number: [] for number in given.actors}

@@ -19,7 +19,7 @@ from typing import Any
 from evolve_ray.bench.table import Row
 from evolve_ray.config import options as options_of
 from evolve_ray.errors import UserError
-from evolve_ray.rows import REFERENCE
+from evolve_ray.store.rows import REFERENCE
 from evolve_ray.tree import Forward, Sequence, pack
 
 NAMES = ("evolve_tree_vs_separate", "dpo_vs_trl", "memory_vs_trl", "memory_vs_full_logits")

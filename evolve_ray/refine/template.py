@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evolve_ray.errors import UserError
 from evolve_ray.refine.asks import Messages
-from evolve_ray.rows import digest
+from evolve_ray.store.rows import digest
 
 # The parts of a template and the fields that each must have. A strategy that is not named needs the first three alone.
 FIELDS = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from evolve_ray.rows import write_jsonl
+from evolve_ray.store.rows import write_jsonl
 from evolve_ray.toy import task
 
 

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from evolve_ray import models, rows
 from evolve_ray.config.options import Config
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import ResourceError, UserError
+from evolve_ray.models import folders
 from evolve_ray.scorers import reward_model_names
-from evolve_ray.store import Run, Stage
+from evolve_ray.store import rows
+from evolve_ray.store.run import Run, Stage
 
 VERSION = 2
 
@@ -27,7 +28,7 @@ def toy_parts(config: Config, run: Run, say: Callable[[str], None]) -> dict[str,
     parts["toy:base"] = str(folder / "base")
     if "toy:reward_model" in reward_model_names(config.scorer):
         options = {**world, "reward_model_steps": steps, "base": parts["toy:base"]}
-        key = {**options, "base": models.content_hash(folder / "base")}
+        key = {**options, "base": folders.content_hash(folder / "base")}
         parts["toy:reward_model"] = str(make_toy(run, "reward_model", options, say, key) / "reward_model")
     named = [config.model.path, config.prompts.path, *config.evaluation.splits.values(), *reward_model_names(config.scorer)]
     named += [part.path for part in (config.activation, config.offline) if part]

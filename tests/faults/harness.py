@@ -17,9 +17,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from evolve_ray import rows
-from evolve_ray.head import title
-from evolve_ray.store import MANIFEST
+from evolve_ray.store import rows
+from evolve_ray.store.manifest import MANIFEST
+from evolve_ray.watch.cluster import title
 from tests.real.conftest import SMALL, Command, start
 
 Moment = Callable[[list[dict]], object]

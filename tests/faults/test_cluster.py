@@ -9,7 +9,7 @@ import time
 import pytest
 import yaml
 
-from evolve_ray.attempts import FOLDER
+from evolve_ray.pools.retries import FOLDER
 from tests.faults.harness import (
     DRAFTED,
     ROLES,

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from evolve_ray import rows
-from evolve_ray.store import read_manifest, sha256_file
+from evolve_ray.store import rows
+from evolve_ray.store.files import sha256_file
+from evolve_ray.store.manifest import read_manifest
 from tests.faults.harness import arguments, ended, finish, last_line
 from tests.faults.twin import assert_equals_twin
 from tests.real.conftest import SMALL, start

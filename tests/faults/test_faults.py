@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from evolve_ray import rows
-from evolve_ray.store import MANIFEST
+from evolve_ray.store import rows
+from evolve_ray.store.manifest import MANIFEST
 from tests.faults.harness import (
     DRAFTED,
     after_shards,

@@ -4,8 +4,9 @@ import json
 import random
 import re
 
-from evolve_ray import rows, shards, verify
-from evolve_ray.store import read_manifest
+from evolve_ray import verify
+from evolve_ray.store import rows, shards
+from evolve_ray.store.manifest import read_manifest
 from tests.faults.harness import last_line
 from tests.faults.hostile import prompts
 from tests.real.conftest import start

@@ -10,8 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from evolve_ray import rows
-from evolve_ray.store import MANIFEST, sha256_file
+from evolve_ray.store import rows
+from evolve_ray.store.files import sha256_file
+from evolve_ray.store.manifest import MANIFEST
 from tests.faults.harness import after_shards, arguments, ended, family, last_line, title
 from tests.faults.twin import assert_equals_twin
 from tests.real.conftest import Command, fork, start

@@ -2,9 +2,9 @@
 
 import pytest
 
-from evolve_ray import attempts
-from evolve_ray.attempts import Attempts, Beats, Builds, mark_of
 from evolve_ray.errors import ResourceError
+from evolve_ray.pools import retries
+from evolve_ray.pools.retries import Attempts, Beats, Builds, mark_of
 
 PROMPTS = [{"prompt_id": f"p{number}"} for number in range(10)]
 
@@ -40,7 +40,7 @@ def test_rows_that_kill_are_found_and_no_other(tmp_path, fatal, limit):
     assert sorted(killers) == sorted(fatal)
     assert made == [p["prompt_id"] for p in PROMPTS if p["prompt_id"] not in fatal]
     for name in fatal:
-        assert log.count([name]) >= attempts.ALONE, "a row was condemned without having killed alone twice"
+        assert log.count([name]) >= retries.ALONE, "a row was condemned without having killed alone twice"
     assert len(log) <= limit + 16 * len(fatal), "halving is not what was done"
 
 
@@ -94,7 +94,7 @@ def test_shards_do_not_share_their_deaths(tmp_path):
 
 def test_beats_change_with_progress_and_name_the_shard(tmp_path, monkeypatch):
     now = [10.0]
-    monkeypatch.setattr(attempts.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(retries.time, "monotonic", lambda: now[0])
     beats = Beats(tmp_path, 2)
     assert beats.read() == (-1, "")
     beats.start(7)

@@ -7,11 +7,14 @@ import threading
 
 import pytest
 
-from evolve_ray import alpaca, answers, arena_hard, benchmark, prompts, rows
+from evolve_ray import alpaca, answers, arena_hard, benchmark
+from evolve_ray.data.prompts import read_prompts
+from evolve_ray.data.read import count_rows
 from evolve_ray.errors import IntegrityError, UserError
 from evolve_ray.judge import make_judge
-from evolve_ray.rows import GENERATION, PROMPT
-from evolve_ray.store import commit
+from evolve_ray.store import rows
+from evolve_ray.store.manifest import commit
+from evolve_ray.store.rows import GENERATION, PROMPT
 
 PROMPTS = [f"question {n}" for n in range(6)]
 
@@ -303,17 +306,17 @@ def test_only_whole_chains_count(tmp_path):
 
 
 def test_json_list_is_read_as_prompts(place):
-    found, _ = prompts.read_prompts(str(place / "reference.json"), prompt_column="instruction")
+    found, _ = read_prompts(str(place / "reference.json"), prompt_column="instruction")
     assert [(row["prompt"], row["line"]) for row in found] == [(prompt, n) for n, prompt in enumerate(PROMPTS, 1)]
-    assert prompts.count_rows(str(place / "reference.json")) == 6
+    assert count_rows(str(place / "reference.json")) == 6
     (place / "odd.json").write_text('[{"instruction": "a"}, 3]')
     with pytest.raises(UserError, match=r"odd\.json:2: is a JSON int, but must be an object"):
-        prompts.read_prompts(str(place / "odd.json"), prompt_column="instruction")
+        read_prompts(str(place / "odd.json"), prompt_column="instruction")
     (place / "odd.json").write_text('[{"instruction": "a"}')
     with pytest.raises(UserError, match=r"odd\.json: is no JSON list"):
-        prompts.read_prompts(str(place / "odd.json"), prompt_column="instruction")
+        read_prompts(str(place / "odd.json"), prompt_column="instruction")
     (place / "lines.json").write_text('{"instruction": "a"}\n{"instruction": "b"}\n')
-    assert len(prompts.read_prompts(str(place / "lines.json"), prompt_column="instruction")[0]) == 2
+    assert len(read_prompts(str(place / "lines.json"), prompt_column="instruction")[0]) == 2
 
 
 def test_missing_package_is_named(monkeypatch):

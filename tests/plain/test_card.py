@@ -5,12 +5,15 @@ import json
 import pytest
 import yaml
 
-from evolve_ray import card, models, rows
+from evolve_ray import card
 from evolve_ray.config.load import load
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import IntegrityError
-from evolve_ray.evaluate import summarise
-from evolve_ray.store import CARD, Run, Stage, read_manifest
+from evolve_ray.evaluate.figures import summarise
+from evolve_ray.models import folders
+from evolve_ray.store import rows
+from evolve_ray.store.manifest import CARD, read_manifest
+from evolve_ray.store.run import Run, Stage
 from tests.plain.runs import chains, commit, tables
 
 BASE = chains([[0, 0], [1, 0], [0, 0], [0, 1]])
@@ -43,7 +46,7 @@ def made(recipe, tmp_path):
     found = [{"name": "base", "iteration": 0, "path": str(tmp_path / "base"), "model": "0" * 64}]
     for name, iteration in (("activation", 0), ("iteration 1", 1)):
         folder = commit_checkpoint(run, iteration, name).folder
-        found.append({"name": name, "iteration": iteration, "path": str(folder), "model": models.content_hash(folder)})
+        found.append({"name": name, "iteration": iteration, "path": str(folder), "model": folders.content_hash(folder)})
     for model, answers in zip(found, (BASE, BASE, BETTER), strict=True):
         drafts, scores = tables({"held": answers})
         prompts = [{"prompt_id": rows.content_id("held", name), "split": "held"} for name in [*answers, "lost"]]
@@ -116,7 +119,7 @@ def test_card_changes_no_hash_and_no_identity(made):
     assert CARD not in before.files
     card.write(*made)
     after = read_manifest(folder, verify=True)
-    assert (after.identity, models.content_hash(folder)) == (before.identity, found[2]["model"])
+    assert (after.identity, folders.content_hash(folder)) == (before.identity, found[2]["model"])
     assert Stage(folder, "checkpoint", "key1").committed() == before
 
 

@@ -20,21 +20,21 @@ SECTIONS = [kind for kind in vars(options).values() if dataclasses.is_dataclass(
 def refusal(path: Path, *overrides: str) -> str:
     """The sentence with which a recipe is refused, without the path at its start."""
     with pytest.raises(UserError) as caught:
-        load.load(path, overrides)
+        load(path, overrides)
     return str(caught.value).removeprefix(str(path))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_is_valid(path):
-    assert load.load(path).name
+    assert load(path).name
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_has_a_plan(path, tmp_path):
     from evolve_ray.plan import plan
-    from evolve_ray.store import Run
+    from evolve_ray.store.run import Run
 
-    config = load.load(path)
+    config = load(path)
     lines, _ = plan(config, Run(tmp_path))
     assert f"strategy   {config.strategy.name}" in lines
     assert ("reward_model (to do)" in lines) == (config.refresh is not None)
@@ -106,11 +106,11 @@ def test_what_json_cannot_hold_is_refused_inside_a_free_table(recipe, value):
 
 
 def test_bound_itself_is_allowed(recipe):
-    assert load.load(recipe(), ["training.alpha=1", "prompts.max_rejected_fraction=1"]).training.alpha == 1.0
+    assert load(recipe(), ["training.alpha=1", "prompts.max_rejected_fraction=1"]).training.alpha == 1.0
 
 
 def test_whole_number_serves_as_a_number(recipe):
-    beta = load.load(recipe(), ["training.beta=2"]).training.beta
+    beta = load(recipe(), ["training.beta=2"]).training.beta
     assert (beta, type(beta)) == (2.0, float)
 
 
@@ -121,7 +121,7 @@ def test_unknown_choice_is_refused_with_the_nearest(recipe):
 
 
 def test_plug_of_a_users_own_module_is_accepted(recipe):
-    assert load.load(recipe(), ["strategy.name=my.module:Tree"]).strategy.name == "my.module:Tree"
+    assert load(recipe(), ["strategy.name=my.module:Tree"]).strategy.name == "my.module:Tree"
 
 
 def test_module_name_is_refused_where_nothing_can_be_plugged(recipe):
@@ -150,11 +150,11 @@ def test_table_that_is_required_is_named(recipe):
     ],
 )  # fmt: skip
 def test_override_replaces_the_recipes_value(recipe, override, read, value):
-    assert read(load.load(recipe(), [override])) == value
+    assert read(load(recipe(), [override])) == value
 
 
 def test_last_override_of_an_option_wins(recipe):
-    assert load.load(recipe(), ["seed=1", "seed=2"]).seed == 2
+    assert load(recipe(), ["seed=1", "seed=2"]).seed == 2
 
 
 @pytest.mark.parametrize("override", ["training.beta", "=3", ""])
@@ -245,23 +245,23 @@ def test_options_that_do_not_fit_together_are_refused_by_name(recipe, overrides,
 
 def test_speculation_is_allowed_where_nothing_is_sampled_and_on_a_gpu(recipe):
     for allowed in (["sampling.temperature=0", "evaluation.temperature=0"], ["engine.gpus_per_actor=1"]):
-        assert load.load(recipe(), [GUESSING, *allowed]).engine.args["speculative_config"]["method"] == "ngram"
+        assert load(recipe(), [GUESSING, *allowed]).engine.args["speculative_config"]["method"] == "ngram"
 
 
 def test_environment_that_is_no_secret_is_allowed(recipe):
-    given = load.load(recipe(), ["engine.env.TOKENIZERS_PARALLELISM='false'", "engine.env.VLLM_MAX_TOKENS=3"])
+    given = load(recipe(), ["engine.env.TOKENIZERS_PARALLELISM='false'", "engine.env.VLLM_MAX_TOKENS=3"])
     assert set(given.engine.env) == {"TOKENIZERS_PARALLELISM", "VLLM_MAX_TOKENS"}
 
 
 def test_config_survives_json(recipe):
     for path in [*RECIPES, recipe('[activation]\npath = "x"\n[engine.args]\ndepth = {a = [1, 2.5]}\n')]:
-        config = load.load(path)
+        config = load(path)
         stored = json.loads(json.dumps(resolve.resolved(config)))
         assert load.from_json(stored, "config.json") == config
 
 
 def test_stored_config_with_an_option_of_another_version_is_refused_by_name(recipe):
-    stored = resolve.resolved(load.load(recipe()))
+    stored = resolve.resolved(load(recipe()))
     stored["engine"]["turbo"] = True
     with pytest.raises(UserError, match=r"config\.json: engine\.turbo: unknown option"):
         load.from_json(stored, "config.json")
@@ -279,14 +279,14 @@ def test_runtime_options_are_left_out_of_what_a_stage_is_keyed_by(section):
 
 
 def test_runtime_options_of_nested_sections_are_left_out(recipe):
-    keyed = resolve.flatten(resolve.resolved(load.load(recipe()), runtime=False))
+    keyed = resolve.flatten(resolve.resolved(load(recipe()), runtime=False))
     assert "engine.name" in keyed
     assert not {"engine.actors", "iterations", "ray.num_cpus", "trainer.max_failures"} & set(keyed)
 
 
 def test_config_is_frozen(recipe):
     with pytest.raises(dataclasses.FrozenInstanceError):
-        load.load(recipe()).training.beta = 1.0
+        load(recipe()).training.beta = 1.0
 
 
 def test_free_tables_are_not_shared_between_configs():

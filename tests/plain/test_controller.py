@@ -3,7 +3,7 @@
 import pytest
 
 from evolve_ray.config.options import Controller
-from evolve_ray.controller import CONTROLLERS, Decision
+from evolve_ray.evaluate.controller import CONTROLLERS, Decision
 
 UP, DOWN, LEVEL = (0.05, 0.01, 0.09), (-0.05, -0.09, -0.01), (0.01, -0.03, 0.05)
 

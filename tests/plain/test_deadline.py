@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from evolve_ray.attempts import Beats, signs
 from evolve_ray.config.load import load
 from evolve_ray.errors import StalledError
 from evolve_ray.inputs import Context, Policy
+from evolve_ray.pools.retries import Beats, signs
 from evolve_ray.refine.template import load_template
-from evolve_ray.store import Run
+from evolve_ray.store.run import Run
 
 
 @pytest.fixture

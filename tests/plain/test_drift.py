@@ -2,7 +2,7 @@
 
 import pytest
 
-from evolve_ray import drift
+from evolve_ray.evaluate import drift
 
 
 def draft(name, text, number=1, parent=None, tokens=None, cut=False, kind="answer"):

@@ -11,9 +11,14 @@ from types import SimpleNamespace
 import pytest
 
 from evolve_ray import driver
+from evolve_ray.config.load import load
+from evolve_ray.driver import main, parse
 from evolve_ray.errors import ResourceError, run_command
 from evolve_ray.plan import check_space
-from evolve_ray.store import Run
+from evolve_ray.pools.session import join_ray
+from evolve_ray.store.places import run_folder
+from evolve_ray.store.run import Run
+from evolve_ray.watch.terminal import tell_stages
 from tests.plain.processes import ROOT, run_python
 
 HEAVY = ("ray", "torch", "vllm", "transformers", "deepspeed")
@@ -50,27 +55,27 @@ def test_nothing_heavy_is_imported_before_the_recipe_is_valid(recipe):
     ],
 )
 def test_fault_is_one_sentence_and_exit_code_two(recipe, capsys, arguments, message):
-    assert driver.main([str(recipe()), *arguments]) == 2
+    assert main([str(recipe()), *arguments]) == 2
     said = capsys.readouterr()
     assert said.err.startswith(f"error: {message}")
     assert (said.err.count("\n"), said.out) == (1, "")
 
 
 def test_overrides_may_stand_around_the_flags(recipe):
-    given = driver.parse(["a=1", "--run", "r", "b=2", "--iterations", "3", "c=3"])
+    given = parse(["a=1", "--run", "r", "b=2", "--iterations", "3", "c=3"])
     assert (given.recipe, given.overrides, given.run, given.iterations) == ("a=1", ["b=2", "c=3"], "r", 3)
 
 
 def test_second_driver_ends_with_exit_code_three_and_names_the_first(recipe, tmp_path, capsys):
     with Run(tmp_path / "run").locked():
-        assert driver.main([str(recipe()), "--run", str(tmp_path / "run")]) == 3
+        assert main([str(recipe()), "--run", str(tmp_path / "run")]) == 3
     assert f'"pid": {os.getpid()}' in capsys.readouterr().err
     assert not (tmp_path / "run" / "events.jsonl").exists()
 
 
 def test_fault_found_in_the_run_is_an_event_too_and_frees_the_lock(recipe, tmp_path, capsys):
     arguments = [str(recipe()), "--run", str(tmp_path / "run"), "model.path=./nowhere"]
-    assert driver.main(arguments) == driver.main(arguments) == 2
+    assert main(arguments) == main(arguments) == 2
     sentence = "model.path: ./nowhere: is no model folder; give a Hugging Face folder or name"
     assert capsys.readouterr().err.splitlines() == [f"error: {sentence}"] * 2
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
@@ -79,22 +84,22 @@ def test_fault_found_in_the_run_is_an_event_too_and_frees_the_lock(recipe, tmp_p
 
 
 def test_unknown_fault_is_not_hidden(recipe, monkeypatch):
-    monkeypatch.setattr(driver.options, "load", lambda *_: 1 / 0)
+    monkeypatch.setattr(driver, "load", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        driver.main([str(recipe())])
+        main([str(recipe())])
 
 
 @pytest.mark.parametrize(("name", "folder"), [("file:///a/b", "/a/b"), ("/a/../b", "/b")])
 def test_run_folder_is_absolute(name, folder):
-    assert str(driver.run_folder(name)) == folder
+    assert str(run_folder(name)) == folder
 
 
 def test_the_log_is_a_line_a_stage_and_verbose_adds_the_lines_below_it(capsys):
     for line in ("  iteration 1: generations", "    1 of 4 shards", "", "table"):
-        driver.tell_stages(line)
+        tell_stages(line)
     assert capsys.readouterr().out == "  iteration 1: generations\n\ntable\n"
-    assert driver.parse(["recipe.toml"]).verbose is False
-    assert driver.parse(["recipe.toml", "--verbose"]).verbose is True
+    assert parse(["recipe.toml"]).verbose is False
+    assert parse(["recipe.toml", "--verbose"]).verbose is True
 
 
 @pytest.mark.parametrize(
@@ -166,13 +171,13 @@ def test_other_faults_of_files_are_not_taken_for_a_full_disk():
 
 
 def test_disk_that_is_too_small_for_the_plan_is_refused_with_both_sizes(recipe, tmp_path):
-    config = driver.options.load(recipe(), ["prompts.per_iteration=1000000000000", "toy.seed=0", "prompts.path=toy:train"])
+    config = load(recipe(), ["prompts.per_iteration=1000000000000", "toy.seed=0", "prompts.path=toy:train"])
     with pytest.raises(ResourceError, match=r"3 iterations need about [\d,.]+ GiB .* but [\d,.]+ GiB are free"):
         check_space(config, Run(tmp_path))
 
 
 def test_disk_that_is_large_enough_is_no_fault(recipe, tmp_path):
-    check_space(driver.options.load(recipe(), ["prompts.per_iteration=1", "sampling.max_tokens=8"]), Run(tmp_path))
+    check_space(load(recipe(), ["prompts.per_iteration=1", "sampling.max_tokens=8"]), Run(tmp_path))
 
 
 def test_second_driver_is_told_in_less_than_five_seconds(recipe, tmp_path):
@@ -191,5 +196,5 @@ def test_sigterm_while_ray_starts_is_told_like_any_other(monkeypatch, capfd):
     """Ray takes the signal over while it starts, and makes a SystemExit of it."""
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=lambda **_: sys.exit(15)))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert run_command(driver.join_ray, "python jobs/iterate.py x") == 143
+    assert run_command(join_ray, "python jobs/iterate.py x") == 143
     assert "ended by SIGTERM; what is committed stays; continue with: python jobs/iterate.py x" in capfd.readouterr().err

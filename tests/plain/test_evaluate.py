@@ -2,7 +2,7 @@
 
 import pytest
 
-from evolve_ray.evaluate import add_best_of, against_previous, distinct, summarise
+from evolve_ray.evaluate.figures import add_best_of, against_previous, distinct, summarise
 
 # prompt -> for each round (score, correct, text); None is a draft without a score.
 CHAINS = {

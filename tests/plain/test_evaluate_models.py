@@ -7,12 +7,13 @@ import re
 import numpy as np
 import pytest
 
-from evolve_ray import checkpoints, evaluate_driver, evaluate_tables, models
+from evolve_ray import evaluate_driver, evaluate_tables
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import IntegrityError, UserError
 from evolve_ray.evaluate_figures import add_probes, every_two, model_figures, paired
+from evolve_ray.models import checkpoints, folders
 from evolve_ray.probes import PROBES
-from evolve_ray.store import Run
+from evolve_ray.store.run import Run
 
 
 def model_folder(path, weights="one"):
@@ -31,7 +32,7 @@ def run(tmp_path):
     listed = []
     for name, path in names.items():
         folder = model_folder(path, weights=name)
-        listed.append({"name": name, "iteration": 0, "model": models.content_hash(folder), "path": str(folder), "splits": {}})
+        listed.append({"name": name, "iteration": 0, "model": folders.content_hash(folder), "path": str(folder), "splits": {}})
     (root / "report.json").write_text(json.dumps({"name": "small", "run": str(root), "models": listed}))
     return root
 
@@ -48,7 +49,7 @@ def run(tmp_path):
 def test_a_run_is_its_last_model_and_names_its_earlier_ones(run, which, name, folder):
     found = checkpoints.find(f"{run}{which}")
     assert (found.name, found.folder, found.run) == (name, run.parent / folder, run)
-    assert found.hash == models.content_hash(found.folder)
+    assert found.hash == folders.content_hash(found.folder)
 
 
 def test_iteration_that_was_rolled_back_is_not_the_runs_last_model(run):

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from evolve_ray import explain, iterate, models, rows, shards
+from evolve_ray import explain, iterate
 from evolve_ray.config.load import load
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import IntegrityError, UserError
 from evolve_ray.inputs import Context, Policy
+from evolve_ray.models import folders
 from evolve_ray.refine.template import load_template
-from evolve_ray.store import Run, Stage, commit
+from evolve_ray.store import rows, shards
+from evolve_ray.store.manifest import commit
+from evolve_ray.store.run import Run, Stage
 
 # prompt -> (text, score) of each round; None is a draft that got no finite score
 CHAINS = {
@@ -29,7 +32,7 @@ def run(recipe, tmp_path):
     here = folder.iteration(1)
     start = Stage(folder.iteration(0) / "checkpoint", "checkpoint", "start")
     start.start().joinpath("model.safetensors").write_text("weights")
-    model = models.content_hash(start.commit().folder)
+    model = folders.content_hash(start.commit().folder)
     prompts = [
         {"prompt_id": name, "prompt": f"question {name}\nin two lines", "answer": "third", "split": "train", "file": "data.jsonl",
          "line": 10 + n, "num_tokens": 1}
@@ -105,8 +108,8 @@ def test_pair_is_followed_to_prompt_drafts_model_reference_and_checkpoint(run):
         (3, "third", 1.0, 1.0, 103, "stop", "chosen"),
     ]
     start = run / "iteration-00" / "checkpoint"
-    assert found["models"] == {models.content_hash(start): str(start)}
-    assert (found["reference"]["policy"], found["reference"]["model"]) == ("iteration", models.content_hash(start))
+    assert found["models"] == {folders.content_hash(start): str(start)}
+    assert (found["reference"]["policy"], found["reference"]["model"]) == ("iteration", folders.content_hash(start))
     assert (found["reference"]["logps"]["chosen"], found["reference"]["logps"]["rejected"]) == (-1.5, -2.25)
     assert found["template"]["hash"] == load_template("tiny", "conversation").hash
     assert list(found["manifests"]) == ["pairs", "prompts", "generations", "scores", "reference", "checkpoint"]

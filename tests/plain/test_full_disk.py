@@ -8,11 +8,13 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 
-from evolve_ray import iterate, rows, store
+from evolve_ray import iterate
 from evolve_ray.config.load import load
 from evolve_ray.errors import ResourceError, run_command
 from evolve_ray.plan import check_space
-from evolve_ray.store import Run, read_manifest
+from evolve_ray.store import manifest, rows
+from evolve_ray.store.manifest import read_manifest
+from evolve_ray.store.run import Run
 from tests.plain.test_iterate import SCORES, tables
 
 __all__ = ["tables"]  # a fixture
@@ -25,7 +27,7 @@ class Disk:
         self.refuse(None)
         for name in ("__init__", "write_table", "close"):
             monkeypatch.setattr(pq.ParquetWriter, name, self.counted(name, getattr(pq.ParquetWriter, name)))
-        for module in (iterate, store, rows):
+        for module in (iterate, manifest, rows):
             monkeypatch.setattr(module, "open", self.open, raising=False)
 
     def refuse(self, number, *, and_all_after=False):

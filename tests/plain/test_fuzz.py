@@ -17,14 +17,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from evolve_ray import prompts, rows, verify
+from evolve_ray import verify
 from evolve_ray.config.load import build, from_json, load
 from evolve_ray.config.options import Config
 from evolve_ray.config.resolve import flatten, resolved
+from evolve_ray.data.prompts import read_prompts
+from evolve_ray.data.triples import read_triples
 from evolve_ray.errors import EvolveError, IntegrityError, UserError, one_line
 from evolve_ray.refine import template as template_file
 from evolve_ray.refine.template import load_template
-from evolve_ray.store import MANIFEST, Manifest, commit, read_manifest
+from evolve_ray.store import rows
+from evolve_ray.store.manifest import MANIFEST, Manifest, commit, read_manifest
 from tests.plain.conftest import RECIPE
 
 CASES = int(os.environ.get("FUZZ_CASES", "40"))
@@ -105,12 +108,10 @@ def test_any_prompt_file_is_rows_or_refused_and_no_row_is_lost(given_):
         path.write_bytes(b"\n".join(lines))
         number = sum(bool(line.strip()) for line in lines)
         for column in ("", "id"):
-            found = outcome(
-                lambda name=column: prompts.read_prompts(str(path), prompt_column="prompt", id_column=name), UserError
-            )
+            found = outcome(lambda name=column: read_prompts(str(path), prompt_column="prompt", id_column=name), UserError)
             assert found is None or len(found[0]) + len(found[1]) == number
         columns = {"prompt_column": "prompt", "chosen_column": "chosen", "rejected_column": "rejected"}
-        found = outcome(lambda: prompts.read_triples(str(path), **columns), UserError)
+        found = outcome(lambda: read_triples(str(path), **columns), UserError)
         assert found is None or len(found[0]) + len(found[1]) == number
 
 
@@ -126,7 +127,7 @@ def test_any_parquet_file_and_any_template_is_read_or_refused(seed, name):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "prompts.parquet")
         path.write_bytes(spoil(parquet(), seed))
-        outcome(lambda: prompts.read_prompts(str(path), prompt_column="prompt"), UserError)
+        outcome(lambda: read_prompts(str(path), prompt_column="prompt"), UserError)
         template = Path(folder, "template.toml")
         shipped = Path(template_file.__file__).parent / "templates" / f"{name}.toml"
         template.write_bytes(spoil(shipped.read_bytes(), seed))
@@ -187,7 +188,7 @@ def test_json_that_is_nested_without_end_is_refused(tmp_path, depth):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": ' + "[" * depth + "]" * depth + "}")
     with pytest.raises(UserError):
-        prompts.read_prompts(str(path), prompt_column="prompt")
+        read_prompts(str(path), prompt_column="prompt")
     (tmp_path / MANIFEST).write_text("[" * depth)
     with pytest.raises(IntegrityError):
         read_manifest(tmp_path)

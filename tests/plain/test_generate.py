@@ -14,7 +14,7 @@ from evolve_ray.errors import UserError
 from evolve_ray.generate import GUESSED, VllmEngine
 from evolve_ray.refine.strategies import STRATEGIES
 from evolve_ray.refine.template import load_template
-from evolve_ray.rows import GENERATION, derive_seed
+from evolve_ray.store.rows import GENERATION, derive_seed
 
 PROMPTS = [{"prompt_id": name, "prompt": f"q{name}", "split": "train", "file": "f", "line": n} for n, name in enumerate("abc", 1)]
 

@@ -11,7 +11,7 @@ from evolve_ray.config.resolve import flatten, resolved
 from evolve_ray.errors import UserError
 from evolve_ray.refine.template import load_template
 from evolve_ray.schedule import micro_steps
-from evolve_ray.store import Run, Stage
+from evolve_ray.store.run import Run, Stage
 from tests.plain.processes import ROOT
 
 NODES = {1: "llama31_8b.toml", 4: "llama31_8b_4nodes.toml"}

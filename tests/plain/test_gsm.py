@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from evolve_ray import prompts
 from evolve_ray.config import options as config
+from evolve_ray.data.prompts import read_prompts
 from evolve_ray.errors import UserError
 from evolve_ray.scorers import build_verifier
 
@@ -47,7 +47,7 @@ def read(tmp_path):
     def read(*records, **options):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        return prompts.read_prompts(str(path), **options)[0]
+        return read_prompts(str(path), **options)[0]
 
     return read
 

@@ -6,15 +6,15 @@ import time
 import psutil
 import pytest
 
-from evolve_ray import head
+from evolve_ray.watch import cluster
 
 
 @pytest.fixture
 def ends(monkeypatch):
     """Where a watch ends its process, and a tick that a test can wait for."""
     found = []
-    monkeypatch.setattr(head, "TICK_S", 0.02)
-    monkeypatch.setattr(head.HeadWatch, "end", lambda self: found.append(self.address))
+    monkeypatch.setattr(cluster, "TICK_S", 0.02)
+    monkeypatch.setattr(cluster.HeadWatch, "end", lambda self: found.append(self.address))
     return found
 
 
@@ -29,14 +29,14 @@ def address(listener):
 
 
 def test_head_that_answers_ends_nobody(ends, listener):
-    watch = head.HeadWatch(address(listener))
+    watch = cluster.HeadWatch(address(listener))
     time.sleep(1)
     watch.stop()
     assert ends == []
 
 
 def test_head_that_is_gone_ends_the_driver_after_several_failures(ends, listener):
-    watch = head.HeadWatch(address(listener))
+    watch = cluster.HeadWatch(address(listener))
     listener.close()
     deadline = time.monotonic() + 20
     while not ends and time.monotonic() < deadline:
@@ -46,7 +46,7 @@ def test_head_that_is_gone_ends_the_driver_after_several_failures(ends, listener
 
 
 def test_stopped_watch_ends_nobody(ends, listener):
-    watch = head.HeadWatch(address(listener))
+    watch = cluster.HeadWatch(address(listener))
     watch.stop()
     listener.close()
     time.sleep(1)
@@ -55,9 +55,9 @@ def test_stopped_watch_ends_nobody(ends, listener):
 
 def test_sentence_names_the_head_and_the_way_out(monkeypatch, capfd):
     codes = []
-    monkeypatch.setattr(head.os, "_exit", codes.append)
-    monkeypatch.setattr(head.HeadWatch, "_watch", lambda self: None)
-    head.HeadWatch("10.0.0.7:6379").end()
+    monkeypatch.setattr(cluster.os, "_exit", codes.append)
+    monkeypatch.setattr(cluster.HeadWatch, "_watch", lambda self: None)
+    cluster.HeadWatch("10.0.0.7:6379").end()
     assert codes == [5]
     assert "the head node at 10.0.0.7:6379 is lost" in capfd.readouterr().err
 
@@ -66,13 +66,13 @@ def test_sentence_names_the_head_and_the_way_out(monkeypatch, capfd):
 def raylet(monkeypatch):
     """A watch of a process that calls itself a raylet with an agent, and where it ends its own."""
     found = []
-    monkeypatch.setattr(head.RayletWatch, "end", lambda self: found.append(self.address))
+    monkeypatch.setattr(cluster.RayletWatch, "end", lambda self: found.append(self.address))
     agent = "import time; time.sleep(60)"
     parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {agent!r}, 'dashboard/agent.py']).wait()"
     process = psutil.Popen([sys.executable, "-c", parent, "--raylet_socket_name=/s/raylet"])
     while not process.children():
         time.sleep(0.01)
-    watch = head.RayletWatch("10.0.0.8:4444", "/s/raylet", None)
+    watch = cluster.RayletWatch("10.0.0.8:4444", "/s/raylet", None)
     time.sleep(0.5)
     assert found == []
     (child,) = process.children()
@@ -106,21 +106,21 @@ def test_raylet_that_ends_after_its_watch_was_stopped_ends_nobody(raylet):
 def test_process_that_is_gone_has_no_title_and_hinders_no_watch():
     process = psutil.Popen([sys.executable, "-c", ""])
     assert process.wait() == 0
-    assert head.title(process) == ""
+    assert cluster.title(process) == ""
 
 
 def test_raylet_that_is_not_among_the_processes_of_this_machine_is_not_watched():
-    assert head.fate_of("/another/raylet") == []
+    assert cluster.fate_of("/another/raylet") == []
 
 
 @pytest.mark.parametrize("there", [True, False])
 def test_sentence_names_the_head_where_that_is_lost_too(monkeypatch, capfd, there):
     codes = []
-    monkeypatch.setattr(head.os, "_exit", codes.append)
-    monkeypatch.setattr(head.HeadWatch, "_watch", lambda self: None)
-    monkeypatch.setattr(head.RayletWatch, "_watch", lambda self: None)
-    monkeypatch.setattr(head.HeadWatch, "answers", lambda self: there)
-    head.RayletWatch("10.0.0.8:4444", "/s/raylet", head.HeadWatch("10.0.0.7:6379")).end()
+    monkeypatch.setattr(cluster.os, "_exit", codes.append)
+    monkeypatch.setattr(cluster.HeadWatch, "_watch", lambda self: None)
+    monkeypatch.setattr(cluster.RayletWatch, "_watch", lambda self: None)
+    monkeypatch.setattr(cluster.HeadWatch, "answers", lambda self: there)
+    cluster.RayletWatch("10.0.0.8:4444", "/s/raylet", cluster.HeadWatch("10.0.0.7:6379")).end()
     assert codes == [5]
     said = capfd.readouterr().err
     assert ("the raylet of this node at 10.0.0.8:4444 is gone" in said) == there

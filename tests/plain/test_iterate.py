@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from evolve_ray import iterate, rows, shards
+from evolve_ray import iterate
 from evolve_ray.config.load import load
 from evolve_ray.errors import IntegrityError, UserError
 from evolve_ray.inputs import Context, Policy, settle_config
 from evolve_ray.refine.template import load_template
-from evolve_ray.store import Run, Stage, commit
+from evolve_ray.store import rows, shards
+from evolve_ray.store.manifest import commit
+from evolve_ray.store.run import Run, Stage
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import datetime
 import pytest
 
 from evolve_ray.ledger import TOTALS, compute, ledger
-from evolve_ray.store import Run, Stage
+from evolve_ray.store.run import Run, Stage
 
 ENGINE = {"num_prompt_tokens": 100, "num_cached_tokens": 40, "num_tokens": 60}
 
@@ -23,7 +23,7 @@ def events(monkeypatch):
     def write(run, *lines):
         for second, kind, fields in lines:
             time = datetime.datetime(2025, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(seconds=second)
-            monkeypatch.setattr("evolve_ray.store.now", lambda time=time: time.isoformat(timespec="milliseconds"))
+            monkeypatch.setattr("evolve_ray.store.run.now", lambda time=time: time.isoformat(timespec="milliseconds"))
             run.event(kind, **fields)
 
     return write

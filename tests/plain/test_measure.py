@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from evolve_ray import controller, drift, iterate, measure, report, rows, shards
+from evolve_ray import iterate, measure, report
 from evolve_ray.config.load import load
 from evolve_ray.config.options import Controller
 from evolve_ray.config.resolve import resolved
-from evolve_ray.controller import Decision
 from evolve_ray.errors import UserError
+from evolve_ray.evaluate import controller, drift
+from evolve_ray.evaluate.controller import Decision
 from evolve_ray.inputs import Context, Policy
 from evolve_ray.refine.template import load_template
-from evolve_ray.store import Run, Stage, commit, read_manifest
+from evolve_ray.store import rows, shards
+from evolve_ray.store.manifest import commit, read_manifest
+from evolve_ray.store.run import Run, Stage
 
 NUM_PROMPTS = 80
 HELD_OUT = [

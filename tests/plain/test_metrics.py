@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from evolve_ray import rows
 from evolve_ray.metrics import METRICS, Follower, Metrics, Work
-from evolve_ray.store import Run, Stage
+from evolve_ray.store import rows
+from evolve_ray.store.run import Run, Stage
 from tests.plain.processes import ROOT
 
 DASHBOARD = json.loads((ROOT / "cluster/grafana/evolve-ray.json").read_text())

@@ -7,8 +7,8 @@ import pickle
 import pytest
 
 from evolve_ray.errors import UserError
-from evolve_ray.models import check_policy, check_reward_model, check_vocabulary, content_hash, read_model_config, resolve
-from evolve_ray.store import commit
+from evolve_ray.models.folders import check_policy, check_reward_model, check_vocabulary, content_hash, read_model_config, resolve
+from evolve_ray.store.manifest import commit
 
 POLICY = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 256}
 REWARD = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}

@@ -9,13 +9,17 @@ import time
 
 import pytest
 
-from evolve_ray import driver, keeper, objects, status, verify
+from evolve_ray import status, verify
+from evolve_ray.driver import main
 from evolve_ray.errors import IntegrityError, LockedError, ResourceError, UserError, on_sigterm
-from evolve_ray.keeper import kept
-from evolve_ray.lease import Lease
-from evolve_ray.mirror import files_of
-from evolve_ray.objects import Store, check_uri
-from evolve_ray.store import MANIFEST, Run
+from evolve_ray.store import sync
+from evolve_ray.store.manifest import MANIFEST
+from evolve_ray.store.mirror import files_of
+from evolve_ray.store.object_lock import Lease
+from evolve_ray.store.object_store import Store
+from evolve_ray.store.places import check_uri, is_uri, places, run_folder
+from evolve_ray.store.run import Run
+from evolve_ray.store.sync import kept
 from tests.plain.processes import run_python
 from tests.plain.test_verify import run as sound_run
 from tests.stores import CREDENTIALS, at, fetched, make, mirror, objects_of, place, proxy, request, server, way
@@ -28,8 +32,8 @@ __all__ = ["at", "place", "proxy", "server", "sound_run", "way"]
 @pytest.fixture
 def quick(at, monkeypatch):
     """`kept` with the shared client, short patience, and a look at the run every tenth of a second."""
-    monkeypatch.setattr(keeper, "Store", lambda uri: at(uri, patience_s=0.5))
-    monkeypatch.setattr(keeper, "POLL_S", 0.1)
+    monkeypatch.setattr(sync, "Store", lambda uri: at(uri, patience_s=0.5))
+    monkeypatch.setattr(sync, "POLL_S", 0.1)
     before = signal.signal(signal.SIGTERM, on_sigterm)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -266,10 +270,10 @@ def test_uri_that_cannot_hold_a_run_is_refused(name, message):
 
 def test_uri_names_a_folder_for_its_working_copy():
     assert check_uri("s3://bucket/a//b/") == ("s3://bucket/a/b", "s3/bucket/a/b")
-    assert driver.places("s3://bucket/a", None) == (driver.run_folder("runs/s3/bucket/a"), "s3://bucket/a")
-    assert driver.places("s3://bucket/a", "/shared/a") == (driver.run_folder("/shared/a"), "s3://bucket/a")
+    assert places("s3://bucket/a", None) == (run_folder("runs/s3/bucket/a"), "s3://bucket/a")
+    assert places("s3://bucket/a", "/shared/a") == (run_folder("/shared/a"), "s3://bucket/a")
     with pytest.raises(UserError, match="--work /shared/a: is for runs of an object store only"):
-        driver.places("runs/a", "/shared/a")
+        places("runs/a", "/shared/a")
 
 
 @pytest.mark.parametrize(("uri", "package"), [("s3://bucket/run", "s3fs"), ("gs://bucket/run", "gcsfs")])
@@ -293,8 +297,8 @@ def test_driver_ends_with_exit_code_three_where_another_one_works_and_two_where_
     quick, at, place, tmp_path, recipe, capsys
 ):
     lease(at(place), tmp_path, pid=4711).take()
-    assert driver.main([str(recipe()), "--run", place, "--work", str(tmp_path / "work")]) == 3
-    assert driver.main([str(recipe()), "--run", "s3://nowhere/run", "--work", str(tmp_path / "work")]) == 2
+    assert main([str(recipe()), "--run", place, "--work", str(tmp_path / "work")]) == 3
+    assert main([str(recipe()), "--run", "s3://nowhere/run", "--work", str(tmp_path / "work")]) == 2
     said = capsys.readouterr().err.splitlines()
     assert ("4711" in said[0], len(said)) == (True, 2)
     assert said[1].startswith("error: s3://nowhere/run: there is no such bucket")
@@ -327,6 +331,6 @@ def test_clients_are_loaded_only_for_a_run_in_an_object_store():
 
 
 def test_uri_is_no_folder():
-    assert objects.is_uri("file:///a") is False
+    assert is_uri("file:///a") is False
     with pytest.raises(UserError, match="gs://a/b: is in an object store; give a folder"):
-        driver.run_folder("gs://a/b")
+        run_folder("gs://a/b")

@@ -11,8 +11,9 @@ import fsspec
 import pytest
 
 from evolve_ray.errors import IntegrityError, ResourceError
-from evolve_ray.mirror import committed_places, loose_files
-from evolve_ray.store import MANIFEST, Run, Stage, commit, read_manifest
+from evolve_ray.store.manifest import MANIFEST, commit, read_manifest
+from evolve_ray.store.mirror import committed_places, loose_files
+from evolve_ray.store.run import Run, Stage
 from tests.stores import at, fetched, identities, make, mirror, objects_of, place, proxy, request, server, way
 
 __all__ = ["at", "place", "proxy", "server", "way"]

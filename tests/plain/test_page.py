@@ -13,10 +13,10 @@ from evolve_ray import charts, page, recipe, report
 from evolve_ray.charts import Point, Series
 from evolve_ray.config.load import load
 from evolve_ray.config.resolve import resolved
-from evolve_ray.pairs import SELECTIONS
 from evolve_ray.refine.strategies import STRATEGIES
-from evolve_ray.rows import reject, write_jsonl
-from evolve_ray.store import Run, Stage
+from evolve_ray.select.pairs import SELECTIONS
+from evolve_ray.store.rows import reject, write_jsonl
+from evolve_ray.store.run import Run, Stage
 from tests.plain.processes import ROOT
 from tests.plain.runs import HOSTILE, chains, make_run
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evolve_ray.config.options import Selection
-from evolve_ray.pairs import SELECTIONS, repetition
-from evolve_ray.rows import PAIR
+from evolve_ray.select.pairs import SELECTIONS, repetition
+from evolve_ray.store.rows import PAIR
 
 PROMPT = {"prompt_id": "p", "prompt": "x", "file": "f", "line": 7}
 # Every selection, and both ways in which `reward_model` pairs drafts.

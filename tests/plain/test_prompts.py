@@ -6,8 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from evolve_ray import prompts, rows
+from evolve_ray.data.prompts import read_prompts
+from evolve_ray.data.read import count_rows
 from evolve_ray.errors import UserError
+from evolve_ray.store import rows
 
 ODD_TEXTS = {
     "emoji": "\U0001f469\u200d\U0001f680 go",
@@ -28,7 +30,7 @@ def jsonl(tmp_path):
     def read(*lines, end=b"\n", **columns):
         path = tmp_path / "prompts.jsonl"
         path.write_bytes(end.join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines) + end)
-        return prompts.read_prompts(str(path), **{"prompt_column": "prompt", **columns})
+        return read_prompts(str(path), **{"prompt_column": "prompt", **columns})
 
     return read
 
@@ -104,7 +106,7 @@ def test_byte_order_mark_crlf_and_blank_lines_change_nothing(jsonl):
 
 def test_last_line_needs_no_newline(tmp_path):
     (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "b"}')
-    table, _ = prompts.read_prompts(str(tmp_path / "p.jsonl"), prompt_column="prompt")
+    table, _ = read_prompts(str(tmp_path / "p.jsonl"), prompt_column="prompt")
     assert [row["prompt"] for row in table] == ["a", "b"]
 
 
@@ -149,11 +151,11 @@ def test_same_id_with_the_same_text_is_a_duplicate(jsonl):
 def test_file_without_rows_is_refused(tmp_path, data):
     (tmp_path / "p.jsonl").write_bytes(data)
     with pytest.raises(UserError, match=r"p\.jsonl: holds no prompts"):
-        prompts.read_prompts(str(tmp_path / "p.jsonl"), prompt_column="prompt")
+        read_prompts(str(tmp_path / "p.jsonl"), prompt_column="prompt")
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "none.json", "none.parquet"])
-@pytest.mark.parametrize("read", [prompts.count_rows, lambda path: prompts.read_prompts(path, prompt_column="prompt")])
+@pytest.mark.parametrize("read", [count_rows, lambda path: read_prompts(path, prompt_column="prompt")])
 def test_missing_file_is_named(tmp_path, name, read):
     with pytest.raises(UserError, match=r"none.*: no such file"):
         read(str(tmp_path / name))
@@ -162,7 +164,7 @@ def test_missing_file_is_named(tmp_path, name, read):
 def test_parquet_is_read_with_row_numbers(tmp_path):
     path = tmp_path / "p.parquet"
     pq.write_table(pa.table({"q": ["a", "b", "a"], "a": [1, 2, 1]}), path)
-    table, rejected = prompts.read_prompts(str(path), prompt_column="q", answer_column="a")
+    table, rejected = read_prompts(str(path), prompt_column="q", answer_column="a")
     assert [(row["prompt"], row["answer"], row["line"]) for row in table] == [("a", "1", 1), ("b", "2", 2)]
     assert [row["line"] for row in rejected] == [3]
 
@@ -170,13 +172,13 @@ def test_parquet_is_read_with_row_numbers(tmp_path):
 def test_faults_in_parquet_are_named_by_row(tmp_path):
     pq.write_table(pa.table({"q": ["a", None, ""]}), tmp_path / "p.parquet")
     with pytest.raises(UserError, match=r"p\.parquet:2: .* is NoneType.*p\.parquet:3: .* is empty"):
-        prompts.read_prompts(str(tmp_path / "p.parquet"), prompt_column="q")
+        read_prompts(str(tmp_path / "p.parquet"), prompt_column="q")
 
 
 def test_damaged_parquet_is_refused(tmp_path):
     (tmp_path / "p.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(UserError, match="is no readable Parquet file"):
-        prompts.read_prompts(str(tmp_path / "p.parquet"), prompt_column="q")
+        read_prompts(str(tmp_path / "p.parquet"), prompt_column="q")
 
 
 def test_folder_saved_by_datasets_is_read_with_its_split(tmp_path):
@@ -184,10 +186,7 @@ def test_folder_saved_by_datasets_is_read_with_its_split(tmp_path):
     one = datasets.Dataset.from_dict({"prompt": ["a", "b"]})
     one.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": one, "test": one.select([1])}).save_to_disk(tmp_path / "both")
-    read = {
-        name: prompts.read_prompts(str(tmp_path / name), prompt_column="prompt", source_split="test")[0]
-        for name in ("one", "both")
-    }
+    read = {name: read_prompts(str(tmp_path / name), prompt_column="prompt", source_split="test")[0] for name in ("one", "both")}
     assert {name: [row["prompt"] for row in table] for name, table in read.items()} == {"one": ["a", "b"], "both": ["b"]}
     with pytest.raises(UserError, match=r"both: is neither a file nor a dataset that can be loaded \(split 'dev'\)"):
-        prompts.read_prompts(str(tmp_path / "both"), prompt_column="prompt", source_split="dev")
+        read_prompts(str(tmp_path / "both"), prompt_column="prompt", source_split="dev")

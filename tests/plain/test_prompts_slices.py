@@ -6,9 +6,11 @@ import random
 import pyarrow as pa
 import pytest
 
-from evolve_ray import prompts
+from evolve_ray.data.prompts import drop_held_out, fresh_order, fresh_slice, with_token_counts
+from evolve_ray.data.read import count_rows
+from evolve_ray.data.triples import read_triples
 from evolve_ray.errors import UserError
-from evolve_ray.rows import PROMPT, derive_seed, write_table
+from evolve_ray.store.rows import PROMPT, derive_seed, write_table
 
 ROWS = [
     {"prompt_id": f"p{n}", "prompt": f"text {n}", "answer": None, "split": "train", "file": "f", "line": n} for n in range(40)
@@ -21,8 +23,8 @@ def ids(rows):
 
 def slices(rows, seed=0):
     table = pa.Table.from_pylist(rows)
-    order = prompts.fresh_order(table["prompt_id"], seed=seed)
-    parts = [prompts.fresh_slice(table, order, iteration=number, per_iteration=13) for number in (1, 2, 3)]
+    order = fresh_order(table["prompt_id"], seed=seed)
+    parts = [fresh_slice(table, order, iteration=number, per_iteration=13) for number in (1, 2, 3)]
     return [ids(part.to_pylist()) for part in parts]
 
 
@@ -44,15 +46,15 @@ def test_prompts_of_an_iteration_depend_on_the_seed():
 def test_order_is_by_derived_seed_and_then_by_id():
     names = ["p2", "\N{PILE OF POO}", "\N{FULLWIDTH LATIN SMALL LETTER A}", "p10", "p1"]
     expected = sorted(names, key=lambda name: (derive_seed("order", 3, name), name))
-    order = prompts.fresh_order(pa.chunked_array([names]), seed=3)
+    order = fresh_order(pa.chunked_array([names]), seed=3)
     assert [names[place] for place in order.to_pylist()] == expected
 
 
 def test_slice_of_a_table_is_written_with_the_bytes_of_its_rows(tmp_path):
     table = [{**row, "num_tokens": 3} for row in ROWS]
     streamed = pa.concat_tables([pa.Table.from_pylist(table[first : first + 7], schema=PROMPT) for first in range(0, 40, 7)])
-    order = prompts.fresh_order(streamed["prompt_id"], seed=0)
-    part = prompts.fresh_slice(streamed.combine_chunks(), order, iteration=2, per_iteration=13)
+    order = fresh_order(streamed["prompt_id"], seed=0)
+    part = fresh_slice(streamed.combine_chunks(), order, iteration=2, per_iteration=13)
     write_table(tmp_path / "streamed", part, PROMPT, group_rows=4096)
     write_table(tmp_path / "rows", part.to_pylist(), PROMPT)
     assert (tmp_path / "streamed").read_bytes() == (tmp_path / "rows").read_bytes()
@@ -63,7 +65,7 @@ def test_order_is_not_that_of_the_file():
 
 
 def test_training_prompt_that_is_held_out_is_dropped_by_its_text_and_named():
-    kept, rejected = prompts.drop_held_out(ROWS[:3], {"text 1": "long", "elsewhere": "desc"})
+    kept, rejected = drop_held_out(ROWS[:3], {"text 1": "long", "elsewhere": "desc"})
     assert ids(kept) == ["p0", "p2"]
     assert [(row["id"], row["line"], row["reason"]) for row in rejected] == [
         ("p1", 1, "is also a prompt of evaluation split 'long'")
@@ -72,25 +74,25 @@ def test_training_prompt_that_is_held_out_is_dropped_by_its_text_and_named():
 
 def test_prompt_at_the_limit_is_kept_and_one_token_more_is_rejected_whole():
     table = [{**ROWS[0], "prompt": "x" * 10}, {**ROWS[1], "prompt": "x" * 11}]
-    kept, rejected = prompts.with_token_counts(table, len, 10, field="model.context_tokens")
+    kept, rejected = with_token_counts(table, len, 10, field="model.context_tokens")
     assert [(row["prompt"], row["num_tokens"]) for row in kept] == [("x" * 10, 10)]
     assert rejected[0]["reason"] == "prompt has 11 tokens, limit 10 (model.context_tokens)"
     assert (rejected[0]["file"], rejected[0]["line"], rejected[0]["num_tokens"], rejected[0]["limit"]) == ("f", 1, 11, 10)
 
 
 def test_ten_megabyte_prompt_is_rejected_with_its_tokens_and_a_short_reason():
-    _, rejected = prompts.with_token_counts([{**ROWS[0], "prompt": "x" * 10**7}], len, 4096, field="limit")
+    _, rejected = with_token_counts([{**ROWS[0], "prompt": "x" * 10**7}], len, 4096, field="limit")
     assert "has 10000000 tokens, limit 4096" in rejected[0]["reason"]
     assert len(json.dumps(rejected)) < 1000
 
 
 def test_rows_of_a_file_are_counted_without_blank_lines(tmp_path):
     (tmp_path / "p.jsonl").write_bytes(b'{"a": 1}\r\n\r\n{"a": 2}\n   \n{"a": 3}')
-    assert prompts.count_rows(str(tmp_path / "p.jsonl")) == 3
+    assert count_rows(str(tmp_path / "p.jsonl")) == 3
 
 
 def test_rows_of_a_folder_are_not_counted_before_it_is_loaded(tmp_path):
-    assert prompts.count_rows(str(tmp_path)) is None
+    assert count_rows(str(tmp_path)) is None
 
 
 @pytest.fixture
@@ -100,7 +102,7 @@ def triples(tmp_path):
         path.write_text(
             "".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), line, strict=True))) + "\n" for line in lines)
         )
-        return prompts.read_triples(str(path), prompt_column="prompt", chosen_column="chosen", rejected_column="rejected", **more)
+        return read_triples(str(path), prompt_column="prompt", chosen_column="chosen", rejected_column="rejected", **more)
 
     return read
 
@@ -113,7 +115,7 @@ def test_triples_become_finished_pairs_of_the_schema(triples):
 
 
 def prompts_schema():
-    from evolve_ray.rows import PAIR
+    from evolve_ray.store.rows import PAIR
 
     return PAIR.names
 

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from evolve_ray import report
-from evolve_ray.store import Run, Stage
+from evolve_ray import report as evolve_ray_report
+from evolve_ray.evaluate import intervals as evaluate_intervals
+from evolve_ray.store.run import Run, Stage
 
 
 def figures(mean, n=8):
@@ -30,11 +31,13 @@ def rendered(*models, stages=(), name="small"):
 
 
 def test_interval_covers_the_true_mean_as_often_as_it_says(monkeypatch):
-    monkeypatch.setattr(report, "RESAMPLES", 400)  # a fifth of the resamples: the question is coverage, not the last digit
+    monkeypatch.setattr(
+        evaluate_intervals, "RESAMPLES", 400
+    )  # a fifth of the resamples: the question is coverage, not the last digit
     rng = np.random.default_rng(7)
     hits = 0
     for trial in range(400):
-        interval = report.interval(list(rng.exponential(1.0, 500)), trial)
+        interval = evaluate_intervals.interval(list(rng.exponential(1.0, 500)), trial)
         hits += interval["low"] <= 1.0 <= interval["high"]
     assert 0.93 <= hits / 400 <= 0.97
 
@@ -49,7 +52,7 @@ def test_interval_of_right_and_wrong_answers_covers_their_true_share():
         hits[share] = 0.0
         for right in map(int, rng.binomial(500, share, 3000)):
             if right not in intervals:
-                intervals[right] = report.interval([1.0] * right + [0.0] * (500 - right), right)
+                intervals[right] = evaluate_intervals.interval([1.0] * right + [0.0] * (500 - right), right)
             hits[share] += (intervals[right]["low"] <= share <= intervals[right]["high"]) / 3000
     assert 0.94 <= np.mean(list(hits.values())) <= 0.96, hits
     assert all(0.93 <= value <= 0.97 for value in hits.values()), hits
@@ -57,43 +60,47 @@ def test_interval_of_right_and_wrong_answers_covers_their_true_share():
 
 def test_interval_is_as_wide_as_theory_says():
     values = list(np.random.default_rng(0).normal(3.0, 2.0, 500))
-    interval = report.interval(values, 0)
+    interval = evaluate_intervals.interval(values, 0)
     assert interval["mean"] == pytest.approx(np.mean(values))
     assert interval["high"] - interval["low"] == pytest.approx(2 * 1.96 * np.std(values) / 500**0.5, rel=0.08)
 
 
 def test_interval_is_the_same_for_the_same_seed():
     values = [0.0, 1.0, 1.7, 0.5, 0.25, 3.1, 2.2]
-    assert report.interval(values, 3) == report.interval(values, 3)
-    assert report.interval(values, 3) != report.interval(values, 4)
+    assert evaluate_intervals.interval(values, 3) == evaluate_intervals.interval(values, 3)
+    assert evaluate_intervals.interval(values, 3) != evaluate_intervals.interval(values, 4)
 
 
 def test_interval_of_equal_values_is_a_point():
-    assert report.interval([0.5] * 10, 0) == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert evaluate_intervals.interval([0.5] * 10, 0) == {"mean": 0.5, "low": 0.5, "high": 0.5}
 
 
 def test_table_has_a_column_for_each_round_and_the_gain():
-    header, lines = report.table_rows(rendered(model("base", 0.25, 0.5)))
+    header, lines = evolve_ray_report.table_rows(rendered(model("base", 0.25, 0.5)))
     assert header == ["split", "model", "measure", "y1", "y2", "y2 - y1", "n"]
     one, two = "0.250 [0.150, 0.350]", "0.500 [0.400, 0.600]"
     assert lines == [["held", "base", "reward", one, two, two, "8"]]
 
 
 def test_exact_match_is_shown_in_percent_above_the_reward():
-    lines = [line.split() for line in report.table(rendered(model("base", 0.25, exact=True))).splitlines() if line]
+    lines = [line.split() for line in evolve_ray_report.table(rendered(model("base", 0.25, exact=True))).splitlines() if line]
     assert lines[1][:6] == ["held", "base", "exact", "match", "%", "25.0"]
     assert lines[2][:4] == ["held", "base", "reward", "0.250"]
 
 
 def test_every_model_and_split_is_a_line_as_wide_as_the_header():
-    header, lines = report.table_rows(rendered(model("base", 0.1, splits=("held", "long")), model("iteration 1", 0.2, 0.3)))
+    header, lines = evolve_ray_report.table_rows(
+        rendered(model("base", 0.1, splits=("held", "long")), model("iteration 1", 0.2, 0.3))
+    )
     assert [line[:2] for line in lines] == [["held", "base"], ["held", "iteration 1"], ["long", "base"]]
     assert {len(line) for line in lines} == {len(header)}
 
 
 def test_table_without_any_evaluation_renders():
-    assert report.table(rendered({"name": "base", "splits": {}})).startswith("split")
-    assert report.table(rendered({"name": "base", "splits": {"held": {"num_prompts": 1, "rounds": {}}}})).count("\n") == 0
+    assert evolve_ray_report.table(rendered({"name": "base", "splits": {}})).startswith("split")
+    assert (
+        evolve_ray_report.table(rendered({"name": "base", "splits": {"held": {"num_prompts": 1, "rounds": {}}}})).count("\n") == 0
+    )
 
 
 @pytest.fixture
@@ -110,11 +117,11 @@ def run(tmp_path):
 
 def test_stages_are_listed_with_counts_and_all_seconds(run):
     stage = {"iteration": 1, "stage": "pairs", "seconds": 3.5, "num_in": 5, "num_rows": 2, "num_rejected": 1}
-    assert report.stage_rows(run) == [stage]
+    assert evolve_ray_report.stage_rows(run) == [stage]
 
 
 def test_report_is_written_as_json_and_as_a_page(run):
-    written = report.write(run, CONFIG, [model("base", 0.5)])
+    written = evolve_ray_report.write(run, CONFIG, [model("base", 0.5)])
     assert json.loads((run.root / "report.json").read_bytes()) == written
     assert written["stages"][0]["stage"] == written["ledger"]["stages"][0]["stage"] == "pairs"
     assert written["ledger"]["total"]["seconds"] == 3.5
@@ -124,7 +131,7 @@ def test_report_is_written_as_json_and_as_a_page(run):
 
 def test_a_page_that_is_drawn_later_is_that_of_the_moment_it_was_asked_for(run):
     asked, models = [], [model("base", 0.5)]
-    report.write(run, CONFIG, models, asked.append)
+    evolve_ray_report.write(run, CONFIG, models, asked.append)
     assert not (run.root / "report.json").exists()
     models.append(model("iteration 1", 0.6))
     (draw,) = asked
@@ -134,7 +141,7 @@ def test_a_page_that_is_drawn_later_is_that_of_the_moment_it_was_asked_for(run):
 
 
 def test_a_page_that_cannot_be_drawn_aside_is_an_error_of_the_next_one_or_of_the_end(run):
-    aside, done = report.Aside(), []
+    aside, done = evolve_ray_report.Aside(), []
     aside.wait()
 
     def fail():
@@ -150,14 +157,14 @@ def test_a_page_that_cannot_be_drawn_aside_is_an_error_of_the_next_one_or_of_the
 
 def test_the_checkpoint_is_that_of_the_last_model_that_was_not_rolled_back(run):
     models = [model("base", 0.5), {**model("iteration 1", 0.6), "rolled_back": False}]
-    assert report.write(run, CONFIG, models)["checkpoint"] == "/run/iteration 1"
+    assert evolve_ray_report.write(run, CONFIG, models)["checkpoint"] == "/run/iteration 1"
     models += [{**model("iteration 2", 0.7), "rolled_back": True}]
-    written = report.write(run, CONFIG, models)
+    written = evolve_ray_report.write(run, CONFIG, models)
     assert (written["checkpoint"], len(written["models"])) == ("/run/iteration 1", 3)
-    assert "iteration 2 (rolled back)" in report.table(written)
+    assert "iteration 2 (rolled back)" in evolve_ray_report.table(written)
 
 
 @pytest.mark.parametrize("character", ["\u2028", "\x85", "\u2029"])
 def test_events_with_unicode_line_separators_are_read(run, character):
     run.event("driver_failed", error=f"p.jsonl:1: has no column 'prompt'; its columns are: a{character}b")
-    assert report.stage_rows(run)[0]["seconds"] == 3.5
+    assert evolve_ray_report.stage_rows(run)[0]["seconds"] == 3.5

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evolve_ray import rows
+from evolve_ray.store import rows
 from tests.plain.processes import run_python
 
 CODE = """

@@ -6,9 +6,10 @@ import re
 
 import pytest
 
-from evolve_ray import driver, estimate, fitting, sizing
+from evolve_ray import estimate, fitting, sizing
 from evolve_ray.config.load import load as config_load
 from evolve_ray.config.options import Training
+from evolve_ray.driver import main, parse
 from evolve_ray.shapes import read_shape
 from evolve_ray.sizing import GIB, Cluster, forward_tokens, sequences
 from tests.plain.processes import ROOT
@@ -215,7 +216,7 @@ def test_a_hub_name_that_the_hub_does_not_give_is_one_sentence(monkeypatch):
 
 def test_the_command_ends_with_exit_code_five_after_the_table(folders, capsys, tmp_path):
     arguments = ["--plan", "--nodes", "1", "--gpu-memory-gib", "16", "--run", str(tmp_path / "run"), *folders]
-    assert driver.main([str(ROOT / "jobs/recipes/llama31_8b.toml"), *arguments]) == 5
+    assert main([str(ROOT / "jobs/recipes/llama31_8b.toml"), *arguments]) == 5
     said = capsys.readouterr()
     assert "GiB of one GPU" in said.out
     assert "does not fit: " in said.out
@@ -226,7 +227,7 @@ def test_the_command_ends_with_exit_code_five_after_the_table(folders, capsys, t
 @pytest.mark.parametrize("flag", ["--nodes", "--gpus-per-node", "--gpu-memory-gib"])
 def test_a_cluster_of_nothing_is_refused_by_the_parser(flag, capsys):
     with pytest.raises(SystemExit):
-        driver.parse(["recipe.toml", flag, "0"])
+        parse(["recipe.toml", flag, "0"])
     assert f"argument {flag}: invalid number above 0" in capsys.readouterr().err
 
 

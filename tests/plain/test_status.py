@@ -13,7 +13,8 @@ from evolve_ray.config.load import load
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import UserError
 from evolve_ray.status import describe, main, status
-from evolve_ray.store import Run, Stage, commit
+from evolve_ray.store.manifest import commit
+from evolve_ray.store.run import Run, Stage
 from tests.plain.processes import ROOT
 
 COMMAND = "python jobs/iterate.py recipe.toml --run mine"

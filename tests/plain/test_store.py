@@ -6,7 +6,9 @@ import os
 import pytest
 
 from evolve_ray.errors import IntegrityError, ResourceError, UserError
-from evolve_ray.store import MANIFEST, Run, Stage, commit, read_manifest, sha256_file
+from evolve_ray.store.files import sha256_file
+from evolve_ray.store.manifest import MANIFEST, commit, read_manifest
+from evolve_ray.store.run import Run, Stage
 
 
 def fill(work, text="rows"):

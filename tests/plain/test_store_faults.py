@@ -11,10 +11,13 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from evolve_ray import rows, store
 from evolve_ray.errors import IntegrityError, ResourceError
-from evolve_ray.shards import ShardWorker, finish
-from evolve_ray.store import MANIFEST, Stage, read_manifest
+from evolve_ray.pools.worker import ShardWorker
+from evolve_ray.store import rows
+from evolve_ray.store.files import write_atomic
+from evolve_ray.store.manifest import MANIFEST, commit, read_manifest
+from evolve_ray.store.run import Stage
+from evolve_ray.store.shards import finish
 from tests.plain.processes import die_at
 
 WHOLE = {"part/deep.txt": b"deep", "rows.txt": b"rows", "rejected.jsonl": b""}
@@ -179,7 +182,7 @@ def test_late_writer_that_wakes_after_its_replacement_committed_changes_nothing(
         time.sleep(0.01)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "rows.txt").write_text("mine")
-    store.commit(tmp_path / "mine", final, stage="pairs", key="other")
+    commit(tmp_path / "mine", final, stage="pairs", key="other")
     before = {path.name: path.read_bytes() for path in final.iterdir()}
     os.kill(waiting.pid, signal.SIGCONT)
     waiting.join(20)
@@ -197,7 +200,7 @@ def commit_when_woken(late, final):
 
     os.rename = sleep_first
     try:
-        store.commit(late, final, stage="pairs", key="key")
+        commit(late, final, stage="pairs", key="key")
     except IntegrityError as error:
         os._exit(error.exit_code)
     os._exit(0)
@@ -207,7 +210,7 @@ def test_file_replacement_that_dies_at_any_disk_call_leaves_old_or_new(tmp_path)
     path, number, seen, alive = tmp_path / "report.json", 0, [], True
     while alive:
         path.write_bytes(b"old")
-        alive = die_at(number, lambda: store.write_atomic(path, b"new"))
+        alive = die_at(number, lambda: write_atomic(path, b"new"))
         seen.append(path.read_bytes())
         number += 1
     assert set(seen) == {b"old", b"new"}
@@ -219,7 +222,7 @@ def test_reader_of_a_replaced_file_keeps_the_old_bytes(tmp_path):
     path = tmp_path / "report.json"
     path.write_bytes(b"old")
     with open(path, "rb") as reader:
-        store.write_atomic(path, b"newer")
+        write_atomic(path, b"newer")
         assert reader.read() == b"old"
     assert path.read_bytes() == b"newer"
     assert list(tmp_path.iterdir()) == [path]
@@ -244,4 +247,4 @@ def test_full_disk_under_a_replaced_file_is_a_resource_error(tmp_path):
     path = tmp_path / "report.json"
     path.with_name(f".report.json.{os.getpid()}").symlink_to("/dev/full")
     with pytest.raises(ResourceError):
-        store.write_atomic(path, b"new")
+        write_atomic(path, b"new")

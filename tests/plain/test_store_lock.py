@@ -8,7 +8,7 @@ import time
 import pytest
 
 from evolve_ray.errors import LockedError, UserError
-from evolve_ray.store import Run
+from evolve_ray.store.run import Run
 
 fork = multiprocessing.get_context("fork")
 

@@ -11,15 +11,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from evolve_ray import inputs, iterate, report, rows, shards, study
+from evolve_ray import inputs, iterate, study
+from evolve_ray import report as evolve_ray_report
 from evolve_ray import study_tables as tables
 from evolve_ray.config.load import load
 from evolve_ray.config.options import Preferences, Refresh, Training
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import IntegrityError
-from evolve_ray.evaluate import summarise
+from evolve_ray.evaluate import intervals
+from evolve_ray.evaluate.figures import summarise
 from evolve_ray.prompter import Prompter
-from evolve_ray.store import Run, Stage, commit
+from evolve_ray.store import rows, shards
+from evolve_ray.store.manifest import commit
+from evolve_ray.store.run import Run, Stage
 from evolve_ray.study_tables import Answer, Outcomes, Result
 from tests.plain.processes import ROOT, run_python
 
@@ -35,7 +39,7 @@ def drawing_is_for_its_own_tests(monkeypatch, request):
     """A figure costs a second; two tests look at it."""
     if not any(word in request.node.name for word in ("and_figure", "same_files")):
         monkeypatch.setattr(tables, "figure", lambda results, path: path.write_text("not drawn"))
-    monkeypatch.setattr(report, "write_page", lambda *_: None)
+    monkeypatch.setattr(evolve_ray_report, "write_page", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +145,7 @@ def test_prompts_are_resampled_within_their_seed():
 
 def test_interval_of_one_seed_agrees_with_the_report():
     numbers = list(np.random.default_rng(1).choice([-1.0, 0.0, 1.0], size=400, p=[0.1, 0.6, 0.3]))
-    here, there = tables.pooled([values(*numbers)]), report.interval(numbers, seed=3)
+    here, there = tables.pooled([values(*numbers)]), intervals.interval(numbers, seed=3)
     assert here["mean"] == pytest.approx(there["mean"])
     assert [here["low"], here["high"]] == pytest.approx([there["low"], there["high"]], abs=0.006)
 
@@ -385,7 +389,7 @@ def write_run(root, *, marks=MARKS, parallel=None, truths=((1.0, 0.5),), end="dr
         if number:
             commit_pairs(folder, truths)
         models.append({"name": name, "iteration": number, "model": "hash", "path": "path", "splits": summary})
-    report.write(run, {"name": root.name, "engine": {"actors": 2}}, models)
+    evolve_ray_report.write(run, {"name": root.name, "engine": {"actors": 2}}, models)
     run.event(end)
 
 

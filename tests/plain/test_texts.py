@@ -7,15 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from evolve_ray import iterate, markup, prompts, rows
+from evolve_ray import iterate, markup
 from evolve_ray.config.load import load
 from evolve_ray.config.options import Strategy
+from evolve_ray.data import prompts
 from evolve_ray.drive import Completion, Drive
 from evolve_ray.inputs import Context, Policy
+from evolve_ray.pools.worker import ShardWorker
 from evolve_ray.refine.strategies import STRATEGIES
 from evolve_ray.refine.template import load_template
-from evolve_ray.shards import ShardWorker, finish, read_rows
-from evolve_ray.store import Run, Stage
+from evolve_ray.store import rows
+from evolve_ray.store.run import Run, Stage
+from evolve_ray.store.shards import finish, read_rows
 from tests.plain.runs import chains, make_run
 from tests.plain.test_generate import FakeEngine, encode, spec
 

@@ -7,11 +7,13 @@ import time
 
 import pytest
 
-from evolve_ray import rows, trackers
+from evolve_ray import trackers
 from evolve_ray.config.load import load
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import UserError
-from evolve_ray.store import Run, Stage, read_manifest
+from evolve_ray.store import rows
+from evolve_ray.store.manifest import read_manifest
+from evolve_ray.store.run import Run, Stage
 from evolve_ray.trackers import Row, Trackers
 
 STEPS = {0: 3, 1: 4, 2: 2}  # optimiser updates of the activation and of two iterations

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from evolve_ray.config.options import Trainer, Training
 from evolve_ray.refine.template import load_template
 from evolve_ray.schedule import batches, learning_rate, micro_batches, micro_steps
-from evolve_ray.store import Run, Stage
+from evolve_ray.store.run import Run, Stage
 from evolve_ray.train import TrainSpec, deepspeed_config, merge
 from tests.plain.processes import run_python
 

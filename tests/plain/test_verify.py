@@ -10,13 +10,16 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from evolve_ray import iterate, rows, shards, verify
+from evolve_ray import iterate, verify
 from evolve_ray.config.load import load
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import UserError
 from evolve_ray.inputs import Context, Policy
 from evolve_ray.refine.template import load_template
-from evolve_ray.store import MANIFEST, Run, Stage, commit, sha256_file
+from evolve_ray.store import rows, shards
+from evolve_ray.store.files import sha256_file
+from evolve_ray.store.manifest import MANIFEST, commit
+from evolve_ray.store.run import Run, Stage
 from tests.plain.processes import ROOT
 
 COMMAND = "python jobs/iterate.py recipe.toml --run 'a run'"

@@ -12,7 +12,7 @@ import urllib.request
 
 import pytest
 
-from evolve_ray import rows
+from evolve_ray.store import rows
 from tests.real.conftest import ROOT
 
 LABELS = ["[[A>>B]]", "[[A>B]]", "[[A=B]]", "[[B>A]]", "[[B>>A]]"]

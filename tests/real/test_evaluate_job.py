@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from evolve_ray import rows, shards
-from evolve_ray.store import read_manifest
+from evolve_ray.store import rows, shards
+from evolve_ray.store.manifest import read_manifest
 from tests.real.conftest import ROOT
 
 

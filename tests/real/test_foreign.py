@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from evolve_ray import rows
+from evolve_ray.store import rows
 from tests.real.conftest import start
 
 pytestmark = pytest.mark.long

@@ -2,8 +2,8 @@
 
 import shutil
 
-from evolve_ray import rows
-from evolve_ray.store import read_manifest
+from evolve_ray.store import rows
+from evolve_ray.store.manifest import read_manifest
 from tests.real.conftest import SMALL, assert_gone, fork, start
 
 

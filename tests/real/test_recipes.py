@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from evolve_ray import rows
-from evolve_ray.models import content_hash
-from evolve_ray.store import read_manifest
+from evolve_ray.models.folders import content_hash
+from evolve_ray.store import rows
+from evolve_ray.store.manifest import read_manifest
 from tests.real.conftest import SMALL, fork, start
 
 pytestmark = pytest.mark.long

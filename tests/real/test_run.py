@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from evolve_ray import rows
 from evolve_ray.config.load import load
 from evolve_ray.generate import pool
-from evolve_ray.store import read_manifest
+from evolve_ray.store import rows
+from evolve_ray.store.manifest import read_manifest
 from tests.real.conftest import ROOT, SMALL, start
 
 

@@ -14,7 +14,7 @@ CHAINS = """
 import json, os, sys
 from pathlib import Path
 from evolve_ray import config, rows
-from evolve_ray.chat import Chat
+from evolve_ray.models.chat import Chat
 from evolve_ray.drive import Drive, GenerateSpec
 from evolve_ray.generate import ENGINE_ENV, VllmEngine
 from evolve_ray.refine.template import load_template

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from evolve_ray import rows
+from evolve_ray.store import rows
 from tests.real.conftest import ROOT
 
 SCRIPT = """
@@ -17,7 +17,7 @@ import numpy as np
 import ray
 from evolve_ray import config, logprobs, rank, rows, train
 from evolve_ray.refine.template import load_template
-from evolve_ray.store import Run, Stage
+from evolve_ray.store.run import Run, Stage
 
 model, reference, pairs, out, *overrides = sys.argv[1:]
 
@@ -195,8 +195,8 @@ def test_another_reference_model_is_computed_through_zero_3_and_recorded(small, 
     import torch
     from transformers import AutoModelForCausalLM
 
-    from evolve_ray.chat import Chat
     from evolve_ray.logprobs import pair_sequences, sequence_logps
+    from evolve_ray.models.chat import Chat
     from evolve_ray.refine.template import load_template
 
     base = next(place.glob("toy-world-*")) / "base"

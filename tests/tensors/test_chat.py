@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from evolve_ray.chat import Chat
 from evolve_ray.errors import UserError
+from evolve_ray.models.chat import Chat
 from tests.plain.conftest import LLAMA_TEMPLATE, make_bpe
 
 MARKUP = {

@@ -7,11 +7,13 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
 
-from evolve_ray import evaluate_driver, models, rows
+from evolve_ray import evaluate_driver
 from evolve_ray.errors import UserError
 from evolve_ray.evaluate_models import model_shape
-from evolve_ray.pools import Host, Pools
-from evolve_ray.store import read_manifest
+from evolve_ray.models import folders as models
+from evolve_ray.pools.actors import Host, Pools
+from evolve_ray.store import rows
+from evolve_ray.store.manifest import read_manifest
 from evolve_ray.toy.tokenizer import make_tokenizer
 
 ANSWERS = ["aab", "bba", "aaa", "bbb", "aba"]
@@ -84,7 +86,7 @@ def no_ray(monkeypatch):
             log["shards"] += 1
             on_shard(shard, "", stats)
 
-    monkeypatch.setattr("evolve_ray.pools.run", run)
+    monkeypatch.setattr("evolve_ray.pools.dispatch.run", run)
     monkeypatch.setattr(Pools, "open", open_here)
     monkeypatch.setattr(Pools, "close", close_here)
     monkeypatch.setattr(evaluate_driver, "start_ray", lambda config: None)

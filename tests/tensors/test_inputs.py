@@ -5,12 +5,14 @@ import shutil
 
 import pytest
 
-from evolve_ray import driver, inputs, rows
+from evolve_ray import inputs
 from evolve_ray.config.load import load
 from evolve_ray.config.resolve import resolved
+from evolve_ray.driver import main
 from evolve_ray.errors import EvolveError, UserError
 from evolve_ray.prompter import Prompter
-from evolve_ray.store import Run
+from evolve_ray.store import rows
+from evolve_ray.store.run import Run
 
 
 @pytest.fixture
@@ -324,7 +326,7 @@ def test_faulty_row_ends_the_command_with_exit_code_two_and_one_sentence(recipe,
         f"model.path={tiny_model}", "model.context_tokens=60", "sampling.max_tokens=10", "template.name=tiny",
         f"prompts.path={tmp_path}/prompts.jsonl", "prompts.per_iteration=1", f"scorer.name={__name__}:Zero",
     ]  # fmt: skip
-    assert driver.main([str(recipe()), "--run", str(tmp_path / "run"), *given]) == 2
+    assert main([str(recipe()), "--run", str(tmp_path / "run"), *given]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {tmp_path}/prompts.jsonl: 1 unusable row: {tmp_path}/prompts.jsonl:2: {fault}"), said
     assert said.count("\n") == 1

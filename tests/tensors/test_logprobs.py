@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from evolve_ray import objective
-from evolve_ray.chat import Chat
 from evolve_ray.config.options import Training
 from evolve_ray.logprobs import Sequence, pair_sequences, sequence_logps
+from evolve_ray.models.chat import Chat
 from evolve_ray.refine.template import Template
-from evolve_ray.rows import REFERENCE
+from evolve_ray.store.rows import REFERENCE
 
 CPU = torch.device("cpu")
 NAMES = tuple(name for name in REFERENCE.names if name != "pair_id")

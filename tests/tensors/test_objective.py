@@ -9,7 +9,7 @@ import torch
 from evolve_ray import objective
 from evolve_ray.config.options import Training
 from evolve_ray.errors import UserError
-from evolve_ray.rows import REFERENCE
+from evolve_ray.store.rows import REFERENCE
 
 NAMES = [name for name in REFERENCE.names if name != "pair_id"]
 POLICY = [-4.0, -7.5, -3.0, -6.0, -1.0, -8.0]

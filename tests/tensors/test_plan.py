@@ -11,7 +11,7 @@ from evolve_ray.objective import find
 from evolve_ray.plan import model_bytes, plan, splits
 from evolve_ray.shapes import Shape, read_shape
 from evolve_ray.sizing import GIB, Cluster, sequences, training_memory
-from evolve_ray.store import Run, Stage
+from evolve_ray.store.run import Run, Stage
 from tests.plain.processes import ROOT
 
 

@@ -19,7 +19,8 @@ from evolve_ray.errors import EvolveError, IntegrityError, NumericsError, Resour
 from evolve_ray.forwards import Part
 from evolve_ray.rank import Rank
 from evolve_ray.schedule import batches, micro_batches
-from evolve_ray.store import MANIFEST, Run, Stage, read_manifest
+from evolve_ray.store.manifest import MANIFEST, read_manifest
+from evolve_ray.store.run import Run, Stage
 from evolve_ray.train import fit, raise_kept, worker
 from tests.plain.test_train import spec as train_spec
 

@@ -9,13 +9,14 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from evolve_ray import rows, scorers
-from evolve_ray.chat import Chat
+from evolve_ray import scorers
 from evolve_ray.config import options
 from evolve_ray.errors import IntegrityError
+from evolve_ray.models.chat import Chat
 from evolve_ray.score import ScoreSpec, ScoreWorker
 from evolve_ray.scorers import RewardModel, build_scorer, classify
-from evolve_ray.store import commit
+from evolve_ray.store import rows
+from evolve_ray.store.manifest import commit
 from evolve_ray.toy.tokenizer import make_tokenizer, render
 from tests.plain.conftest import LLAMA_TEMPLATE, llama_config, make_bpe
 

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from evolve_ray import objective
-from evolve_ray.chat import Chat
 from evolve_ray.config.options import Training
 from evolve_ray.logprobs import pair_sequences, sequence_logps
+from evolve_ray.models.chat import Chat
 from evolve_ray.refine.template import Template
 
 CPU = torch.device("cpu")

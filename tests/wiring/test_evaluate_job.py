@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
 
-from evolve_ray import rows
-from evolve_ray.store import Run
+from evolve_ray.store import rows
+from evolve_ray.store.run import Run
 from evolve_ray.toy.tokenizer import make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,9 +7,10 @@ import time
 import psutil
 import pytest
 
-from evolve_ray import generate, rows, score, shards
+from evolve_ray import generate, score
 from evolve_ray.errors import IntegrityError, NumericsError, StalledError
-from evolve_ray.head import title
+from evolve_ray.store import rows, shards
+from evolve_ray.watch.cluster import title
 from tests.fakes import DyingAfterCommit, DyingScorer, DyingScorerAfterCommit
 from tests.wiring.test_pipeline import draft, folder, local_ray, make_context, pools, twin
 
@@ -146,7 +147,7 @@ def those_that_hand_out(run, hit):
 @pytest.mark.long
 def test_what_hands_out_shards_ends_the_run_where_it_hangs(local_ray, folder, tmp_path, monkeypatch):
     """Nobody watches the engine then, so the driver watches for signs of it."""
-    monkeypatch.setattr("evolve_ray.pools.START_S", 10.0)
+    monkeypatch.setattr("evolve_ray.pools.dispatch.START_S", 10.0)
     patient = ("engine.stall_s=20", "scorer.stall_s=20")
     context = make_context(folder, tmp_path / "run", "engine.name=tests.fakes:SlowEngine", *patient)
     with those_that_hand_out(tmp_path / "run", psutil.Process.suspend) as stopped:

@@ -7,8 +7,8 @@ import urllib.request
 import pytest
 
 from evolve_ray.metrics import Follower, Metrics
-from evolve_ray.pools import Host
-from evolve_ray.store import Run
+from evolve_ray.pools.actors import Host
+from evolve_ray.store.run import Run
 
 
 class Counting:

@@ -8,11 +8,12 @@ import pytest
 import ray
 from safetensors.numpy import save_file
 
-from evolve_ray import inputs, iterate, pipeline, rows, shards, tallies
+from evolve_ray import inputs, iterate, pipeline, tallies
 from evolve_ray.config.load import load
 from evolve_ray.errors import ResourceError, UserError
-from evolve_ray.pools import Pools
-from evolve_ray.store import Run
+from evolve_ray.pools.actors import Pools
+from evolve_ray.store import rows, shards
+from evolve_ray.store.run import Run
 from evolve_ray.toy.tokenizer import make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -163,7 +164,7 @@ def test_committed_stages_are_returned_without_ray(pools, folder, tmp_path, monk
     run = tmp_path / "run"
     context = make_context(folder, run)
     first = draft(context, pools)
-    monkeypatch.setattr("evolve_ray.pools.run", lambda *_: pytest.fail("a committed stage was computed again"))
+    monkeypatch.setattr("evolve_ray.pools.dispatch.run", lambda *_: pytest.fail("a committed stage was computed again"))
     again = draft(context, pools)
     assert [part.identity for part in again] == [part.identity for part in first]
     assert (

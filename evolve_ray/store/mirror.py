@@ -14,19 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from evolve_ray.errors import IntegrityError
-from evolve_ray.lease import Lease
-from evolve_ray.objects import Store
-from evolve_ray.store import (
-    CARD,
-    MANIFEST,
-    Manifest,
-    fsync_path,
-    full_disk_named,
-    parse_manifest,
-    read_manifest,
-    sha256_file,
-    write_atomic,
-)
+from evolve_ray.store.files import fsync_path, full_disk_named, sha256_file, write_atomic
+from evolve_ray.store.manifest import CARD, MANIFEST, Manifest, parse_manifest, read_manifest
+from evolve_ray.store.object_lock import Lease
+from evolve_ray.store.object_store import Store
 
 ASIDE = ".superseded-"
 FETCH = ".fetch-"  # what is on its way from the store

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evolve_ray import models
 from evolve_ray.errors import IntegrityError, UserError
-from evolve_ray.store import read_manifest
+from evolve_ray.models import folders
+from evolve_ray.store.manifest import read_manifest
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def find(given: str) -> Named:
         return of_run(given, Path(path), which)
     if is_run(Path(given)):
         return of_run(given, Path(given), "")
-    folder = models.resolve(given, f"MODEL {given}")
-    return Named(Path(given).name if Path(given).is_dir() else given, given, folder, models.content_hash(folder))
+    folder = folders.resolve(given, f"MODEL {given}")
+    return Named(Path(given).name if Path(given).is_dir() else given, given, folder, folders.content_hash(folder))
 
 
 def is_run(folder: Path) -> bool:
@@ -69,7 +69,7 @@ def of_run(given: str, run: Path, which: str) -> Named:
     if not folder.is_dir():
         raise UserError(f"MODEL {given}: {folder}: is gone, but {run}/report.json names it; give a model that is there")
     read_manifest(folder, verify=True)
-    found = models.content_hash(folder)
+    found = folders.content_hash(folder)
     if found != model["model"]:
         raise IntegrityError(
             f"MODEL {given}: {folder}: its content hash is {found[:12]}, but {run}/report.json says {model['model'][:12]}; "

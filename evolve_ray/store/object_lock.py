@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from evolve_ray.errors import IntegrityError, LockedError
-from evolve_ray.objects import Store
-from evolve_ray.store import now, submission_id
+from evolve_ray.store.object_store import Store
+from evolve_ray.store.run import now, submission_id
 
 BEAT_S = 20.0
 STALE_S = 300.0  # a lock without a heartbeat for so long is taken over

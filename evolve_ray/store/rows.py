@@ -66,6 +66,7 @@ PAIR = pa.schema(
         ("rejected_score", pa.float64()),
     ]
 )
+
 # Sums of log-probabilities over response tokens under the reference policy; null where the objective needs none.
 REFERENCE = pa.schema(
     [("pair_id", pa.string())]

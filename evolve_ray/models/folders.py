@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 from evolve_ray.errors import UserError
-from evolve_ray.rows import digest
-from evolve_ray.store import read_manifest, sha256_file
+from evolve_ray.store.files import sha256_file
+from evolve_ray.store.manifest import read_manifest
+from evolve_ray.store.rows import digest
 
 CONTENT = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from evolve_ray.errors import EvolveError, on_sigterm
-from evolve_ray.lease import Lease
-from evolve_ray.mirror import Mirror
-from evolve_ray.objects import Store
-from evolve_ray.store import Run, write_atomic
+from evolve_ray.store.files import write_atomic
+from evolve_ray.store.mirror import Mirror
+from evolve_ray.store.object_lock import Lease
+from evolve_ray.store.object_store import Store
+from evolve_ray.store.run import Run
 
 NOTE = ".mirror.json"  # in the working copy: the number of the lock that its last driver held
 POLL_S = 2.0

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from evolve_ray.errors import ResourceError
-from evolve_ray.store import write_atomic
+from evolve_ray.store.files import write_atomic
 
 FOLDER = ".attempts"  # of a stage's working folder; a new driver starts without it
 ALONE = 2  # deaths of a worker with one row alone: the first may have been a kill from outside
 MAX_KILLERS = 3  # of a shard; more than that, and it is not the rows
 FRESH: dict[str, Any] = {"deaths": 0, "running": None, "suspects": None, "alone": 0, "killers": []}
-
 Processed = tuple[list[dict], list[dict], dict]
 
 

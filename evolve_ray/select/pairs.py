@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from rapidfuzz.distance import Levenshtein
 
 from evolve_ray.config.options import Selection
-from evolve_ray.rows import content_id, derive_seed, reject
+from evolve_ray.store.rows import content_id, derive_seed, reject
 
 Selected = tuple[list[dict], list[dict]]  # pairs, rejected drafts
 Candidate = tuple[dict, dict, str]  # chosen, rejected, and what speaks against the pair ("": nothing)
-
 CUT = "cut by length: cannot be chosen"
 MIN_WORDS = 8  # a shorter text has too few 4-grams to call it repetitive
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from evolve_ray.evaluate import distinct
+from evolve_ray.evaluate.figures import distinct
 
 VERSION = 1
 DIVERSITY_PROMPTS = 1000  # distinct-2 falls with the size of the sample, so every iteration's is of as many prompts

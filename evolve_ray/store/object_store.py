@@ -3,7 +3,6 @@
 Every verb is repeated with growing pauses while the store is out of order, and ends with one sentence if it stays so.
 """
 
-import argparse
 import contextlib
 import errno
 import functools
@@ -12,11 +11,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlparse
 
 from evolve_ray.errors import EvolveError, ResourceError, UserError, first_line
 
 PACKAGES = {"s3": ("s3fs", 'pip install -e ".[s3]"'), "gs": ("gcsfs", "pip install gcsfs")}
+
 # The client repeats a request, or a part of a large file, once; the rest is done here, where it ends before the lock is stale.
 CLIENTS: dict[str, dict[str, Any]] = {
     "s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 30, "retries": {"max_attempts": 1}}},
@@ -25,31 +24,6 @@ CLIENTS: dict[str, dict[str, Any]] = {
 REFUSED = {"PermissionError", "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "InvalidRegionError"}
 PATIENCE_S = 120.0  # how long a store may be out of order: well below lease.STALE_S
 Value = TypeVar("Value")
-
-
-def is_uri(name: str) -> bool:
-    """A place in an object store, not a folder (`file://` is one)."""
-    return "://" in name and not name.startswith("file://")
-
-
-def run_argument(text: str) -> Path:
-    """The RUN of a command that reads a folder."""
-    if is_uri(text):
-        raise argparse.ArgumentTypeError(f"{text} is in an object store; give the folder that the run works in (its --work)")
-    return Path(text)
-
-
-def check_uri(name: str) -> tuple[str, str]:
-    """(URI without a slash at its end, path of it below a folder of working copies); UserError for one that cannot hold a run."""
-    url = urlparse(name)
-    if url.username or url.password or url.query or url.fragment:
-        raise UserError("a URI is stored with the run and must hold no credentials or query; give SCHEME://BUCKET/PREFIX")
-    if url.scheme not in PACKAGES:
-        raise UserError(f"{name}: {url.scheme}:// is not supported; give a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
-    parts = [part for part in url.path.split("/") if part]
-    if not url.netloc or not parts or {".", ".."} & {url.netloc, *parts}:
-        raise UserError(f"{name}: names no place for a run; give {url.scheme}://BUCKET/PREFIX")
-    return "/".join([f"{url.scheme}:/", url.netloc, *parts]), "/".join([url.scheme, url.netloc, *parts])
 
 
 class Store:

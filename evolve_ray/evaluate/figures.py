@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from evolve_ray.report import interval
+from evolve_ray.evaluate.intervals import interval
 
 
 def summarise(prompts: list[dict], drafts: Iterable[dict], scores: Iterable[dict], *, seed: int) -> dict[str, Any]:

@@ -1,0 +1,59 @@
+"""Given preference triples as training pairs."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from evolve_ray.data.read import read_records, show, text_of
+from evolve_ray.errors import UserError
+from evolve_ray.store.rows import content_id, reject
+
+
+def read_triples(
+    path: str, *, prompt_column: str, chosen_column: str, rejected_column: str, source_split: str = "train", limit: int = 0,
+    held_out: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[list[dict], list[dict]]:  # fmt: skip
+    """Given preference triples as pair rows (both answers complete), in the file's order, and the rejected ones.
+
+    Duplicates are rejected, and what `held_out` maps to its split: the text of an evaluation prompt.
+    """
+    faults: list[str] = []
+    pairs: dict[str, dict] = {}
+    dropped: list[dict] = []
+    for line, record in read_records(path, source_split, faults):
+        where = f"{path}:{line}"
+        prompt = text_of(record, prompt_column, where, faults)
+        chosen = text_of(record, chosen_column, where, faults)
+        rejected = text_of(record, rejected_column, where, faults)
+        if prompt is None or chosen is None or rejected is None:
+            continue
+        pair_id = content_id("pair", prompt, chosen, rejected)
+        if prompt in held_out:
+            row = {"id": pair_id, "file": path, "line": line}
+            dropped.append(reject(row, "pairs", f"is on a prompt of evaluation split {held_out[prompt]!r}"))
+        elif pair_id in pairs:
+            dropped.append(reject({"id": pair_id, "file": path, "line": line}, "pairs", "duplicate"))
+        elif not limit or len(pairs) < limit:
+            pairs[pair_id] = {
+                "pair_id": pair_id,
+                "prompt_id": content_id("prompt", prompt, None),
+                "prompt": prompt,
+                "chosen": chosen,
+                "rejected": rejected,
+                "chosen_finished": True,
+                "rejected_finished": True,
+                "chosen_id": None,
+                "rejected_id": None,
+                "chosen_round": None,
+                "rejected_round": None,
+                "chosen_score": None,
+                "rejected_score": None,
+            }
+        else:
+            dropped.append(reject({"id": pair_id, "file": path, "line": line}, "pairs", f"beyond the limit of {limit}"))
+    if faults:
+        raise show(path, faults)
+    if not pairs and dropped:
+        raise UserError(f"{path}: all {len(dropped)} preference triples are on prompts of evaluation splits; give others")
+    if not pairs:
+        raise UserError(f"{path}: holds no preference triples; give a file with at least one row")
+    return list(pairs.values()), dropped
