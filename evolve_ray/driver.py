@@ -13,12 +13,12 @@ from typing import Any
 from evolve_ray.config.load import load
 from evolve_ray.config.options import Config
 from evolve_ray.errors import run_command
-from evolve_ray.metrics import Follower
+from evolve_ray.plan.sizing import Cluster, cluster_of_ray
 from evolve_ray.pools.session import join_ray, start_ray, stop_ray
-from evolve_ray.sizing import Cluster, cluster_of_ray
 from evolve_ray.store.places import places
 from evolve_ray.store.run import Run, submission_id
 from evolve_ray.store.sync import kept
+from evolve_ray.watch.metrics import Follower
 from evolve_ray.watch.terminal import say, tell_stages
 
 
@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
         config = load(given.recipe, overrides)
         root, uri = places(given.run or f"runs/{config.name}", given.work)
         if given.plan:
-            from evolve_ray.plan import plan
+            from evolve_ray.plan.plan import plan
 
             text, fault = plan(config, Run(root), cluster_of(given))
             say(text + (f"\n\n{uri} was not asked: `committed` is what stands in {root}" if uri else ""))
@@ -99,22 +99,24 @@ def run(
     config: Config, root: Path, uri: str = "", *, rerun_changed: bool, again: str = "", verbose: bool = False
 ) -> int:  # fmt: skip
     """`again` is the command as typed, kept for jobs/status.py and jobs/verify.py."""
-    from evolve_ray import inputs, iterate, report
-    from evolve_ray.plan import check_space
-    from evolve_ray.trackers import Trackers
+    from evolve_ray import iterate
+    from evolve_ray.inputs.prepare import prepare, settle_config
+    from evolve_ray.plan.plan import check_space
+    from evolve_ray.report.tables import table
+    from evolve_ray.watch.trackers import Trackers
 
     started = time.monotonic()
     folder = Run(root)
     tracked = Trackers(config, folder, say)
     with folder.locked(), kept(uri, folder) if uri else contextlib.nullcontext():
-        changed = inputs.settle_config(config, folder, rerun_changed=rerun_changed)
+        changed = settle_config(config, folder, rerun_changed=rerun_changed)
         folder.event("driver_start", pid=os.getpid(), job=submission_id(), command=again, folder=os.getcwd())
         say(f"run {config.name} in {root}" + (f", kept in {uri}" if uri else ""))
         follower = Follower(folder, config.name)
         try:
             tracked.start()
-            tell, begin = say if verbose else tell_stages, functools.partial(start_ray, config, follower, loud=verbose)
-            context = inputs.prepare(config, folder, tell, begin, rerun_changed=rerun_changed, changed=changed)
+            tell, join = say if verbose else tell_stages, functools.partial(start_ray, config, follower, loud=verbose)
+            context = prepare(config, folder, tell, join, rerun_changed=rerun_changed, changed=changed)
             context.trackers = tracked
             check_space(config, folder)
             result = iterate.iterate(context)
@@ -128,6 +130,6 @@ def run(
             stop_ray()
         folder.event("driver_end", seconds=round(time.monotonic() - started, 3))
     say("")
-    say(report.table(result))
+    say(table(result))
     say(f"\nrun: {uri or root}\nreport: {root / 'report.html'}\ncheckpoint: {result['checkpoint']}")
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evolve_ray.explain import main
+from evolve_ray.audit.explain import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a submitted working directory is not installed
 
-from evolve_ray.compare import main
+from evolve_ray.report.runs import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

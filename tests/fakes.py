@@ -8,8 +8,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from evolve_ray.generate import Completion, Generator
-from evolve_ray.score import ScoreWorker
+from evolve_ray.generate.spec import Completion
+from evolve_ray.generate.worker import Generator
+from evolve_ray.score.worker import ScoreWorker
 
 
 class FakeEngine:

@@ -88,7 +88,7 @@ class Turn:
 
 
 def rows(given: argparse.Namespace) -> list[Row]:
-    from evolve_ray.generate import ENGINE_ENV
+    from evolve_ray.generate.vllm import ENGINE_ENV
 
     low, high = given.new
     longest = given.prompt + 2 * high + 16  # a draft in view and the one being written, with the markup around them
@@ -126,8 +126,8 @@ class Bench:
     """One engine and the three ways to use it."""
 
     def __init__(self, folder: Path, given: argparse.Namespace):
-        from evolve_ray.drive import GenerateSpec
-        from evolve_ray.generate import VllmEngine
+        from evolve_ray.generate.spec import GenerateSpec
+        from evolve_ray.generate.vllm import VllmEngine
         from evolve_ray.models.chat import Chat
         from evolve_ray.refine.template import load_template
 
@@ -202,7 +202,7 @@ class Bench:
 
     def chains(self) -> tuple[dict[tuple[str, int], str], dict[str, int]]:
         """As the product generates: no barrier between rounds."""
-        from evolve_ray.drive import Drive
+        from evolve_ray.generate.drive import Drive
         from evolve_ray.refine.strategies import chain
 
         drive = Drive(self.engine, lambda ask: self.chat.context_ids(ask.messages), self.spec)

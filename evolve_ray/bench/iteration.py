@@ -18,7 +18,7 @@ from typing import Any
 
 from evolve_ray.bench.table import Row
 from evolve_ray.errors import ResourceError, UserError
-from evolve_ray.ledger import ledger
+from evolve_ray.report.ledger import ledger
 from evolve_ray.store.rows import read_jsonl
 from evolve_ray.store.run import Run
 

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 
-from evolve_ray.drive import Completion, GenerateSpec
+from evolve_ray.generate.spec import Completion, GenerateSpec
 from evolve_ray.models.chat import Chat
 
 TEXTS = ("yes", "no")

@@ -124,32 +124,34 @@ def recipe(root: Path, given: argparse.Namespace, prompts: int, **engine: Any) -
 
 def one_run(root: Path, config: Config, pools: Any) -> Spent:
     """Everything of one iteration that is neither a model nor a training, in a run directory that is removed afterwards."""
-    from evolve_ray import inputs, iterate, measure, pipeline, report
+    from evolve_ray.inputs.prepare import prepare
     from evolve_ray.pools import session
+    from evolve_ray.report import report
+    from evolve_ray.stages import generations, measures
+    from evolve_ray.stages.evaluation import evaluate
+    from evolve_ray.stages.pairs import select
 
     prompts = config.prompts.per_iteration
     tables.write_jsonl(root / "prompts.jsonl", ({"prompt": letters(number), "answer": "yes"} for number in range(prompts)))
     run, spent, cpu = Run(root / "run"), Spent(prompts), time.process_time()
     run.root.mkdir()
-    quiet = functools.partial(inputs.prepare, config, run, lambda line: None, functools.partial(session.start_ray, config))
+    quiet = functools.partial(prepare, config, run, lambda line: None, functools.partial(session.start_ray, config))
     with watched_memory() as memory:
         with timed(spent, "prompts"):
             context = quiet(rerun_changed=False)
         context.pools = pools
-        models = [iterate.evaluate(context, 0, context.policy, "base", folder="base_evaluation")]
-        asked = pipeline.Asked(
+        models = [evaluate(context, 0, context.policy, "base", folder="base_evaluation")]
+        asked = generations.GenerationJob(
             1, "generations", context.policy, context.prompts[1], config.strategy, config.sampling, 1, context.reward_models
         )
         with timed(spent, "drafts and scores"):
-            drafts, scores = pipeline.generate_and_score(context, asked, run.iteration(1))
-        assert scores is not None
+            drafts, scores = generations.generate_and_score(context, asked, run.iteration(1))
         with timed(spent, "pairs"):
-            chosen = iterate.select(context, 1, context.prompts[1], drafts, scores)
+            chosen = select(context, 1, drafts, scores)
             context.collect_rejected(1)
         with timed(spent, "drift"):
-            made = {"generations": drafts, "scores": scores, "pairs": chosen}
             models.append(models[0] | {"name": "iteration 1", "iteration": 1})
-            models[-1]["drift"] = measure.measure_drift(context, 1, made, None, models[:1])
+            models[-1]["drift"] = measures.measure_drift(context, 1, drafts, scores, chosen, None, models[:1])
         with timed(spent, "report"):
             report.write(run, resolved(config), models)
     spent.first_s = first_shard_s(tables.read_jsonl(run.root / "events.jsonl"))

@@ -20,7 +20,7 @@ from evolve_ray.bench.table import Row
 from evolve_ray.config import options as options_of
 from evolve_ray.errors import UserError
 from evolve_ray.store.rows import REFERENCE
-from evolve_ray.tree import Forward, Sequence, pack
+from evolve_ray.train.tree import Forward, Sequence, pack
 
 NAMES = ("evolve_tree_vs_separate", "dpo_vs_trl", "memory_vs_trl", "memory_vs_full_logits")
 SIX = tuple(REFERENCE.names[1:])
@@ -70,14 +70,14 @@ class Policy:
     def __init__(self, given: argparse.Namespace, training: options_of.Training, model: Any, names: tuple[str, ...]):
         import torch
 
-        from evolve_ray import objective
-        from evolve_ray.tree_check import tree_model
+        from evolve_ray.train import objectives
+        from evolve_ray.train.tree_check import tree_model
 
         self.given, self.training, self.names, self.model = given, training, names, model
         self.device = torch.device(given.device)
         self.tree = tree_model(model, self.device)
         self.attention = model.config._attn_implementation  # that of trees; separate rows are read as always
-        self.objective = objective.find(training)
+        self.objective = objectives.find(training)
         self.optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
 
     def packed(self, groups: list[list[Sequence]]) -> list[Forward]:
@@ -86,7 +86,7 @@ class Policy:
 
     def by_trees(self, groups: list[list[Sequence]], *, chunked: bool = True) -> dict[str, Any]:
         """One step, packing included; gives back its counts."""
-        from evolve_ray.logprobs import num_chunks, tree_logps
+        from evolve_ray.train.logprobs import num_chunks, tree_logps
 
         self.model.set_attn_implementation(self.attention)
         forwards = self.packed(groups)
@@ -98,7 +98,7 @@ class Policy:
 
     def by_rows(self, groups: list[list[Sequence]]) -> dict[str, Any]:
         """The same step from a padded row for each sequence."""
-        from evolve_ray.logprobs import sequence_logps
+        from evolve_ray.train.logprobs import sequence_logps
 
         self.model.set_attn_implementation("sdpa")
         flat = [sequence for group in groups for sequence in group]
@@ -110,7 +110,7 @@ class Policy:
     def backward(self, flat: Any, groups: list[list[Sequence]], num_pairs: int) -> None:
         import torch
 
-        from evolve_ray import objective
+        from evolve_ray.train import objectives
 
         values = dict(zip(self.names, flat.view(-1, len(self.names)).unbind(1), strict=True))
         lengths = {
@@ -118,7 +118,7 @@ class Policy:
             for place, name in enumerate(self.names)
         }
         reference = {name: value.detach() for name, value in values.items()}
-        loss_B, _ = objective.total(self.objective, values, reference, lengths, self.training)
+        loss_B, _ = objectives.total(self.objective, values, reference, lengths, self.training)
         (loss_B.sum() / num_pairs).backward()
 
     def update(self) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from evolve_ray.errors import StalledError
-from evolve_ray.metrics import Work
 from evolve_ray.pools.retries import Beats, Builds
+from evolve_ray.pools.work import Work
 from evolve_ray.pools.worker import ShardWorker
 
 

@@ -108,7 +108,7 @@ def watched(actor: Any, index: int, shard: int, pool: PoolOptions, stage: str, s
     return ray.get(call)
 
 
-def silence(steps: list[Step]) -> float:
+def silence_s(steps: list[Step]) -> float:
     """Seconds without a sign of any actor after which it is not an actor that hangs: `watched` would have ended it before."""
     return 1.5 * max(START_S, *(step.pool.stall_s for step in steps))
 

@@ -112,7 +112,7 @@ class Beats:
         return -1, ""
 
 
-def signs(work: Path) -> list[tuple[str, int]]:
+def signs_of_life(work: Path) -> list[tuple[str, int]]:
     """What all actors of a stage wrote down about their work, by name and time: it changes whenever one of them gets on."""
     found = []
     with contextlib.suppress(OSError):  # what is written meanwhile

@@ -10,8 +10,8 @@ from typing import Any
 
 from evolve_ray.config.options import Config
 from evolve_ray.errors import ResourceError, first_line, is_lost_process, on_sigterm
-from evolve_ray.metrics import Follower
 from evolve_ray.watch.cluster import HeadWatch, RayletWatch
+from evolve_ray.watch.metrics import Follower
 
 
 def start_ray(config: Config, follower: Follower | None = None, *, loud: bool = False) -> None:
@@ -27,7 +27,7 @@ def start_ray(config: Config, follower: Follower | None = None, *, loud: bool = 
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     # How often it is seen that they got on: a training ends up to twice as long after its last step, 2 s each by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
-    code = str(Path(__file__).resolve().parents[1])
+    code = str(Path(__file__).resolve().parents[2])
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")]))}}
     local = {
         "address": "local",

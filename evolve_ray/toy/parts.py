@@ -11,7 +11,7 @@ from evolve_ray.config.options import Config
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import ResourceError, UserError
 from evolve_ray.models import folders
-from evolve_ray.scorers import reward_model_names
+from evolve_ray.score.combined import reward_model_names
 from evolve_ray.store import rows
 from evolve_ray.store.run import Run, Stage
 

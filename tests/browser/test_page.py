@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from evolve_ray import compare
+from evolve_ray.report import runs
 from tests.plain.runs import HOSTILE, chains, make_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -41,7 +41,7 @@ def paths(tmp_path_factory) -> dict[str, Path]:
     answers = {name: {"held": held, "a-split-with-a-long-name": held} for name in names}
     for folder in ("one", "other"):
         make_run(root / folder, answers, config={"prompts": {"path": HOSTILE[1]}, "a": {"long": "option " * 60}})
-    assert compare.main([str(root / "one"), str(root / "other"), "--html", str(root / "comparison.html")]) == 0
+    assert runs.main([str(root / "one"), str(root / "other"), "--html", str(root / "comparison.html")]) == 0
     return {"run": root / "one" / "report.html", "comparison": root / "comparison.html"}
 
 

@@ -4,7 +4,7 @@ import json
 import random
 import re
 
-from evolve_ray import verify
+from evolve_ray.audit import verify
 from evolve_ray.store import rows, shards
 from evolve_ray.store.manifest import read_manifest
 from tests.faults.harness import last_line

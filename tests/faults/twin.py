@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from evolve_ray import verify
+from evolve_ray.audit import verify
 from evolve_ray.store import rows
 from evolve_ray.store.files import sha256_file
 from evolve_ray.store.manifest import CARD, MANIFEST, read_manifest

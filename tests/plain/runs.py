@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from evolve_ray import report
 from evolve_ray.evaluate.figures import add_best_of, summarise
+from evolve_ray.report import report
 from evolve_ray.store import rows
 from evolve_ray.store.manifest import Manifest
 from evolve_ray.store.run import Run, Stage

@@ -7,11 +7,11 @@ import threading
 
 import pytest
 
-from evolve_ray import alpaca, answers, arena_hard, benchmark
+from evolve_ray.benchmarks import alpaca, answers, arena_hard, driver
+from evolve_ray.benchmarks.judge import make_judge
 from evolve_ray.data.prompts import read_prompts
 from evolve_ray.data.read import count_rows
 from evolve_ray.errors import IntegrityError, UserError
-from evolve_ray.judge import make_judge
 from evolve_ray.store import rows
 from evolve_ray.store.manifest import commit
 from evolve_ray.store.rows import GENERATION, PROMPT
@@ -63,8 +63,8 @@ class FakeJudge:
 
 @pytest.fixture
 def judge(monkeypatch):
-    monkeypatch.setattr("evolve_ray.judge.RETRIES", 0)
-    monkeypatch.setattr("evolve_ray.alpaca.RETRIES", 0)
+    monkeypatch.setattr("evolve_ray.benchmarks.judge.RETRIES", 0)
+    monkeypatch.setattr("evolve_ray.benchmarks.alpaca.RETRIES", 0)
     fake = FakeJudge()
     yield fake
     fake.server.shutdown()
@@ -113,12 +113,12 @@ def place(tmp_path):
 
 
 def arena(place, judge, *more):
-    return benchmark.main(["arena_hard", str(place / "evaluation"), "--reference", str(place / "baseline.jsonl"), "--judge",
+    return driver.main(["arena_hard", str(place / "evaluation"), "--reference", str(place / "baseline.jsonl"), "--judge",
                            "org/fake", "--judge-url", judge.url, "--out", str(place / "out"), *more])  # fmt: skip
 
 
 def judge_alpaca(place, judge, *more):
-    return benchmark.main(["alpaca_eval", str(place / "evaluation"), "--reference", str(place / "reference.json"), "--judge",
+    return driver.main(["alpaca_eval", str(place / "evaluation"), "--reference", str(place / "reference.json"), "--judge",
                            "org/fake-instruct", "--judge-url", judge.url, "--out", str(place / "out"), *more])  # fmt: skip
 
 

@@ -5,15 +5,16 @@ import json
 import pytest
 import yaml
 
-from evolve_ray import card
 from evolve_ray.config.load import load
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import IntegrityError
 from evolve_ray.evaluate.figures import summarise
 from evolve_ray.models import folders
+from evolve_ray.report.card import write
 from evolve_ray.store import rows
 from evolve_ray.store.manifest import CARD, read_manifest
 from evolve_ray.store.run import Run, Stage
+from evolve_ray.train.export import unfinished_card
 from tests.plain.runs import chains, commit, tables
 
 BASE = chains([[0, 0], [1, 0], [0, 0], [0, 1]])
@@ -25,7 +26,7 @@ def commit_checkpoint(run, iteration, weights):
     work = stage.start()
     (work / "config.json").write_text("{}")
     (work / "model.safetensors").write_text(weights)
-    (work / CARD).write_text(card.unfinished("evolve", iteration, 40, 5, "r" * 64))
+    (work / CARD).write_text(unfinished_card("evolve", iteration, 40, 5, "r" * 64))
     return stage.commit(num_in=40, num_rows=40, num_steps=5)
 
 
@@ -64,7 +65,7 @@ def front(text):
 
 def test_card_has_evaluation_recipe_lineage_and_limits(made):
     run, _config, found = made
-    card.write(*made)
+    write(*made)
     text = read(run, 1)
     assert "| held | iteration 1 | exact match % | 50.0 \\[" in text
     assert "| held | base | exact match % | 25.0 \\[" in text
@@ -84,7 +85,7 @@ def test_card_is_in_the_hubs_format(made):
 
     run, config, found = made
     config["model"]["path"] = "org/base-8B"
-    card.write(run, config, found)
+    write(run, config, found)
     told = front(read(run, 1))
     assert (told["library_name"], told["pipeline_tag"], told["base_model"]) == ("transformers", "text-generation", "org/base-8B")
     assert "evolve-ray" in told["tags"]
@@ -95,20 +96,20 @@ def test_card_is_in_the_hubs_format(made):
 def test_base_that_is_no_hub_name_is_not_named_as_one(made, path):
     run, config, found = made
     config["model"]["path"] = path
-    card.write(run, config, found)
+    write(run, config, found)
     assert "base_model" not in front(read(run, 1))
 
 
 def test_local_folders_are_not_told(made, tmp_path):
     run, config, found = made
     config["model"]["path"] = str(tmp_path / "base")
-    card.write(run, config, found)
+    write(run, config, found)
     assert str(tmp_path) not in read(run, 1)
     assert "base: base" in read(run, 1)
 
 
 def test_names_of_people_are_text_and_no_markup(made):
-    card.write(*made)
+    write(*made)
     assert "# a\\|b \\<i\\>, iteration 1" in read(made[0], 1)
 
 
@@ -117,7 +118,7 @@ def test_card_changes_no_hash_and_no_identity(made):
     folder = run.iteration(1) / "checkpoint"
     before = read_manifest(folder, verify=True)
     assert CARD not in before.files
-    card.write(*made)
+    write(*made)
     after = read_manifest(folder, verify=True)
     assert (after.identity, folders.content_hash(folder)) == (before.identity, found[2]["model"])
     assert Stage(folder, "checkpoint", "key1").committed() == before
@@ -129,7 +130,7 @@ def test_manifest_of_an_earlier_version_that_holds_the_card_is_no_corruption(mad
     body = json.loads(path.read_bytes())
     body["files"][CARD] = {"bytes": 3, "sha256": "0" * 64}
     path.write_text(json.dumps(body))
-    card.write(*made)
+    write(*made)
     assert read_manifest(path.parent, verify=True) is not None
     (path.parent / "model.safetensors").write_text("other")
     with pytest.raises(IntegrityError, match=r"model\.safetensors: sha256 is"):
@@ -137,28 +138,28 @@ def test_manifest_of_an_earlier_version_that_holds_the_card_is_no_corruption(mad
 
 
 def test_same_run_gives_the_same_card_and_leaves_it_alone(made):
-    card.write(*made)
+    write(*made)
     path = made[0].iteration(1) / "checkpoint" / CARD
     before = path.stat().st_mtime_ns
-    card.write(*made)
+    write(*made)
     assert path.stat().st_mtime_ns == before
     path.write_text("damaged")
     (path.parent / f".{CARD}.123").write_text("half a ca")
-    card.write(*made)
+    write(*made)
     assert path.read_text().startswith("---\nlibrary_name")
     assert not list(path.parent.glob(".*"))
 
 
 def test_models_from_elsewhere_keep_their_card(made, tmp_path):
     (tmp_path / "base").mkdir()
-    card.write(*made)
+    write(*made)
     assert not list((tmp_path / "base").iterdir())
 
 
 def test_iteration_that_was_rolled_back_says_so_and_is_in_no_later_lineage(made):
     run, config, found = made
     found[1] |= {"rolled_back": True, "decision": {"reason": "y1 fell"}}
-    card.write(run, config, found)
+    write(run, config, found)
     assert "**This iteration was rolled back**: y1 fell." in read(run, 0)
     assert "| held | activation |" not in read(run, 1)
 
@@ -167,13 +168,13 @@ def test_model_without_evaluation_says_so(made):
     run, config, found = made
     for model in found:
         model["splits"] = {}
-    card.write(run, config, found)
+    write(run, config, found)
     assert "This model was not evaluated." in read(run, 1)
 
 
 @pytest.mark.parametrize(("objective", "tag"), [("reward", "text-classification"), ("dpo", "text-generation")])
 def test_card_before_the_evaluation_says_that_nothing_is_measured(objective, tag):
-    text = card.unfinished(objective, 2, 7, 3, "")
+    text = unfinished_card(objective, 2, 7, 3, "")
     assert front(text)["pipeline_tag"] == tag
     assert "7 pairs, 3 updates" in text
     assert "not evaluated, or not yet" in text

@@ -2,7 +2,7 @@
 
 import pytest
 
-from evolve_ray.chains import KINDS, MAX_SHOWN, PER_KIND, choose, collect, is_meta_talk, kinds_of, render
+from evolve_ray.report.chains import KINDS, MAX_SHOWN, PER_KIND, choose, collect, is_meta_talk, kinds_of, render
 from evolve_ray.store.run import Run
 from tests.plain.runs import chains, make_run
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from evolve_ray.compare import compare, labels, main, render
 from evolve_ray.errors import UserError
+from evolve_ray.report.runs import compare, labels, main, render
 from tests.plain.processes import ROOT
 from tests.plain.runs import chains, make_run
 

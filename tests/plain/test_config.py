@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from evolve_ray.config import options, resolve
-from evolve_ray.config.load import load
+from evolve_ray.config.load import from_json, load
 from evolve_ray.config.parse import find_line
 from evolve_ray.errors import UserError
 
@@ -31,7 +31,7 @@ def test_every_shipped_recipe_is_valid(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_has_a_plan(path, tmp_path):
-    from evolve_ray.plan import plan
+    from evolve_ray.plan.plan import plan
     from evolve_ray.store.run import Run
 
     config = load(path)
@@ -257,14 +257,14 @@ def test_config_survives_json(recipe):
     for path in [*RECIPES, recipe('[activation]\npath = "x"\n[engine.args]\ndepth = {a = [1, 2.5]}\n')]:
         config = load(path)
         stored = json.loads(json.dumps(resolve.resolved(config)))
-        assert load.from_json(stored, "config.json") == config
+        assert from_json(stored, "config.json") == config
 
 
 def test_stored_config_with_an_option_of_another_version_is_refused_by_name(recipe):
     stored = resolve.resolved(load(recipe()))
     stored["engine"]["turbo"] = True
     with pytest.raises(UserError, match=r"config\.json: engine\.turbo: unknown option"):
-        load.from_json(stored, "config.json")
+        from_json(stored, "config.json")
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)

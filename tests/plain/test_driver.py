@@ -14,7 +14,7 @@ from evolve_ray import driver
 from evolve_ray.config.load import load
 from evolve_ray.driver import main, parse
 from evolve_ray.errors import ResourceError, run_command
-from evolve_ray.plan import check_space
+from evolve_ray.plan.plan import check_space
 from evolve_ray.pools.session import join_ray
 from evolve_ray.store.places import run_folder
 from evolve_ray.store.run import Run

@@ -7,12 +7,13 @@ import re
 import numpy as np
 import pytest
 
-from evolve_ray import evaluate_driver, evaluate_tables
+from evolve_ray.compare import driver
+from evolve_ray.compare import tables as evaluate_tables
+from evolve_ray.compare.figures import add_probes, every_two, model_figures, paired
+from evolve_ray.compare.skill_probes import PROBES
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import IntegrityError, UserError
-from evolve_ray.evaluate_figures import add_probes, every_two, model_figures, paired
 from evolve_ray.models import checkpoints, folders
-from evolve_ray.probes import PROBES
 from evolve_ray.store.run import Run
 
 
@@ -109,7 +110,7 @@ def test_overrides_are_told_from_models_and_splits_wherever_they_stand(tmp_path)
     odd = tmp_path / "a=b"
     odd.mkdir()
     given = ["m", "seed=3", "sampling.temperature=0.5", str(odd), "verifier=none"]
-    found = evaluate_driver.sort_arguments(given, ["held=x.jsonl", "evaluation.rounds=2", "toy=none", "long=a=b"])
+    found = driver.sort_arguments(given, ["held=x.jsonl", "evaluation.rounds=2", "toy=none", "long=a=b"])
     assert found == (
         ["m", str(odd)],
         {"held": "x.jsonl", "long": "a=b"},
@@ -127,43 +128,43 @@ def test_overrides_are_told_from_models_and_splits_wherever_they_stand(tmp_path)
 )
 def test_faulty_arguments_are_named(positional, data, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        evaluate_driver.sort_arguments(positional, data)
+        driver.sort_arguments(positional, data)
 
 
 def test_configuration_is_the_recipes_or_that_of_the_first_models_run(run, recipe):
     path = recipe("[evaluation.splits]\nheld = 'h.jsonl'\n")
-    config = evaluate_driver.configuration("m", str(path), {}, ["evaluation.rounds=2"])
+    config = driver.configuration("m", str(path), {}, ["evaluation.rounds=2"])
     assert (config.evaluation.splits, config.evaluation.rounds) == ({"held": "h.jsonl"}, 2)
     (run / "config.json").write_text(json.dumps(resolved(config)))
     for first in (str(run), f"{run}@base"):
-        found = evaluate_driver.configuration(first, None, {"other": "o.jsonl"}, ["seed=5"])
+        found = driver.configuration(first, None, {"other": "o.jsonl"}, ["seed=5"])
         assert (found.evaluation.splits, found.evaluation.rounds, found.seed) == ({"other": "o.jsonl"}, 2, 5)
     with pytest.raises(UserError, match=r"command line: sampling\.temperatur: unknown option; did you mean 'temperature'"):
-        evaluate_driver.configuration(str(run), None, {}, ["sampling.temperatur=1"])
+        driver.configuration(str(run), None, {}, ["sampling.temperatur=1"])
     (run / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json: is gone; name the recipe with --recipe"):
-        evaluate_driver.configuration(str(run), None, {}, [])
+        driver.configuration(str(run), None, {}, [])
 
 
 def test_what_is_missing_is_named_with_the_option_that_gives_it(recipe):
     with pytest.raises(UserError, match=r"--recipe: is missing, and the first MODEL \(m\) is no run"):
-        evaluate_driver.configuration("m", None, {}, [])
+        driver.configuration("m", None, {}, [])
     with pytest.raises(UserError, match=r"--data: is missing"):
-        evaluate_driver.configuration("m", str(recipe()), {}, [])
+        driver.configuration("m", str(recipe()), {}, [])
     with pytest.raises(UserError, match=r"toy: 'toy:long' is part of the tiny world"):
-        evaluate_driver.configuration("m", str(recipe()), {"x": "toy:long"}, [])
+        driver.configuration("m", str(recipe()), {"x": "toy:long"}, [])
 
 
 def test_probes_are_chosen_by_name():
-    assert evaluate_driver.choose_probes(None) == PROBES
-    assert evaluate_driver.choose_probes("keep, majority") == ("keep", "majority")
-    assert evaluate_driver.choose_probes("none") == ()
+    assert driver.choose_probes(None) == PROBES
+    assert driver.choose_probes("keep, majority") == ("keep", "majority")
+    assert driver.choose_probes("none") == ()
     with pytest.raises(UserError, match="--probes lucky: is unknown; known are foreign, keep"):
-        evaluate_driver.choose_probes("lucky")
+        driver.choose_probes("lucky")
 
 
 def test_fault_is_one_sentence_and_exit_code_two(recipe, capsys):
-    assert evaluate_driver.main(["./no/such", "--recipe", str(recipe()), "--data", "held=x.jsonl"]) == 2
+    assert driver.main(["./no/such", "--recipe", str(recipe()), "--data", "held=x.jsonl"]) == 2
     said = capsys.readouterr()
     assert said.err.startswith("error: MODEL ./no/such: ")
     assert (said.err.count("\n"), said.out) == (1, "")

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from evolve_ray import explain, iterate
+from evolve_ray.audit import explain
 from evolve_ray.config.load import load
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import IntegrityError, UserError
-from evolve_ray.inputs import Context, Policy
+from evolve_ray.inputs.context import Context, Policy
 from evolve_ray.models import folders
 from evolve_ray.refine.template import load_template
+from evolve_ray.stages.pairs import select
 from evolve_ray.store import rows, shards
 from evolve_ray.store.manifest import commit
 from evolve_ray.store.run import Run, Stage
@@ -65,7 +66,8 @@ def run(recipe, tmp_path):
     context = Context(
         config, folder, lambda _: None, lambda: None, False, load_template("tiny", "conversation"), Policy(Path(), "")
     )
-    pairs = iterate.select(context, 1, *made.values())
+    context.prompts[1], *tables = made.values()
+    pairs = select(context, 1, *tables)
     stage = Stage(here / "reference", "reference", "reference", {"pairs": pairs.identity})
     empty = dict.fromkeys(rows.REFERENCE.names)
     table = [

@@ -8,11 +8,11 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 
-from evolve_ray import iterate
 from evolve_ray.config.load import load
 from evolve_ray.errors import ResourceError, run_command
-from evolve_ray.plan import check_space
-from evolve_ray.store import manifest, rows
+from evolve_ray.plan.plan import check_space
+from evolve_ray.stages import pairs
+from evolve_ray.store import manifest, rows, run
 from evolve_ray.store.manifest import read_manifest
 from evolve_ray.store.run import Run
 from tests.plain.test_iterate import SCORES, tables
@@ -27,7 +27,7 @@ class Disk:
         self.refuse(None)
         for name in ("__init__", "write_table", "close"):
             monkeypatch.setattr(pq.ParquetWriter, name, self.counted(name, getattr(pq.ParquetWriter, name)))
-        for module in (iterate, manifest, rows):
+        for module in (pairs, manifest, rows, run):
             monkeypatch.setattr(module, "open", self.open, raising=False)
 
     def refuse(self, number, *, and_all_after=False):
@@ -88,7 +88,7 @@ def test_disk_that_is_full_at_any_write_of_a_selection_ends_the_run_and_the_next
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # slow, and refused in test_store_faults.py
 
     def command():
-        iterate.select(context, 1, *inputs)
+        pairs.select(context, 1, *inputs[1:])
         return 0
 
     assert run_command(command, "the same command") == 0

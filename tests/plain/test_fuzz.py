@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from evolve_ray import verify
+from evolve_ray.audit import verify
 from evolve_ray.config.load import build, from_json, load
 from evolve_ray.config.options import Config
 from evolve_ray.config.resolve import flatten, resolved

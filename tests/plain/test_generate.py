@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from evolve_ray.config import options
-from evolve_ray.drive import Completion, Drive, GenerateSpec
 from evolve_ray.errors import UserError
-from evolve_ray.generate import GUESSED, VllmEngine
+from evolve_ray.generate.drive import Drive
+from evolve_ray.generate.spec import Completion, GenerateSpec
+from evolve_ray.generate.vllm import GUESSED, VllmEngine
 from evolve_ray.refine.strategies import STRATEGIES
 from evolve_ray.refine.template import load_template
 from evolve_ray.store.rows import GENERATION, derive_seed
@@ -370,7 +371,7 @@ def test_an_engine_that_speculates_counts_its_guesses_since_the_last_call():
 
 def test_a_process_ends_with_the_second_one_of_its_engine():
     code = (
-        "import time\nfrom types import SimpleNamespace\nfrom evolve_ray.generate import end_with_core\n"
+        "import time\nfrom types import SimpleNamespace\nfrom evolve_ray.generate.vllm import end_with_core\n"
         "end_with_core(None)\nresources = SimpleNamespace(engine_dead=False)\nend_with_core(resources)\ntime.sleep(1)\n"
         "print('alive', flush=True)\nresources.engine_dead = True\ntime.sleep(60)"
     )

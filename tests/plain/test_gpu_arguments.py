@@ -5,13 +5,17 @@ import types
 
 import pytest
 
-from evolve_ray import generate, train
 from evolve_ray.config.load import load
 from evolve_ray.config.resolve import flatten, resolved
 from evolve_ray.errors import UserError
+from evolve_ray.generate import worker
+from evolve_ray.generate.spec import GenerateSpec
+from evolve_ray.generate.vllm import VllmEngine
 from evolve_ray.refine.template import load_template
-from evolve_ray.schedule import micro_steps
 from evolve_ray.store.run import Run, Stage
+from evolve_ray.train.group import group
+from evolve_ray.train.schedule import micro_steps
+from evolve_ray.train.spec import TrainSpec, deepspeed_config
 from tests.plain.processes import ROOT
 
 NODES = {1: "llama31_8b.toml", 4: "llama31_8b_4nodes.toml"}
@@ -51,7 +55,7 @@ def caught(monkeypatch):
 
 
 def engine_spec(config):
-    return generate.GenerateSpec(
+    return GenerateSpec(
         prompts="", work="", key="", shard_prompts=1, model="/models/8b", model_hash="", dtype=config.model.dtype,
         context_tokens=config.model.context_tokens, template=load_template("default", "conversation", "chain"),
         strategy=config.strategy, sampling=config.sampling, engine=config.engine, seed=0, scope=1,
@@ -59,7 +63,7 @@ def engine_spec(config):
 
 
 def train_spec(config, folder):
-    return train.TrainSpec(
+    return TrainSpec(
         pairs="", model="", reference_model="", reference_hash="", dtype=config.model.dtype,
         template=load_template("default", "conversation", "chain"), training=config.training, trainer=config.trainer, seed=0,
         iteration=1, run=Run(folder), reference=None, checkpoint=Stage(folder / "checkpoint", "checkpoint", "key"),
@@ -69,7 +73,7 @@ def train_spec(config, folder):
 @pytest.mark.parametrize("nodes", NODES)
 def test_vllm_gets_dtype_context_seats_and_every_engine_argument(caught, nodes):
     config = recipe(nodes, "engine.args.tensor_parallel_size=4", 'engine.args.distributed_executor_backend="mp"')
-    generate.VllmEngine(engine_spec(config), types.SimpleNamespace(stop_ids=[1]))
+    VllmEngine(engine_spec(config), types.SimpleNamespace(stop_ids=[1]))
     assert caught["LLM"] == {
         "model": "/models/8b", "dtype": "bfloat16", "max_model_len": 8192, "max_num_seqs": 256, "disable_log_stats": True,
         "tensor_parallel_size": 4, "gpu_memory_utilization": 0.9, "enable_prefix_caching": True, "enable_chunked_prefill": True,
@@ -84,12 +88,12 @@ def test_an_argument_that_vllm_does_not_know_is_refused_by_its_name(caught, monk
     monkeypatch.setattr(sys.modules["vllm"], "LLM", refuse)
     config = recipe(1, "engine.args.tensor_paralel_size=2")
     with pytest.raises(UserError, match=r"engine\.args: vLLM does not take them: .*'tensor_paralel_size'"):
-        generate.VllmEngine(engine_spec(config), types.SimpleNamespace(stop_ids=[1]))
+        VllmEngine(engine_spec(config), types.SimpleNamespace(stop_ids=[1]))
 
 
 @pytest.mark.parametrize(("nodes", "actors"), [(1, 6), (4, 24)])
 def test_engines_take_whole_gpus_and_their_environment(nodes, actors):
-    pool = generate.pool(recipe(nodes, 'engine.env.NCCL_P2P_DISABLE="1"').engine)
+    pool = worker.engine_pool(recipe(nodes, 'engine.env.NCCL_P2P_DISABLE="1"').engine)
     assert (pool.actors, pool.gpus, pool.cpus) == (actors, 1.0, 4.0)
     assert pool.env["NCCL_P2P_DISABLE"] == "1"
     assert pool.env["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
@@ -98,7 +102,7 @@ def test_engines_take_whole_gpus_and_their_environment(nodes, actors):
 @pytest.mark.parametrize(("nodes", "workers"), [(1, 8), (4, 32)])
 def test_ray_train_gets_a_gpu_a_worker_nccl_and_the_environment(caught, tmp_path, nodes, workers):
     config = recipe(nodes, "trainer.env.NCCL_SOCKET_IFNAME=eth0")
-    train.group(train_spec(config, tmp_path), tmp_path, tmp_path / "error.json")
+    group(train_spec(config, tmp_path), tmp_path, tmp_path / "error.json")
     assert caught["TorchConfig"] == {"backend": "nccl"}
     assert caught["ScalingConfig"] == {
         "num_workers": workers, "use_gpu": True, "resources_per_worker": {"CPU": 4, "GPU": 1},
@@ -111,7 +115,7 @@ def test_ray_train_gets_a_gpu_a_worker_nccl_and_the_environment(caught, tmp_path
 
 def test_without_gpus_it_is_gloo_on_the_cpu(caught, tmp_path):
     config = load(ROOT / "jobs/recipes/tiny.toml")
-    train.group(train_spec(config, tmp_path), tmp_path, tmp_path / "error.json")
+    group(train_spec(config, tmp_path), tmp_path, tmp_path / "error.json")
     assert caught["TorchConfig"] == {"backend": "gloo"}
     assert caught["ScalingConfig"]["resources_per_worker"] == {"CPU": 0.4}
     assert caught["RunConfig"]["worker_runtime_env"]["env_vars"] == {"DS_ACCELERATOR": "cpu"}
@@ -120,7 +124,7 @@ def test_without_gpus_it_is_gloo_on_the_cpu(caught, tmp_path):
 @pytest.mark.parametrize(("nodes", "accumulation"), [(1, 8), (4, 2)])
 def test_deepspeed_gets_bfloat16_zero_3_and_one_global_batch(tmp_path, nodes, accumulation):
     config = recipe(nodes)
-    made = train.deepspeed_config(train_spec(config, tmp_path))
+    made = deepspeed_config(train_spec(config, tmp_path))
     assert micro_steps(config.training, config.trainer.workers) == accumulation
     assert made["train_batch_size"] == config.training.batch_pairs == 64
     assert made["gradient_accumulation_steps"] == accumulation

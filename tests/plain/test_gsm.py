@@ -8,7 +8,7 @@ import pytest
 from evolve_ray.config import options as config
 from evolve_ray.data.prompts import read_prompts
 from evolve_ray.errors import UserError
-from evolve_ray.scorers import build_verifier
+from evolve_ray.score.verifiers import build_verifier
 
 CASES = [json.loads(line) for line in (Path(__file__).parent / "gsm_cases.jsonl").read_text(encoding="utf-8").splitlines()]
 HASHES = r"####\s*(.+)"

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from evolve_ray import iterate
 from evolve_ray.config.load import load
 from evolve_ray.errors import IntegrityError, UserError
-from evolve_ray.inputs import Context, Policy, settle_config
+from evolve_ray.inputs.context import Context, Policy
+from evolve_ray.inputs.prepare import settle_config
 from evolve_ray.refine.template import load_template
+from evolve_ray.stages import pairs as stages_pairs
+from evolve_ray.stages import probe, training
 from evolve_ray.store import rows, shards
 from evolve_ray.store.manifest import commit
 from evolve_ray.store.run import Run, Stage
@@ -49,6 +51,7 @@ def tables(recipe, tmp_path):
                 rows.write_jsonl(aside / "rejected.jsonl", [])
                 commit(aside, stages[name].work / shards.shard_name(shard), stage="shard", key="k", num_in=1, num_rows=len(table))
             made[name] = shards.finish(stages[name], 2, 2)
+        context.prompts[1] = made["prompts"]
         return context, *made.values()
 
     return make
@@ -67,7 +70,7 @@ SCORES = {"p0-1": 0.0, "p0-2": 1.0, "p1-1": 1.0, "p1-2": 0.0, "p2-1": 0.5, "p2-2
 
 def test_pairs_of_all_shards_come_in_the_order_of_the_prompts(tables):
     context, *inputs = tables(SCORES)
-    manifest = iterate.select(context, 1, *inputs)
+    manifest = stages_pairs.select(context, 1, *inputs[1:])
     table = rows.read_table(manifest.path("pairs.parquet"))
     assert [(row["prompt_id"], row["chosen_id"], row["rejected_id"]) for row in table] == [
         ("p0", "p0-2", "p0-1"), ("p1", "p1-1", "p1-2"),
@@ -76,7 +79,7 @@ def test_pairs_of_all_shards_come_in_the_order_of_the_prompts(tables):
 
 def test_every_draft_is_used_or_in_the_rejected_rows(tables):
     context, *inputs = tables(SCORES)
-    manifest = iterate.select(context, 1, *inputs)
+    manifest = stages_pairs.select(context, 1, *inputs[1:])
     rejected = rows.read_jsonl(manifest.path("rejected.jsonl"))
     assert {row["id"]: row["reason"] for row in rejected} == {
         "p2-1": "no draft with another text is left to pair it with", "p2-2": "has no finite score",
@@ -86,9 +89,9 @@ def test_every_draft_is_used_or_in_the_rejected_rows(tables):
 
 def test_selected_pairs_are_not_selected_again(tables):
     context, *inputs = tables(SCORES)
-    first = iterate.select(context, 1, *inputs)
+    first = stages_pairs.select(context, 1, *inputs[1:])
     before = (first.folder / "pairs.parquet").stat().st_mtime_ns
-    assert iterate.select(context, 1, *inputs) == first
+    assert stages_pairs.select(context, 1, *inputs[1:]) == first
     assert (first.folder / "pairs.parquet").stat().st_mtime_ns == before
 
 
@@ -96,13 +99,13 @@ def test_selected_pairs_are_not_selected_again(tables):
 def test_run_without_a_single_pair_stops_clearly(tables, scores):
     context, *inputs = tables(scores)
     with pytest.raises(UserError, match=r"no pairs came out of 6 drafts .*nothing is trained on nothing"):
-        iterate.select(context, 1, *inputs)
+        stages_pairs.select(context, 1, *inputs[1:])
 
 
 def test_score_of_a_draft_that_does_not_exist_is_refused(tables):
     context, *inputs = tables(SCORES, extra=["p0-9"])
     with pytest.raises(IntegrityError, match=r"scores 1 drafts that .* does not hold"):
-        iterate.select(context, 1, *inputs)
+        stages_pairs.select(context, 1, *inputs[1:])
 
 
 def forgetful(prompt, drafts, options):
@@ -113,7 +116,7 @@ def forgetful(prompt, drafts, options):
 def test_selection_that_loses_drafts_is_refused(tables):
     context, *inputs = tables(SCORES, f"selection.name={__name__}:forgetful")
     with pytest.raises(IntegrityError, match="has 2 drafts, but 0 used and 0 rejected; every draft must be accounted for"):
-        iterate.select(context, 1, *inputs)
+        stages_pairs.select(context, 1, *inputs[1:])
 
 
 @pytest.mark.parametrize(("difference", "agrees"), [(1e-6, True), (0.2, False), (float("nan"), False)])
@@ -121,21 +124,21 @@ def test_engines_that_differ_from_the_checkpoint_end_the_run_and_nothing_is_comm
     context, prompts, *_ = tables(SCORES)
     context.prompts, context.pools = {1: prompts}, SimpleNamespace(open=lambda _: [])
     found = {"mean_difference": difference, "kl_iteration": 0.1, "kl_initial": 0.2}
-    monkeypatch.setattr(iterate, "call_all", lambda *_: [])
-    monkeypatch.setattr(iterate.logprob_probe, "compare", lambda *_: found)
+    monkeypatch.setattr(probe, "call_all", lambda *_: [])
+    monkeypatch.setattr(probe.weight_probe, "compare", lambda *_: found)
     folder = context.run.iteration(1) / "probe"
     if agrees:
-        assert iterate.probe(context, 1, context.policy, context.policy) == found
+        assert probe.probe(context, 1, context.policy, context.policy) == found
         assert (folder / "MANIFEST.json").exists()
     else:
         with pytest.raises(IntegrityError, match=r"differ from the checkpoint's by .* submit the same command again"):
-            iterate.probe(context, 1, context.policy, context.policy)
+            probe.probe(context, 1, context.policy, context.policy)
         assert not folder.exists()
 
 
 def test_option_that_changes_runs_its_own_stage_again_after_saying_so(tables, capsys):
     context, *inputs = tables(SCORES)
-    first = iterate.select(context, 1, *inputs)
+    first = stages_pairs.select(context, 1, *inputs[1:])
     committed = {path: path.stat().st_mtime_ns for path in context.run.root.rglob("MANIFEST.json") if path.parent != first.folder}
     said = []
     changed = dataclasses.replace(
@@ -145,8 +148,8 @@ def test_option_that_changes_runs_its_own_stage_again_after_saying_so(tables, ca
         say=said.append,
     )
     with pytest.raises(UserError, match="made from other inputs or options"):
-        iterate.select(dataclasses.replace(changed, rerun_changed=False), 1, *inputs)
-    second = iterate.select(changed, 1, *inputs)
+        stages_pairs.select(dataclasses.replace(changed, rerun_changed=False), 1, *inputs[1:])
+    second = stages_pairs.select(changed, 1, *inputs[1:])
     assert second.key != first.key
     assert said[0].startswith("  iteration-01/pairs: its options or its source changed; the old one is at .superseded-pairs-")
     assert {path: path.stat().st_mtime_ns for path in committed} == committed, "a stage whose key is the same was touched"
@@ -154,16 +157,16 @@ def test_option_that_changes_runs_its_own_stage_again_after_saying_so(tables, ca
 
 def test_stage_that_is_computed_again_says_which_options_changed_and_what_else_it_is_made_from(tables, recipe):
     """The options are those of the whole recipe; what a stage is made from is its own."""
-    context, prompts, drafts, scores = tables(SCORES)
-    iterate.select(context, 1, prompts, drafts, scores)
+    context, _, drafts, scores = tables(SCORES)
+    stages_pairs.select(context, 1, drafts, scores)
     settle_config(context.config, context.run, rerun_changed=False)
     config = load(recipe(), ["engine.shard_prompts=2", "selection.margin=0.75", "training.beta=0.3"])
     changed = settle_config(config, context.run, rerun_changed=True)
     assert changed == "selection.margin (0.0 -> 0.75), training.beta (0.1 -> 0.3)"
     said = []
     again = dataclasses.replace(context, config=config, rerun_changed=True, say=said.append, changed=changed)
-    iterate.select(again, 1, prompts, drafts, scores)
-    iterate.select(again, 1, prompts, drafts, dataclasses.replace(scores, key="other"))
+    stages_pairs.select(again, 1, drafts, scores)
+    stages_pairs.select(again, 1, drafts, dataclasses.replace(scores, key="other"))
     for line, why in zip(said, ("its options or its source changed", "is made from other scores now"), strict=True):
         assert line.startswith(f"  iteration-01/pairs: {why} (in the recipe: {changed}); the old one is at .superseded-pairs-")
     events = rows.read_jsonl(context.run.root / "events.jsonl")
@@ -173,25 +176,25 @@ def test_stage_that_is_computed_again_says_which_options_changed_and_what_else_i
 
 def test_option_of_another_stage_runs_nothing_again(tables, monkeypatch):
     context, *inputs = tables(SCORES)
-    first = iterate.select(context, 1, *inputs)
+    first = stages_pairs.select(context, 1, *inputs[1:])
     other = dataclasses.replace(
         context, config=dataclasses.replace(context.config, training=dataclasses.replace(context.config.training, beta=0.3))
     )
-    monkeypatch.setattr(iterate, "write_pairs", lambda *_: pytest.fail("a stage whose options are the same ran again"))
-    assert iterate.select(other, 1, *inputs).identity == first.identity
+    monkeypatch.setattr(stages_pairs, "write_pairs", lambda *_: pytest.fail("a stage whose options are the same ran again"))
+    assert stages_pairs.select(other, 1, *inputs[1:]).identity == first.identity
 
 
 def test_run_whose_scores_are_all_tied_stops_clearly(tables):
     context, *inputs = tables(dict.fromkeys(SCORES, 0.5))
     with pytest.raises(UserError, match="nothing is trained on nothing"):
-        iterate.select(context, 1, *inputs)
+        stages_pairs.select(context, 1, *inputs[1:])
 
 
 @pytest.fixture
 def trained(tables, monkeypatch):
     """(reference key, checkpoint key) of a training on the run's pairs; `train.fit` is not what is asked about."""
     context, *inputs = tables(SCORES)
-    chosen = iterate.select(context, 1, *inputs)
+    chosen = stages_pairs.select(context, 1, *inputs[1:])
     specs = []
 
     def fit(spec, storage):
@@ -199,7 +202,7 @@ def trained(tables, monkeypatch):
         (spec.checkpoint.start() / "model.safetensors").write_text(spec.checkpoint.key)
         return spec.checkpoint.commit()
 
-    monkeypatch.setattr(iterate.train, "fit", fit)
+    monkeypatch.setattr(training.group, "fit", fit)
 
     def keys(*overrides, policy="m1", pairs=chosen, template=context.template, initial=None):
         config = context.config
@@ -209,7 +212,7 @@ def trained(tables, monkeypatch):
         start = Policy(Path("initial"), initial) if initial else None
         given = dataclasses.replace(context, config=config, template=template, rerun_changed=True, initial=start)
         specs.clear()
-        iterate.fit(given, 1, Policy(Path("policy"), policy), pairs, config.training, "checkpoint")
+        training.train(given, 1, Policy(Path("policy"), policy), pairs, config.training, "checkpoint")
         if specs:
             assert (specs[0].model, specs[0].reference.inputs) == ("policy", {"pairs": pairs.identity})
             keys.of = (specs[0].reference.key, specs[0].checkpoint.key)

@@ -4,7 +4,7 @@ import datetime
 
 import pytest
 
-from evolve_ray.ledger import TOTALS, compute, ledger
+from evolve_ray.report.ledger import TOTALS, compute, ledger
 from evolve_ray.store.run import Run, Stage
 
 ENGINE = {"num_prompt_tokens": 100, "num_cached_tokens": 40, "num_tokens": 60}

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from evolve_ray import iterate, measure, report
+from evolve_ray import iterate
 from evolve_ray.config.load import load
 from evolve_ray.config.options import Controller
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import UserError
 from evolve_ray.evaluate import controller, drift
 from evolve_ray.evaluate.controller import Decision
-from evolve_ray.inputs import Context, Policy
+from evolve_ray.inputs.context import Context, Policy
 from evolve_ray.refine.template import load_template
+from evolve_ray.report import report
+from evolve_ray.stages import drafting, evaluation, measures
 from evolve_ray.store import rows, shards
 from evolve_ray.store.manifest import commit, read_manifest
 from evolve_ray.store.run import Run, Stage
@@ -37,15 +39,15 @@ class World:
         self.models = models
         self.made = 0
 
-    def generate_and_score(self, context, asked, folder, *, scored=True):
-        drafts = context.stage(folder / "generations", "generations", {"model": asked.policy.hash, "label": asked.label}, {})
+    def generate_and_score(self, context, job, folder):
+        drafts = context.stage(folder / "generations", "generations", {"model": job.policy.hash, "label": job.label}, {})
         scores = context.stage(folder / "scores", "scores", {"key": drafts.key}, {})
         if not (drafts.committed() and scores.committed()):
             self.made += 1
             written, values = [], []
-            for prompt_number, prompt in enumerate(rows.read_table(asked.prompts.path("prompts.parquet"))):
+            for prompt_number, prompt in enumerate(rows.read_table(job.prompts.path("prompts.parquet"))):
                 for number in (1, 2):
-                    row = self.answer(int(asked.policy.hash), prompt_number % NUM_PROMPTS, number)
+                    row = self.answer(int(job.policy.hash), prompt_number % NUM_PROMPTS, number)
                     name = f"{prompt['prompt_id']}-{number}"
                     parent = f"{prompt['prompt_id']}-1" if number == 2 else None
                     written.append({
@@ -57,7 +59,7 @@ class World:
                     values.append(
                         {"draft_id": name, "prompt_id": prompt["prompt_id"], "score": length, "correct": row["correct"]}
                     )
-            num_in = asked.prompts.stats["num_rows"]
+            num_in = job.prompts.stats["num_rows"]
             self.commit(drafts, written, rows.GENERATION, num_in, num_answers=len(written))
             self.commit(scores, values, rows.SCORE, len(written))
         return drafts.committed(), scores.committed()
@@ -76,8 +78,8 @@ class World:
         commit(aside, stage.work / shards.shard_name(0), stage="shard", key="k", num_in=num_in, **totals, **stats)
         shards.finish(stage, 1, num_in)
 
-    def fit(self, context, iteration, policy, given, training, name):
-        stage = context.stage(context.run.iteration(iteration) / name, name, {"model": policy.hash}, {"pairs": given.identity})
+    def train(self, context, iteration, policy, pairs, training, name):
+        stage = context.stage(context.run.iteration(iteration) / name, name, {"model": policy.hash}, {"pairs": pairs.identity})
         if not stage.committed():
             self.made += 1
             stage.start()
@@ -104,8 +106,9 @@ def loop(recipe, tmp_path, monkeypatch):
     def run(models, *overrides, rerun_changed=False, held_out=True):
         world, root = World(models), Run(tmp_path / "run")
         root.root.mkdir(exist_ok=True)
-        for name in ("generate_and_score", "fit"):
-            monkeypatch.setattr(iterate, name, getattr(world, name))
+        for module in (drafting, evaluation):
+            monkeypatch.setattr(module, "generate_and_score", world.generate_and_score)
+        monkeypatch.setattr(iterate, "train", world.train)
         monkeypatch.setattr(report, "write_page", lambda *_: None)  # it costs seconds, and its own tests look at it
         monkeypatch.setattr(iterate, "probe", lambda *_: {"kl_iteration": 0.25, "kl_initial": 0.5})
         config = load(recipe(), [*(HELD_OUT if held_out else ()), "iterations=3", *overrides])
@@ -229,10 +232,9 @@ def test_drift_of_an_iteration_is_in_the_report(loop):
 def test_without_a_probe_the_divergence_is_null(loop, monkeypatch, tmp_path):
     report, *_ = loop(HACKABLE, "iterations=1")
     assert report["models"][1]["drift"]["kl_initial"] == 0.5
-    found = measure.measure_drift(
-        Context(load(tmp_path / "recipe.toml"), Run(tmp_path / "run"), print, print, False, None, None), 1,
-        {name: read_manifest(tmp_path / "run" / "iteration-01" / name) for name in ("generations", "scores", "pairs")}, None, [],
-    )  # fmt: skip
+    context = Context(load(tmp_path / "recipe.toml"), Run(tmp_path / "run"), print, print, False, None, None)
+    inputs = [read_manifest(tmp_path / "run" / "iteration-01" / name) for name in ("generations", "scores", "pairs")]
+    found = measures.measure_drift(context, 1, *inputs, None, [])
     assert (found["kl_iteration"], found["kl_initial"]) == (None, None)
 
 

@@ -5,9 +5,10 @@ import re
 
 import pytest
 
-from evolve_ray.metrics import METRICS, Follower, Metrics, Work
+from evolve_ray.pools.work import Work
 from evolve_ray.store import rows
 from evolve_ray.store.run import Run, Stage
+from evolve_ray.watch.metrics import METRICS, Follower, Metrics
 from tests.plain.processes import ROOT
 
 DASHBOARD = json.loads((ROOT / "cluster/grafana/evolve-ray.json").read_text())
@@ -46,7 +47,7 @@ def test_gauges_are_set_again_and_again_because_ray_forgets_them(tmp_path, monke
     follower = Follower(Run(tmp_path), "r", Metrics())
     follower.metrics.set("evolve_iteration", 1, run="r")
     follower.metrics.set("evolve_iteration", 2, run="r")
-    monkeypatch.setattr("evolve_ray.metrics.INTERVAL_S", 0.01)
+    monkeypatch.setattr("evolve_ray.watch.metrics.INTERVAL_S", 0.01)
     follower.start()
     while len(gauge) < 5:
         pass

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from evolve_ray import status, verify
+from evolve_ray.audit import verify
 from evolve_ray.driver import main
 from evolve_ray.errors import IntegrityError, LockedError, ResourceError, UserError, on_sigterm
 from evolve_ray.store import sync
@@ -20,6 +20,7 @@ from evolve_ray.store.object_store import Store
 from evolve_ray.store.places import check_uri, is_uri, places, run_folder
 from evolve_ray.store.run import Run
 from evolve_ray.store.sync import kept
+from evolve_ray.watch import status
 from tests.plain.processes import run_python
 from tests.plain.test_verify import run as sound_run
 from tests.stores import CREDENTIALS, at, fetched, make, mirror, objects_of, place, proxy, request, server, way

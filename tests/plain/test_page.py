@@ -9,11 +9,11 @@ from html.parser import HTMLParser
 import matplotlib
 import pytest
 
-from evolve_ray import charts, page, recipe, report
-from evolve_ray.charts import Point, Series
 from evolve_ray.config.load import load
 from evolve_ray.config.resolve import resolved
 from evolve_ray.refine.strategies import STRATEGIES
+from evolve_ray.report import charts, page, recipe, report
+from evolve_ray.report.charts import Point, Series
 from evolve_ray.select.pairs import SELECTIONS
 from evolve_ray.store.rows import reject, write_jsonl
 from evolve_ray.store.run import Run, Stage

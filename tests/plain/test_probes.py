@@ -2,15 +2,16 @@
 
 import pytest
 
+from evolve_ray.compare.skill_probes import affordable, foreign, keep, longer, majority, parallel, quality, tercile_bounds, vote
 from evolve_ray.config import options
-from evolve_ray.drive import Completion, Drive, GenerateSpec
 from evolve_ray.errors import UserError
 from evolve_ray.evaluate.figures import changes
-from evolve_ray.probes import affordable, foreign, keep, longer, majority, parallel, quality, tercile_bounds, vote
+from evolve_ray.generate.drive import Drive
+from evolve_ray.generate.spec import Completion, GenerateSpec
 from evolve_ray.refine.asks import Draft, Given
 from evolve_ray.refine.strategies import refine_given
 from evolve_ray.refine.template import load_template
-from evolve_ray.scorers import same_answer
+from evolve_ray.score.verifiers import same_answer
 from evolve_ray.store import rows
 
 TEMPLATE = load_template("tiny", "conversation")

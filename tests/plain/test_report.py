@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from evolve_ray import report as evolve_ray_report
 from evolve_ray.evaluate import intervals as evaluate_intervals
+from evolve_ray.report.report import Aside, stage_rows, write
+from evolve_ray.report.tables import table, table_rows
 from evolve_ray.store.run import Run, Stage
 
 
@@ -76,31 +77,27 @@ def test_interval_of_equal_values_is_a_point():
 
 
 def test_table_has_a_column_for_each_round_and_the_gain():
-    header, lines = evolve_ray_report.table_rows(rendered(model("base", 0.25, 0.5)))
+    header, lines = table_rows(rendered(model("base", 0.25, 0.5)))
     assert header == ["split", "model", "measure", "y1", "y2", "y2 - y1", "n"]
     one, two = "0.250 [0.150, 0.350]", "0.500 [0.400, 0.600]"
     assert lines == [["held", "base", "reward", one, two, two, "8"]]
 
 
 def test_exact_match_is_shown_in_percent_above_the_reward():
-    lines = [line.split() for line in evolve_ray_report.table(rendered(model("base", 0.25, exact=True))).splitlines() if line]
+    lines = [line.split() for line in table(rendered(model("base", 0.25, exact=True))).splitlines() if line]
     assert lines[1][:6] == ["held", "base", "exact", "match", "%", "25.0"]
     assert lines[2][:4] == ["held", "base", "reward", "0.250"]
 
 
 def test_every_model_and_split_is_a_line_as_wide_as_the_header():
-    header, lines = evolve_ray_report.table_rows(
-        rendered(model("base", 0.1, splits=("held", "long")), model("iteration 1", 0.2, 0.3))
-    )
+    header, lines = table_rows(rendered(model("base", 0.1, splits=("held", "long")), model("iteration 1", 0.2, 0.3)))
     assert [line[:2] for line in lines] == [["held", "base"], ["held", "iteration 1"], ["long", "base"]]
     assert {len(line) for line in lines} == {len(header)}
 
 
 def test_table_without_any_evaluation_renders():
-    assert evolve_ray_report.table(rendered({"name": "base", "splits": {}})).startswith("split")
-    assert (
-        evolve_ray_report.table(rendered({"name": "base", "splits": {"held": {"num_prompts": 1, "rounds": {}}}})).count("\n") == 0
-    )
+    assert table(rendered({"name": "base", "splits": {}})).startswith("split")
+    assert table(rendered({"name": "base", "splits": {"held": {"num_prompts": 1, "rounds": {}}}})).count("\n") == 0
 
 
 @pytest.fixture
@@ -117,11 +114,11 @@ def run(tmp_path):
 
 def test_stages_are_listed_with_counts_and_all_seconds(run):
     stage = {"iteration": 1, "stage": "pairs", "seconds": 3.5, "num_in": 5, "num_rows": 2, "num_rejected": 1}
-    assert evolve_ray_report.stage_rows(run) == [stage]
+    assert stage_rows(run) == [stage]
 
 
 def test_report_is_written_as_json_and_as_a_page(run):
-    written = evolve_ray_report.write(run, CONFIG, [model("base", 0.5)])
+    written = write(run, CONFIG, [model("base", 0.5)])
     assert json.loads((run.root / "report.json").read_bytes()) == written
     assert written["stages"][0]["stage"] == written["ledger"]["stages"][0]["stage"] == "pairs"
     assert written["ledger"]["total"]["seconds"] == 3.5
@@ -131,7 +128,7 @@ def test_report_is_written_as_json_and_as_a_page(run):
 
 def test_a_page_that_is_drawn_later_is_that_of_the_moment_it_was_asked_for(run):
     asked, models = [], [model("base", 0.5)]
-    evolve_ray_report.write(run, CONFIG, models, asked.append)
+    write(run, CONFIG, models, asked.append)
     assert not (run.root / "report.json").exists()
     models.append(model("iteration 1", 0.6))
     (draw,) = asked
@@ -141,7 +138,7 @@ def test_a_page_that_is_drawn_later_is_that_of_the_moment_it_was_asked_for(run):
 
 
 def test_a_page_that_cannot_be_drawn_aside_is_an_error_of_the_next_one_or_of_the_end(run):
-    aside, done = evolve_ray_report.Aside(), []
+    aside, done = Aside(), []
     aside.wait()
 
     def fail():
@@ -157,14 +154,14 @@ def test_a_page_that_cannot_be_drawn_aside_is_an_error_of_the_next_one_or_of_the
 
 def test_the_checkpoint_is_that_of_the_last_model_that_was_not_rolled_back(run):
     models = [model("base", 0.5), {**model("iteration 1", 0.6), "rolled_back": False}]
-    assert evolve_ray_report.write(run, CONFIG, models)["checkpoint"] == "/run/iteration 1"
+    assert write(run, CONFIG, models)["checkpoint"] == "/run/iteration 1"
     models += [{**model("iteration 2", 0.7), "rolled_back": True}]
-    written = evolve_ray_report.write(run, CONFIG, models)
+    written = write(run, CONFIG, models)
     assert (written["checkpoint"], len(written["models"])) == ("/run/iteration 1", 3)
-    assert "iteration 2 (rolled back)" in evolve_ray_report.table(written)
+    assert "iteration 2 (rolled back)" in table(written)
 
 
 @pytest.mark.parametrize("character", ["\u2028", "\x85", "\u2029"])
 def test_events_with_unicode_line_separators_are_read(run, character):
     run.event("driver_failed", error=f"p.jsonl:1: has no column 'prompt'; its columns are: a{character}b")
-    assert evolve_ray_report.stage_rows(run)[0]["seconds"] == 3.5
+    assert stage_rows(run)[0]["seconds"] == 3.5

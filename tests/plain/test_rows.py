@@ -12,7 +12,7 @@ from tests.plain.processes import run_python
 
 CODE = """
 import json
-from evolve_ray import rows
+from evolve_ray.store import rows
 ids = rows.content_id("prompt", "caf\\u00e9", None), rows.derive_seed(0, 1, "id", 0, 2), rows.digest({"b": 1, "a": [2.5]})
 print(json.dumps(ids))
 """

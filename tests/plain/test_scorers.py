@@ -7,10 +7,13 @@ import threading
 
 import pytest
 
-from evolve_ray import scorers
 from evolve_ray.config import options as config
 from evolve_ray.errors import IntegrityError, ResourceError, UserError
-from evolve_ray.scorers import ExactMatch, MathMatch, build_scorer, build_verifier, reward_model_names
+from evolve_ray.score import combined as combinations
+from evolve_ray.score import math_verifier
+from evolve_ray.score.combined import build_scorer, reward_model_names
+from evolve_ray.score.math_verifier import MathMatch
+from evolve_ray.score.verifiers import VERIFIERS, ExactMatch, build_verifier
 from evolve_ray.toy.task import SortVerifier
 from tests.plain.processes import run_python
 from tests.plain.test_house import HEAVY
@@ -24,7 +27,7 @@ def verdict(answer, response, **options):
 
 
 def test_import_of_the_scorers_loads_nothing_heavy():
-    loaded = run_python("import sys, json, evolve_ray.scorers; print(json.dumps(sorted(sys.modules)))")
+    loaded = run_python("import sys, json, evolve_ray.score.combined; print(json.dumps(sorted(sys.modules)))")
     assert [name for name in json.loads(loaded) if name in (*HEAVY, "sympy", "math_verify")] == []
 
 
@@ -37,7 +40,7 @@ def test_verifier_is_found_by_short_name_and_by_module():
 
 def test_every_shipped_verifier_can_be_built_and_is_tested():
     names = config.Verifier.__dataclass_fields__["name"].metadata["choices"]
-    assert set(names) == set(scorers.VERIFIERS) == {"exact", "regex", "numeric", "math"}
+    assert set(names) == set(VERIFIERS) == {"exact", "regex", "numeric", "math"}
 
 
 def test_exact_match_ignores_only_surrounding_space():
@@ -200,7 +203,7 @@ def test_process_that_cannot_judge_is_no_verdict(monkeypatch):
 
 
 def test_math_without_its_package_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(scorers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(math_verifier.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"verifier\.name: 'math' needs .* install -e '\.\[eval\]'"):
         build_verifier(config.Verifier(name="math"))
 
@@ -278,7 +281,7 @@ def test_plugged_scorer_is_found_and_a_missing_one_is_named_by_its_field():
 
 
 def test_reward_models_are_hosted_by_the_names_of_the_recipe(monkeypatch):
-    monkeypatch.setattr(scorers, "RewardModel", lambda options, folder, field="scorer.model": (folder, field))
+    monkeypatch.setattr(combinations, "RewardModel", lambda options, folder, field="scorer.model": (folder, field))
     one = config.Scorer(model="some/model")
     several = config.Scorer(name="mean", members=["reward_model=toy:reward_model", "verifier", "reward_model=other"])
     folders = {"some/model": "/one", "toy:reward_model": "/two", "other": "/three"}

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 
 from evolve_ray.errors import IntegrityError
@@ -11,7 +12,7 @@ from evolve_ray.pools.worker import ShardWorker
 from evolve_ray.store import rows
 from evolve_ray.store.manifest import read_manifest
 from evolve_ray.store.run import Stage
-from evolve_ray.store.shards import finish, pq, read_rows, read_slice
+from evolve_ray.store.shards import finish, read_rows, read_slice
 
 PROMPTS = [
     {"prompt_id": f"p{n}", "prompt": f"text {n}", "answer": None, "split": "s", "file": "f", "line": n, "num_tokens": 1}

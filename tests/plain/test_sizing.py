@@ -6,12 +6,12 @@ import re
 
 import pytest
 
-from evolve_ray import estimate, fitting, sizing
-from evolve_ray.config.load import load as config_load
+from evolve_ray.config import load as config_load
 from evolve_ray.config.options import Training
 from evolve_ray.driver import main, parse
-from evolve_ray.shapes import read_shape
-from evolve_ray.sizing import GIB, Cluster, forward_tokens, sequences
+from evolve_ray.plan import estimate, fitting, sizing
+from evolve_ray.plan.shapes import read_shape
+from evolve_ray.plan.sizing import GIB, Cluster, forward_tokens, sequences
 from tests.plain.processes import ROOT
 
 LLAMA_8B = {

@@ -12,9 +12,9 @@ import pytest
 from evolve_ray.config.load import load
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import UserError
-from evolve_ray.status import describe, main, status
 from evolve_ray.store.manifest import commit
 from evolve_ray.store.run import Run, Stage
+from evolve_ray.watch.status import describe, main, status
 from tests.plain.processes import ROOT
 
 COMMAND = "python jobs/iterate.py recipe.toml --run mine"

@@ -11,20 +11,25 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from evolve_ray import inputs, iterate, study
-from evolve_ray import report as evolve_ray_report
-from evolve_ray import study_tables as tables
 from evolve_ray.config.load import load
 from evolve_ray.config.options import Preferences, Refresh, Training
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import IntegrityError
 from evolve_ray.evaluate import intervals
 from evolve_ray.evaluate.figures import summarise
-from evolve_ray.prompter import Prompter
+from evolve_ray.inputs import context as inputs
+from evolve_ray.inputs.prompts import Prompter
+from evolve_ray.iterate import activate
+from evolve_ray.report import report as evolve_ray_report
+from evolve_ray.stages.evaluation import evaluate
 from evolve_ray.store import rows, shards
 from evolve_ray.store.manifest import commit
 from evolve_ray.store.run import Run, Stage
-from evolve_ray.study_tables import Answer, Outcomes, Result
+from evolve_ray.study import claims as study_claims
+from evolve_ray.study import driver
+from evolve_ray.study import results as study_results
+from evolve_ray.study import tables as study_tables
+from evolve_ray.study.results import Answer, Outcomes, Result
 from tests.plain.processes import ROOT, run_python
 
 
@@ -38,7 +43,7 @@ def no_waiting_for_the_disk(monkeypatch):
 def drawing_is_for_its_own_tests(monkeypatch, request):
     """A figure costs a second; two tests look at it."""
     if not any(word in request.node.name for word in ("and_figure", "same_files")):
-        monkeypatch.setattr(tables, "figure", lambda results, path: path.write_text("not drawn"))
+        monkeypatch.setattr(study_tables, "figure", lambda results, path: path.write_text("not drawn"))
     monkeypatch.setattr(evolve_ray_report, "write_page", lambda *_: None)
 
 
@@ -46,7 +51,7 @@ def drawing_is_for_its_own_tests(monkeypatch, request):
 def judge(monkeypatch):
     """In place of the trained reward model: what it gives, by run folder."""
     given = {}
-    monkeypatch.setattr(study, "judge_run", lambda root, seed, jobs: given.get(root.name, {}))
+    monkeypatch.setattr(driver, "judge_run", lambda root, seed, jobs: given.get(root.name, {}))
     return given
 
 
@@ -69,7 +74,7 @@ def result(recipe, seed, models, labels=None):
     """Models by name: outcomes, or counts; the same on every split unless a dict of splits is given."""
     whole = {}
     for name, given in models.items():
-        parts = given if set(given if isinstance(given, dict) else ()) >= {"heldout"} else dict.fromkeys(study.SPLITS, given)
+        parts = given if set(given if isinstance(given, dict) else ()) >= {"heldout"} else dict.fromkeys(driver.SPLITS, given)
         whole[name] = {split: part if isinstance(part, Outcomes) else outcomes(part) for split, part in parts.items()}
     return Result(recipe, seed, whole, labels or {}, [])
 
@@ -113,21 +118,21 @@ def results(*, drop=(), seeds=(0, 1), tiny=tiny(), dpo=ACTIVATION, labels=None, 
 
 
 def claims(found, command="python jobs/study.py"):
-    return {claim["claim"]: claim for claim in study.claims(found, command)}
+    return {claim["claim"]: claim for claim in study_claims.claims(found, command)}
 
 
 def test_differences_pair_by_prompt_and_not_by_order():
     one, other = {"a": 1.0, "b": 0.0, "c": 1.0}, {"c": 0.0, "b": 1.0, "a": 1.0}
-    assert tables.minus(one, other) == {"a": 0.0, "b": -1.0, "c": 1.0}
+    assert study_results.minus(one, other) == {"a": 0.0, "b": -1.0, "c": 1.0}
 
 
 def test_only_prompts_of_both_sides_are_compared():
-    assert tables.minus({"a": 1.0, "b": 1.0}, {"b": 0.0, "c": 0.0}) == {"b": 1.0}
+    assert study_results.minus({"a": 1.0, "b": 1.0}, {"b": 0.0, "c": 0.0}) == {"b": 1.0}
 
 
 def test_runs_without_a_common_prompt_are_refused():
     with pytest.raises(IntegrityError, match="no held-out prompt in common"):
-        tables.minus({"a": 1.0}, {"b": 1.0})
+        study_results.minus({"a": 1.0}, {"b": 1.0})
 
 
 def values(*numbers):
@@ -135,37 +140,37 @@ def values(*numbers):
 
 
 def test_pooled_mean_gives_every_seed_the_same_weight():
-    assert tables.pooled([values(1, 1, 0, 0), values(1, 0, 0, 0, 0, 0, 0, 0)])["mean"] == pytest.approx((0.5 + 0.125) / 2)
+    assert study_results.pooled([values(1, 1, 0, 0), values(1, 0, 0, 0, 0, 0, 0, 0)])["mean"] == pytest.approx((0.5 + 0.125) / 2)
 
 
 def test_prompts_are_resampled_within_their_seed():
     # Between the seeds lies everything, within them nothing: only a bootstrap across seeds would widen this.
-    assert tables.pooled([values(*[0] * 20), values(*[1] * 20)]) == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert study_results.pooled([values(*[0] * 20), values(*[1] * 20)]) == {"mean": 0.5, "low": 0.5, "high": 0.5}
 
 
 def test_interval_of_one_seed_agrees_with_the_report():
     numbers = list(np.random.default_rng(1).choice([-1.0, 0.0, 1.0], size=400, p=[0.1, 0.6, 0.3]))
-    here, there = tables.pooled([values(*numbers)]), intervals.interval(numbers, seed=3)
+    here, there = study_results.pooled([values(*numbers)]), intervals.interval(numbers, seed=3)
     assert here["mean"] == pytest.approx(there["mean"])
     assert [here["low"], here["high"]] == pytest.approx([there["low"], there["high"]], abs=0.006)
 
 
 def test_two_seeds_narrow_the_interval_by_the_square_root_of_two():
     one = values(*[0, 1] * 200)
-    widths = [part["high"] - part["low"] for part in (tables.pooled([one]), tables.pooled([one, one]))]
+    widths = [part["high"] - part["low"] for part in (study_results.pooled([one]), study_results.pooled([one, one]))]
     assert widths[0] / widths[1] == pytest.approx(2**0.5, rel=0.08)
 
 
 def test_pooled_interval_covers_the_truth_about_95_times_in_100():
     generator = np.random.default_rng(5)
     draws = (generator.random((500, 2, 150)) < np.array([0.3, 0.7])[None, :, None]).astype(float)
-    found = [tables.pooled([values(*one), values(*other)]) for one, other in draws]
+    found = [study_results.pooled([values(*one), values(*other)]) for one, other in draws]
     assert 0.92 <= np.mean([part["low"] <= 0.5 <= part["high"] for part in found]) <= 0.98
 
 
 def test_interval_knows_no_order_of_prompts_and_no_chance():
     numbers = [0.0, 1.0, 1.0, -1.0, 0.0]
-    assert tables.pooled([values(*numbers)]) == tables.pooled([values(*numbers[::-1])])
+    assert study_results.pooled([values(*numbers)]) == study_results.pooled([values(*numbers[::-1])])
 
 
 def test_rounds_are_counted_from_one_and_the_last_is_minus_one():
@@ -180,11 +185,11 @@ def values_p(*numbers):
 def test_best_of_is_any_right_answer():
     part = outcomes({"0100": 1, "0000": 1}, {"0000": 1, "0001": 1})
     assert (part.best("chain"), part.best("parallel")) == (values_p(1, 0), values_p(0, 1))
-    assert tables.minus(part.tokens("chain"), part.tokens("parallel")) == values_p(0, 0)
+    assert study_results.minus(part.tokens("chain"), part.tokens("parallel")) == values_p(0, 0)
 
 
 def test_cells_of_a_model_are_means_over_seeds():
-    cells = tables.round_cells([outcomes({"01": 3, "10": 1, "11": 2, "00": 4}), outcomes({"01": 2, "11": 8})], 2)
+    cells = study_tables.round_cells([outcomes({"01": 3, "10": 1, "11": 2, "00": 4}), outcomes({"01": 2, "11": 8})], 2)
     assert cells[:2] == ["55.0", "75.0"]
     assert cells[2].startswith("20.0 [")
     assert cells[3:] == ["2.5", "0.5", "10"]
@@ -287,7 +292,7 @@ def test_chain_against_parallel_is_not_measured_without_samples():
     assert [(found[name]["reached"], found[name]["note"]) for name in ("e", "e_verifier", "e_tokens")] == [
         (None, "not measured")
     ] * 3
-    assert "Not measured" in tables.best_table(results(tiny=tiny(**{"iteration 3": THREE})))
+    assert "Not measured" in study_tables.best_table(results(tiny=tiny(**{"iteration 3": THREE})))
 
 
 def test_label_accuracy_is_the_mean_over_iterations_with_equal_pairs_against_it():
@@ -376,7 +381,7 @@ def write_run(root, *, marks=MARKS, parallel=None, truths=((1.0, 0.5),), end="dr
     for name, given in marks.items():
         number = int(name.split()[-1]) if name.startswith("iteration") else 0
         folder = run.iteration(number)
-        given = given if isinstance(given, dict) else dict.fromkeys(study.SPLITS, given)
+        given = given if isinstance(given, dict) else dict.fromkeys(driver.SPLITS, given)
         evaluation = "base_evaluation" if name == "base" else "evaluation"
         summary = {}
         if not (folder / evaluation).exists():
@@ -395,60 +400,60 @@ def write_run(root, *, marks=MARKS, parallel=None, truths=((1.0, 0.5),), end="dr
 
 def test_outcomes_are_read_by_prompt_round_and_split(tmp_path):
     write_run(tmp_path / "run", marks={"base": {"heldout": ["01", "10"], "long": ["00", "11", "01"]}})
-    found = tables.read_result(tmp_path / "run", "tiny", 0).models["base"]
+    found = study_results.read_result(tmp_path / "run", "tiny", 0).models["base"]
     assert found["heldout"].y(1) == {"heldout-0": 0.0, "heldout-1": 1.0}
     assert found["heldout"].y(-1) == {"heldout-0": 1.0, "heldout-1": 0.0}
-    assert tables.gain(found["long"]) == {"long-0": 0.0, "long-1": 0.0, "long-2": 1.0}
+    assert study_results.gain(found["long"]) == {"long-0": 0.0, "long-1": 0.0, "long-2": 1.0}
     assert found["long"].tokens("chain") == dict.fromkeys(("long-0", "long-1", "long-2"), 3.0 + 4.0)
 
 
 def test_outcomes_agree_with_the_report_of_the_run(tmp_path):
     write_run(tmp_path / "run", marks={"base": ["0110", "1001", "0001", "11?1", "1111", "0000"]})
-    part = tables.read_result(tmp_path / "run", "tiny", 0).outcomes("base")
+    part = study_results.read_result(tmp_path / "run", "tiny", 0).outcomes("base")
     told = json.loads((tmp_path / "run" / "report.json").read_bytes())["models"][0]["splits"]["heldout"]
     for number in range(1, 5):
         assert np.mean(list(part.y(number).values())) == told["rounds"][str(number)]["exact_match"]["mean"]
     moved = told["rounds"]["4"]["against_first"]
-    assert tables.round_cells([part], 4)[5:] == [str(moved["wrong_to_right"]), str(moved["right_to_wrong"]), "5"]
+    assert study_tables.round_cells([part], 4)[5:] == [str(moved["wrong_to_right"]), str(moved["right_to_wrong"]), "5"]
 
 
 def test_prompt_without_a_score_in_every_round_does_not_count(tmp_path):
     write_run(tmp_path / "run", marks={"base": ["01", "?1", "1?"]})
-    assert set(tables.read_result(tmp_path / "run", "tiny", 0).outcomes("base").chain) == {"heldout-0"}
+    assert set(study_results.read_result(tmp_path / "run", "tiny", 0).outcomes("base").chain) == {"heldout-0"}
 
 
 def test_split_without_a_single_verified_chain_is_refused(tmp_path):
     write_run(tmp_path / "run", marks={"base": {"heldout": ["0?", "1?"]}})
     with pytest.raises(IntegrityError, match=r"base_evaluation: no prompt of split heldout has a verified answer in every round"):
-        tables.read_result(tmp_path / "run", "tiny", 0)
+        study_results.read_result(tmp_path / "run", "tiny", 0)
 
 
 def test_evaluation_that_is_gone_is_refused(tmp_path):
     write_run(tmp_path / "run")
     os.rename(tmp_path / "run" / "iteration-01" / "evaluation", tmp_path / "away")
     with pytest.raises(IntegrityError, match=r"iteration-01/evaluation: is listed in report.json but holds no answers"):
-        tables.read_result(tmp_path / "run", "tiny", 0)
+        study_results.read_result(tmp_path / "run", "tiny", 0)
 
 
 def test_as_many_parallel_samples_count_as_the_chain_has_rounds(tmp_path):
-    samples = {split: ["001", "010", "?11"] for split in study.SPLITS}
+    samples = {split: ["001", "010", "?11"] for split in driver.SPLITS}
     write_run(tmp_path / "run", marks={"base": ["00", "00", "11"]}, parallel=samples)
-    found = tables.read_result(tmp_path / "run", "tiny", 0).outcomes("base")
+    found = study_results.read_result(tmp_path / "run", "tiny", 0).outcomes("base")
     assert found.best("parallel") == {"heldout-0": 0.0, "heldout-1": 1.0}
 
 
 @pytest.mark.parametrize("samples", [None, ["1", "1", "1"]])
 def test_fewer_samples_than_rounds_are_no_measurement(tmp_path, samples):
-    parallel = samples and dict.fromkeys(study.SPLITS, samples)
+    parallel = samples and dict.fromkeys(driver.SPLITS, samples)
     write_run(tmp_path / "run", marks={"base": ["00", "00", "11"]}, parallel=parallel)
-    assert tables.read_result(tmp_path / "run", "tiny", 0).outcomes("base").parallel == {}
+    assert study_results.read_result(tmp_path / "run", "tiny", 0).outcomes("base").parallel == {}
 
 
 def test_labels_are_the_verifiers_order_of_chosen_and_rejected(tmp_path):
     write_run(tmp_path / "run", truths=[(1.0, 0.5), (0.5, 0.5), (0.25, 1.0), (None, 1.0), (1.0, 0.75)])
-    found = tables.read_result(tmp_path / "run", "tiny", 0)
+    found = study_results.read_result(tmp_path / "run", "tiny", 0)
     assert found.labels == {1: {"pair0": 1, "pair1": 0, "pair2": -1, "pair4": 1}}
-    table = tables.label_table([found])
+    table = study_tables.label_table([found])
     assert re.search(r"\| tiny \| 1 \| 4 \| 50\.0 \[.*\] \| 25\.0 \[.*\] \| 25\.0 \[.*\] \|$", table)
 
 
@@ -491,7 +496,7 @@ def names_in(folder):
 )
 def test_iteration_zero_is_shared_as_far_as_it_is_alike(seed_folder, overrides, shared):
     root = seed_folder / "other"
-    said = study.share_iteration_zero(load(TINY, overrides), root)
+    said = driver.share_iteration_zero(load(TINY, overrides), root)
     assert names_in(root / "iteration-00") == shared
     assert bool(said) == bool(shared)
     events = rows.read_jsonl(root / "events.jsonl") if shared else []
@@ -499,7 +504,7 @@ def test_iteration_zero_is_shared_as_far_as_it_is_alike(seed_folder, overrides, 
 
 
 def test_shared_files_are_the_same_files(seed_folder):
-    study.share_iteration_zero(load(TINY), seed_folder / "other")
+    driver.share_iteration_zero(load(TINY), seed_folder / "other")
     files = [
         path.relative_to(seed_folder / "other") for path in (seed_folder / "other" / "iteration-00").rglob("*") if path.is_file()
     ]
@@ -510,7 +515,7 @@ def test_shared_files_are_the_same_files(seed_folder):
 
 def test_shared_files_are_copies_where_there_are_no_hard_links(seed_folder, monkeypatch):
     monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(1, "no hard links here")))
-    study.share_iteration_zero(load(TINY), seed_folder / "other")
+    driver.share_iteration_zero(load(TINY), seed_folder / "other")
     mine, theirs = (seed_folder / name / "iteration-00" / "checkpoint" / "model.safetensors" for name in ("other", "tiny"))
     assert not mine.samefile(theirs)
     assert mine.read_bytes() == theirs.read_bytes()
@@ -518,13 +523,13 @@ def test_shared_files_are_copies_where_there_are_no_hard_links(seed_folder, monk
 
 def test_nothing_is_shared_into_a_run_that_has_started(seed_folder):
     (seed_folder / "other" / "iteration-00").mkdir(parents=True)
-    assert study.share_iteration_zero(load(TINY), seed_folder / "other") == ""
+    assert driver.share_iteration_zero(load(TINY), seed_folder / "other") == ""
     assert names_in(seed_folder / "other" / "iteration-00") == set()
 
 
 def test_stage_that_is_not_committed_is_not_shared(seed_folder):
     (seed_folder / "tiny" / "iteration-00" / "evaluation" / "MANIFEST.json").unlink()
-    study.share_iteration_zero(load(TINY), seed_folder / "other")
+    driver.share_iteration_zero(load(TINY), seed_folder / "other")
     assert names_in(seed_folder / "other" / "iteration-00") == {"checkpoint", "base_evaluation"}
 
 
@@ -535,7 +540,7 @@ def test_all_stages_come_from_one_run_the_one_that_has_most(seed_folder):
     (first / "config.json").write_bytes((seed_folder / "tiny" / "config.json").read_bytes())
     for name in EVALUATIONS:
         (first / "iteration-00" / name / "MANIFEST.json").unlink()
-    study.share_iteration_zero(load(TINY), seed_folder / "other")
+    driver.share_iteration_zero(load(TINY), seed_folder / "other")
     mine, theirs = (seed_folder / name / "iteration-00" / "checkpoint" / "model.safetensors" for name in ("other", "tiny"))
     assert mine.samefile(theirs)
     assert names_in(seed_folder / "other" / "iteration-00") == CHECKPOINT | EVALUATIONS
@@ -550,11 +555,11 @@ def test_sharing_that_is_interrupted_leaves_no_half_of_it(seed_folder, monkeypat
         done.append(os.link(source, target))
 
     with monkeypatch.context() as patch:
-        patch.setattr(study, "link", interrupted)
+        patch.setattr(driver, "link", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            study.share_iteration_zero(load(TINY), root)
+            driver.share_iteration_zero(load(TINY), root)
     assert not (root / "iteration-00").exists()
-    study.share_iteration_zero(load(TINY), root)
+    driver.share_iteration_zero(load(TINY), root)
     assert names_in(root / "iteration-00") == CHECKPOINT | EVALUATIONS
     assert names_in(root) == {"iteration-00", "events.jsonl"}
 
@@ -599,8 +604,8 @@ def keys(config, root, monkeypatch):
     prompter = Prompter(context, {})
     context.held_out = prompter.held_out()
     context.given = {name: prompter.triples(name, part) for name in ("activation", "offline") if (part := getattr(config, name))}
-    iterate.evaluate(context, 0, policy, "base", folder="base_evaluation")
-    iterate.evaluate(context, 0, iterate.activate(context, policy), "activation")
+    evaluate(context, 0, policy, "base", folder="base_evaluation")
+    evaluate(context, 0, activate(context, policy), "activation")
     return context.found
 
 
@@ -613,21 +618,21 @@ OFFLINE = dataclasses.replace(SOLID, offline=Preferences(path="toy:triples", tra
 def test_stages_that_are_shared_have_the_keys_that_the_driver_asks_for(config, tmp_path, monkeypatch):
     mine = keys(config, tmp_path, monkeypatch)
     assert set(mine) >= {"held_out", "base_evaluation", "activation_pairs", "checkpoint", "evaluation"}
-    assert set(mine) <= {*study.TRAINED, *study.MEASURED}
+    assert set(mine) <= {*driver.TRAINED, *driver.MEASURED}
     wrong, alike = [], 0
     others = [*leaves(config), *((str(number), other) for number, other in enumerate((SOLID, REFRESHED, OFFLINE)))]
     for name, other in others:
         theirs = keys(other, tmp_path, monkeypatch)
-        shared = study.same_stages(config, other)
+        shared = driver.same_stages(config, other)
         wrong += [(name, stage) for stage in shared if mine.get(stage) != theirs.get(stage)]
-        alike += len(shared) == len(study.TRAINED) + len(study.MEASURED)
+        alike += len(shared) == len(driver.TRAINED) + len(driver.MEASURED)
     assert wrong == []
     assert alike > 30, "the test has no case left in which stages are shared"
 
 
 def test_refreshed_reward_model_shares_no_evaluation():
     # The keys would allow it today; which reward model scored what is not worth the risk.
-    assert study.same_stages(SOLID, REFRESHED) == list(study.TRAINED)
+    assert driver.same_stages(SOLID, REFRESHED) == list(driver.TRAINED)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------------------
@@ -660,7 +665,7 @@ class Jobs:
         return 0
 
     def main(self, *arguments):
-        return study.main([*arguments, "--out", str(self.out)], self.folder, self.execute)
+        return driver.main([*arguments, "--out", str(self.out)], self.folder, self.execute)
 
 
 @pytest.fixture
@@ -682,9 +687,9 @@ def test_quick_study_is_seed_0_of_evolve_and_iterative_dpo(jobs, capsys):
 
 
 def test_full_study_is_three_seeds_of_five_recipes():
-    given = study.parse([])
-    assert (given.seeds or study.SEEDS).split(",") == ["0", "1", "2"]
-    assert study.RECIPES.split(",") == ["tiny", "tiny_iterative_dpo", "tiny_rule", "tiny_parallel", "tiny_reward_model"]
+    given = driver.parse([])
+    assert (given.seeds or driver.SEEDS).split(",") == ["0", "1", "2"]
+    assert driver.RECIPES.split(",") == ["tiny", "tiny_iterative_dpo", "tiny_rule", "tiny_parallel", "tiny_reward_model"]
 
 
 def test_recipes_of_a_seed_share_iteration_zero(jobs, capsys):
@@ -721,7 +726,7 @@ def test_study_leaves_tables_claims_and_figure(jobs, capsys, tmp_path):
     assert page in capsys.readouterr().out
     assert "| tiny | base | 50.0 | 0.0 | -50.0 [-100.0, 0.0] | 0 | 2 | 4 |" in page
     assert "| 0 | tiny_iterative_dpo | iteration 1 | 25.0 | 75.0 | 50.0 [0.0, 100.0] | 2 | 0 | 4 |" in page
-    for split in study.SPLITS:
+    for split in driver.SPLITS:
         assert f"### {split}: mean over seeds" in page
     assert "| tiny | 1 | 1 | 100.0 [100.0, 100.0] |" in page
     found = json.loads(claims_file.read_bytes())
@@ -797,7 +802,7 @@ def test_unreached_claims_are_no_error_of_the_command(jobs):
 
 
 def test_runner_gives_the_exit_code_and_the_output_of_the_command(capfd):
-    assert study.execute_command([sys.executable, "-c", "print('streamed'); raise SystemExit(3)"]) == 3
+    assert driver.execute_command([sys.executable, "-c", "print('streamed'); raise SystemExit(3)"]) == 3
     assert capfd.readouterr().out == "streamed\n"
 
 
@@ -814,8 +819,8 @@ def test_interrupt_waits_for_the_run_to_end(jobs, capsys, monkeypatch):
                 raise KeyboardInterrupt
             return 130
 
-    monkeypatch.setattr(study.subprocess, "Popen", Process)
-    assert study.main(["--quick", "--out", str(jobs.out)], jobs.folder) == 130
+    monkeypatch.setattr(driver.subprocess, "Popen", Process)
+    assert driver.main(["--quick", "--out", str(jobs.out)], jobs.folder) == 130
     assert len(waits) == 2
     assert "interrupted; what is committed stays; continue with: python jobs/study.py --quick" in capsys.readouterr().err
 

@@ -7,15 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from evolve_ray import iterate, markup
 from evolve_ray.config.load import load
 from evolve_ray.config.options import Strategy
 from evolve_ray.data import prompts
-from evolve_ray.drive import Completion, Drive
-from evolve_ray.inputs import Context, Policy
+from evolve_ray.generate.drive import Drive
+from evolve_ray.generate.spec import Completion
+from evolve_ray.inputs.context import Context, Policy
 from evolve_ray.pools.worker import ShardWorker
 from evolve_ray.refine.strategies import STRATEGIES
 from evolve_ray.refine.template import load_template
+from evolve_ray.report import markup
+from evolve_ray.stages.pairs import select
 from evolve_ray.store import rows
 from evolve_ray.store.run import Run, Stage
 from evolve_ray.store.shards import finish, read_rows
@@ -120,7 +122,8 @@ def test_drafts_are_byte_equal_from_the_engine_to_the_pairs(recipe, tmp_path):
         worker(given).commit_shard(0)
         made.append(finish(stage, 1, num_in))
     drafts = {(row["prompt_id"], row["round"]): row["text"] for row in read_rows(made[1])}
-    pairs = {row["prompt_id"]: row for row in rows.read_table(iterate.select(context, 1, *made).path("pairs.parquet"))}
+    context.prompts[1] = made[0]
+    pairs = {row["prompt_id"]: row for row in rows.read_table(select(context, 1, *made[1:]).path("pairs.parquet"))}
     for name, text in TEXTS.items():
         first = "".join(message["content"] for message in template.direct(text))
         second = "".join(message["content"] for message in template.refinement(text, first))

@@ -7,14 +7,15 @@ import time
 
 import pytest
 
-from evolve_ray import trackers
 from evolve_ray.config.load import load
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import UserError
 from evolve_ray.store import rows
 from evolve_ray.store.manifest import read_manifest
 from evolve_ray.store.run import Run, Stage
-from evolve_ray.trackers import Row, Trackers
+from evolve_ray.watch import tracker_clients, trackers
+from evolve_ray.watch.tracker_clients import Row
+from evolve_ray.watch.trackers import Trackers
 
 STEPS = {0: 3, 1: 4, 2: 2}  # optimiser updates of the activation and of two iterations
 
@@ -259,7 +260,7 @@ class Broken:
 
 
 def test_a_tracker_that_fails_is_told_once_and_the_others_go_on(loop, monkeypatch):
-    monkeypatch.setitem(trackers.TRACKERS, "mlflow", Broken)
+    monkeypatch.setitem(tracker_clients.TRACKERS, "mlflow", Broken)
     loop.go('trackers.use=["mlflow", "tensorboard"]')
     (line,) = loop.said
     assert line.startswith("warning: tracker mlflow: ConnectionError: no route; the run goes on without it")
@@ -269,7 +270,7 @@ def test_a_tracker_that_fails_is_told_once_and_the_others_go_on(loop, monkeypatc
 
 
 def test_what_a_failed_tracker_missed_is_written_by_the_next_driver(loop, monkeypatch):
-    monkeypatch.setattr(trackers.TensorBoard, "write", lambda *_: 1 / 0)
+    monkeypatch.setattr(tracker_clients.TensorBoard, "write", lambda *_: 1 / 0)
     loop.go()
     monkeypatch.undo()
     loop.go()

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from evolve_ray.config.options import Trainer, Training
 from evolve_ray.refine.template import load_template
-from evolve_ray.schedule import batches, learning_rate, micro_batches, micro_steps
 from evolve_ray.store.run import Run, Stage
-from evolve_ray.train import TrainSpec, deepspeed_config, merge
+from evolve_ray.train.schedule import batches, learning_rate, micro_batches, micro_steps
+from evolve_ray.train.spec import TrainSpec, deepspeed_config, merge
 from tests.plain.processes import run_python
 
 
@@ -168,7 +168,7 @@ def test_users_value_may_replace_a_whole_table():
 ORDER = """
 import json
 from evolve_ray.config.options import Training
-from evolve_ray.schedule import batches
+from evolve_ray.train.schedule import batches
 print(json.dumps(batches(11, Training(batch_pairs=4, epochs=2), seed=3, iteration=2)))
 """
 

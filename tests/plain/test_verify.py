@@ -10,12 +10,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from evolve_ray import iterate, verify
+from evolve_ray.audit import verify
 from evolve_ray.config.load import load
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import UserError
-from evolve_ray.inputs import Context, Policy
+from evolve_ray.inputs.context import Context, Policy
 from evolve_ray.refine.template import load_template
+from evolve_ray.stages.pairs import select
 from evolve_ray.store import rows, shards
 from evolve_ray.store.files import sha256_file
 from evolve_ray.store.manifest import MANIFEST, commit
@@ -63,7 +64,8 @@ def run(recipe, tmp_path) -> Path:
             commit(aside, stage.work / shards.shard_name(shard), stage="shard", key="k", num_in=num_in, num_rows=len(table))
         made.append(shards.finish(stage, 2, 3 if name == "generations" else 6))
     context = Context(config, folder, print, print, False, load_template("tiny", "conversation"), Policy(Path(), ""))
-    pairs = iterate.select(context, 1, *made)
+    context.prompts[1] = made[0]
+    pairs = select(context, 1, *made[1:])
     stage = Stage(here / "reference", "reference", "reference key", {"pairs": pairs.identity})
     table = [dict.fromkeys(rows.REFERENCE.names) | {"pair_id": row["pair_id"]} for row in read(here / "pairs/pairs.parquet")]
     rows.write_table(stage.start() / "reference.parquet", table, rows.REFERENCE)

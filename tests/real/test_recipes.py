@@ -41,7 +41,7 @@ def test_a_refreshed_reward_model_orders_the_drafts_of_best_of_chains(refreshed)
     assert content_hash(trained.folder) != content_hash(toy)
     # The scores of the pairs are the refreshed model's: a plain forward says the same.
     from evolve_ray.config.options import Scorer
-    from evolve_ray.scorers import RewardModel
+    from evolve_ray.score.reward_model import RewardModel
 
     score = RewardModel(Scorer(batch_size=64, max_tokens=128), str(trained.folder))
     table = rows.read_table(here / "pairs" / "pairs.parquet")[:20]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from evolve_ray.config.load import load
-from evolve_ray.generate import pool
+from evolve_ray.generate.worker import engine_pool
 from evolve_ray.store import rows
 from evolve_ray.store.manifest import read_manifest
 from tests.real.conftest import ROOT, SMALL, start
@@ -142,17 +142,22 @@ def test_every_step_and_evaluation_is_in_tensorboard(small):
 VLLM_AGAINST_TRANSFORMERS = """
 import dataclasses, json, sys
 from pathlib import Path
-from evolve_ray import config, generate, models, probe, refine
+from evolve_ray.config.load import load
+from evolve_ray.generate.spec import GenerateSpec
+from evolve_ray.generate.worker import Generator
+from evolve_ray.models.folders import content_hash
+from evolve_ray.refine.template import load_template
+from evolve_ray.train.weight_probe import Prober
 recipe, before, after, prompts = sys.argv[1:]
-config = config.load(recipe)
-template = refine.load_template("tiny", "conversation")
+config = load(recipe)
+template = load_template("tiny", "conversation")
 def spec(folder):
-    return generate.GenerateSpec(
-        prompts="", work="", key="", shard_prompts=1, model=folder, model_hash=models.content_hash(Path(folder)),
+    return GenerateSpec(
+        prompts="", work="", key="", shard_prompts=1, model=folder, model_hash=content_hash(Path(folder)),
         dtype="float32", context_tokens=128, template=template, strategy=config.strategy,
         sampling=dataclasses.replace(config.sampling, temperature=0.0), engine=config.engine, seed=0, scope=1)
 texts = [json.loads(line)["prompt"] for line in open(prompts)][:20]
-worker = generate.Generator(spec(before))
+worker = Generator(spec(before))
 def ask():
     for number, text in enumerate(texts):
         worker.engine.submit(str(number), worker.chat.context_ids(template.direct(text)), 0)
@@ -165,7 +170,7 @@ stale = worker.probe([{"prompt_id": str(n), "prompt": text} for n, text in enume
 worker.renew(spec(after))
 new = ask()
 fresh = worker.probe([{"prompt_id": str(n), "prompt": text} for n, text in enumerate(texts)])
-plain = probe.Prober(("cpu", "float32"))
+plain = Prober(("cpu", "float32"))
 def apart(samples):
     given = [logp for sample in samples for logp in sample["logps"]]
     own = [logp for part in plain.token_logps(after, samples) for logp in part]
@@ -187,7 +192,7 @@ print(json.dumps(result | {"new_reference": reference(after), "stale": apart(sta
 def test_vllm_and_transformers_give_the_same_greedy_tokens_before_and_after_new_weights(small, place):
     world = next(place.glob("toy-world-*"))
     before, after = world / "base", small.run / "iteration-01" / "checkpoint"
-    environment = {**os.environ, **pool(load(ROOT / "jobs/recipes/tiny.toml").engine).env}
+    environment = {**os.environ, **engine_pool(load(ROOT / "jobs/recipes/tiny.toml").engine).env}
     command = [sys.executable, "-c", VLLM_AGAINST_TRANSFORMERS, str(ROOT / "jobs/recipes/tiny.toml")]
     command += [str(before), str(after), str(world / "heldout.jsonl")]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)

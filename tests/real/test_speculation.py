@@ -13,15 +13,17 @@ pytestmark = pytest.mark.long
 CHAINS = """
 import json, os, sys
 from pathlib import Path
-from evolve_ray import config, rows
+from evolve_ray.config.load import load
+from evolve_ray.store import rows
 from evolve_ray.models.chat import Chat
-from evolve_ray.drive import Drive, GenerateSpec
-from evolve_ray.generate import ENGINE_ENV, VllmEngine
+from evolve_ray.generate.drive import Drive
+from evolve_ray.generate.spec import GenerateSpec
+from evolve_ray.generate.vllm import ENGINE_ENV, VllmEngine
 from evolve_ray.refine.template import load_template
 from evolve_ray.refine.strategies import chain
 
 if __name__ == "__main__":
-    recipe = config.load(Path(sys.argv[1]), sys.argv[4:])
+    recipe = load(Path(sys.argv[1]), sys.argv[4:])
     os.environ.update(ENGINE_ENV | {name: str(value) for name, value in recipe.engine.env.items()})
     template, chat = load_template(recipe.template.name, recipe.template.layout), Chat(sys.argv[2])
     spec = GenerateSpec(

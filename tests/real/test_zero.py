@@ -15,33 +15,36 @@ import json, os, sys
 from pathlib import Path
 import numpy as np
 import ray
-from evolve_ray import config, logprobs, rank, rows, train
+from evolve_ray.config.load import load
 from evolve_ray.refine.template import load_template
+from evolve_ray.store import rows
 from evolve_ray.store.run import Run, Stage
+from evolve_ray.train import group, logprobs, rank
+from evolve_ray.train.spec import TrainSpec
 
 model, reference, pairs, out, *overrides = sys.argv[1:]
 
 def probed(given):
     # Beside the product's export: every parameter as ZeRO-3 gives it back, written by another route.
     class Probe(rank.Rank):
-        def export(self, log):
+        def export(self, log, train_seconds):
             gathered = {}
-            for name, parameter in self.model.named_parameters():
-                with self.deepspeed.zero.GatheredParameters([parameter]):
+            for name, parameter in self.model.module.named_parameters():
+                with self.model.gathered([parameter]):
                     gathered[name] = parameter.detach().float().numpy().copy()
-            partitioned = sum(not parameter.ds_persist for parameter in self.model.parameters())
-            if self.rank == 0:
+            partitioned = sum(not parameter.ds_persist for parameter in self.model.module.parameters())
+            if self.collectives.rank == 0:
                 np.savez(Path(self.spec.run.root) / "gathered.npz", **gathered)
                 (Path(self.spec.run.root) / "partitioned").write_text(str(partitioned))
-            super().export(log)
+            super().export(log, train_seconds)
 
     rank.Rank = Probe
     logprobs.CHUNK_TOKENS = 50  # so that tiny pairs need several chunks
-    train.worker(given)  # in the rank's own process this is the product's function
+    product_worker(given)  # in the rank's own process this is the product's function
 
-train.worker = probed
+product_worker, group.worker = group.worker, probed
 threshold = "trainer.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
-recipe = config.load("jobs/recipes/tiny.toml", [*overrides, threshold])
+recipe = load("jobs/recipes/tiny.toml", [*overrides, threshold])
 run = Run(Path(out))
 run.root.mkdir()
 reference_stage = Stage(run.root / "reference", "reference", "r" * 64)
@@ -53,13 +56,13 @@ if poisoned := os.environ.get("TEST_POISONED_PAIR"):
     rows.write_table(reference_stage.start() / "reference.parquet", table, rows.REFERENCE)
     reference_stage.commit(num_in=len(table), num_rows=len(table))
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": "."}})
-spec = train.TrainSpec(
+spec = TrainSpec(
     pairs=pairs, model=model, reference_model=reference, reference_hash="h", dtype="float32",
     template=load_template("tiny", "conversation"), training=recipe.training,
     trainer=recipe.trainer, seed=0, iteration=1, run=run, reference=reference_stage,
     checkpoint=Stage(run.root / "checkpoint", "checkpoint", "c" * 64))
 try:
-    train.fit(spec, run.root / ".ray-train")
+    group.fit(spec, run.root / ".ray-train")
 except Exception as error:
     print(json.dumps({"kind": type(error).__name__, "message": str(error)}))
 else:
@@ -120,7 +123,7 @@ def test_a_gradient_step_that_blows_up_stops_with_the_numbers_before_anything_is
 def test_a_reference_that_is_not_finite_for_one_pair_stops_both_ranks_with_its_step_its_rank_and_that_pair_alone(small, tmp_path):
     """The reference is committed with the NaN. The pair is no first one of its batch: those also fill up ragged shares."""
     from evolve_ray.config.load import load
-    from evolve_ray.schedule import batches
+    from evolve_ray.train.schedule import batches
 
     recipe = load(ROOT / "jobs/recipes/tiny.toml", list(SIXTEEN))
     order = batches(17, recipe.training, seed=0, iteration=1)  # as SCRIPT trains
@@ -195,9 +198,9 @@ def test_another_reference_model_is_computed_through_zero_3_and_recorded(small, 
     import torch
     from transformers import AutoModelForCausalLM
 
-    from evolve_ray.logprobs import pair_sequences, sequence_logps
     from evolve_ray.models.chat import Chat
     from evolve_ray.refine.template import load_template
+    from evolve_ray.train.logprobs import pair_sequences, sequence_logps
 
     base = next(place.glob("toy-world-*")) / "base"
     overrides = ("training.reference=initial", "training.epochs=1")

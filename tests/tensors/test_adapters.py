@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from evolve_ray import adapters
 from evolve_ray.config.options import Trainer
-from evolve_ray.logprobs import sequence_logps
-from evolve_ray.tree import Sequence
+from evolve_ray.train import adapters
+from evolve_ray.train.logprobs import sequence_logps
+from evolve_ray.train.tree import Sequence
 
 TEXTS = [Sequence((1, 5, 9), (7, 8, 2)), Sequence((1, 4), (3,))]
 

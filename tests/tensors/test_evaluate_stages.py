@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
 
-from evolve_ray import evaluate_driver
+from evolve_ray.compare import driver
+from evolve_ray.compare.models import model_shape
 from evolve_ray.errors import UserError
-from evolve_ray.evaluate_models import model_shape
 from evolve_ray.models import folders as models
 from evolve_ray.pools.actors import Host, Pools
 from evolve_ray.store import rows
@@ -89,14 +89,14 @@ def no_ray(monkeypatch):
     monkeypatch.setattr("evolve_ray.pools.dispatch.run", run)
     monkeypatch.setattr(Pools, "open", open_here)
     monkeypatch.setattr(Pools, "close", close_here)
-    monkeypatch.setattr(evaluate_driver, "start_ray", lambda config: None)
-    monkeypatch.setattr(evaluate_driver, "stop_ray", lambda: None)
+    monkeypatch.setattr(driver, "start_ray", lambda config: None)
+    monkeypatch.setattr(driver, "stop_ray", lambda: None)
     return log
 
 
 def evaluate(folders, out, *arguments, names=("one", "two")):
     command = [*(str(folders / name) for name in names), "--recipe", str(folders / "recipe.toml"), "--out", str(out), *arguments]
-    assert evaluate_driver.main(command) == 0
+    assert driver.main(command) == 0
     return json.loads((out / "evaluation.json").read_text())
 
 
@@ -246,16 +246,16 @@ def test_single_model_without_given_drafts_has_no_foreign_probe(folders, tmp_pat
 
 def test_column_of_drafts_that_is_not_there_is_named(folders, tmp_path, no_ray, capsys):
     command = [str(folders / "one"), "--recipe", str(folders / "recipe.toml"), "--out", str(tmp_path / "out")]
-    assert evaluate_driver.main([*command, "--draft-column", "guess"]) == 2
+    assert driver.main([*command, "--draft-column", "guess"]) == 2
     assert "has no column 'guess'; its columns are: answer, prompt" in capsys.readouterr().err
 
 
 def test_other_options_in_the_same_folder_are_refused_by_name(folders, tmp_path, no_ray, capsys):
     evaluate(folders, tmp_path / "out", "--probes", "none")
     command = [str(folders / "one"), "--recipe", str(folders / "recipe.toml"), "--out", str(tmp_path / "out"), "seed=4"]
-    assert evaluate_driver.main(command) == 2
+    assert driver.main(command) == 2
     assert "changed: seed (0 -> 4); use another --run" in capsys.readouterr().err
-    assert evaluate_driver.main([*command, "--rerun-changed", "--probes", "none"]) == 0
+    assert driver.main([*command, "--rerun-changed", "--probes", "none"]) == 0
 
 
 def test_another_answer_pattern_makes_the_prompts_anew(folders, tmp_path, no_ray):
@@ -270,7 +270,7 @@ def test_default_folder_is_the_same_for_the_same_command_alone(folders, monkeypa
     monkeypatch.chdir(tmp_path)
     common = [str(folders / "one"), "--recipe", str(folders / "recipe.toml"), "--probes", "none"]
     for arguments in ([], [], ["seed=4"], ["--foreign", str(folders / "two")]):
-        assert evaluate_driver.main([*common, *arguments]) == 0
+        assert driver.main([*common, *arguments]) == 0
     assert len(list(Path("runs").glob("evaluation-*"))) == 3
 
 
@@ -289,7 +289,7 @@ def test_prompt_too_long_for_one_model_is_rejected_there_and_seen_in_the_counts(
 
 def test_model_that_cannot_hold_the_context_is_refused_before_anything_runs(folders, tmp_path, no_ray, capsys):
     command = [str(folders / "one"), "--recipe", str(folders / "recipe.toml"), "--out", str(tmp_path / "out")]
-    assert evaluate_driver.main([*command, "model.context_tokens=1000"]) == 2
+    assert driver.main([*command, "model.context_tokens=1000"]) == 2
     assert "model.context_tokens: is 1000, but" in capsys.readouterr().err
     assert no_ray["shards"] == 0
 
@@ -298,4 +298,4 @@ def test_model_hash_is_that_of_the_folder(compared, folders):
     found, _ = compared
     assert found["models"][0]["model"] == models.content_hash(folders / "one")
     with pytest.raises(UserError):
-        evaluate_driver.choose_probes("no")
+        driver.choose_probes("no")

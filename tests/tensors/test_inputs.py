@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 
-from evolve_ray import inputs
 from evolve_ray.config.load import load
 from evolve_ray.config.resolve import resolved
 from evolve_ray.driver import main
 from evolve_ray.errors import EvolveError, UserError
-from evolve_ray.prompter import Prompter
+from evolve_ray.inputs import prepare as inputs
+from evolve_ray.inputs.prompts import Prompter
 from evolve_ray.store import rows
 from evolve_ray.store.run import Run
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from evolve_ray import objective
 from evolve_ray.config.options import Training
-from evolve_ray.logprobs import Sequence, pair_sequences, sequence_logps
 from evolve_ray.models.chat import Chat
 from evolve_ray.refine.template import Template
 from evolve_ray.store.rows import REFERENCE
+from evolve_ray.train import objectives
+from evolve_ray.train.logprobs import pair_sequences, sequence_logps
+from evolve_ray.train.tree import Sequence
 
 CPU = torch.device("cpu")
 NAMES = tuple(name for name in REFERENCE.names if name != "pair_id")
@@ -119,7 +120,7 @@ def test_step_zero_has_the_losses_of_a_policy_that_is_its_reference(model, chat,
     built = pair_sequences(chat, template(layout), PAIR, NAMES)
     values = {name: value[None] for name, value in zip(NAMES, logps(model, list(built.values())), strict=True)}
     training = Training(objective="evolve", alpha=0.5)
-    loss, metrics = objective.evolve(values, values, training)
+    loss, metrics = objectives.evolve(values, values, training)
     assert metrics["loss_dpo"].item() == pytest.approx(math.log(2), abs=1e-7)
     assert loss.item() == pytest.approx(0.5 * math.log(2) + 0.5 * 0.5, abs=1e-7)
     assert {metrics[name].item() for name in ("margin", "margin_improve", "margin_keep", "reward_chosen")} == {0.0}

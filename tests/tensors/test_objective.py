@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from evolve_ray import objective
 from evolve_ray.config.options import Training
 from evolve_ray.errors import UserError
 from evolve_ray.store.rows import REFERENCE
+from evolve_ray.train import objectives
 
 NAMES = [name for name in REFERENCE.names if name != "pair_id"]
 POLICY = [-4.0, -7.5, -3.0, -6.0, -1.0, -8.0]
@@ -92,10 +92,10 @@ def drawn(num_pairs, dtype, seed=0):
 def compute(case, policy, reference, lengths):
     """The code's own loss and metrics, with the sequences and the reference that its objective asks for and no others."""
     training = Training(**{"beta": BETA} | case)
-    found = objective.find(training)
+    found = objectives.find(training)
     policy = {name: policy[name] for name in found.needs}
     reference = {name: reference[name] for name in found.needs} if found.reference else {}
-    return objective.total(found, policy, reference, {} if found.scores else lengths, training)
+    return objectives.total(found, policy, reference, {} if found.scores else lengths, training)
 
 
 def pair(part, index):
@@ -124,7 +124,7 @@ KEEP = (BETA * (r("chosen_after_chosen") - r("rejected_after_chosen")) - 0.5) **
 
 
 def test_names_are_the_columns_of_the_reference_table():
-    assert [*objective.DIRECT, *objective.AFTER_REJECTED, *objective.AFTER_CHOSEN] == NAMES
+    assert [*objectives.DIRECT, *objectives.AFTER_REJECTED, *objectives.AFTER_CHOSEN] == NAMES
 
 
 @pytest.mark.parametrize("case", ALL, ids=name_of)
@@ -281,7 +281,7 @@ def test_evolve_at_both_ends_is_its_part_bit_for_bit(alpha, kind, form, more):
 def gradients(kind, policy, **more):
     values = {name: value.requires_grad_() for name, value in logps(policy).items()}
     training = Training(objective=kind, beta=BETA, **more)
-    objective.find(training).loss(values, logps(REF), training)[0].sum().backward()
+    objectives.find(training).loss(values, logps(REF), training)[0].sum().backward()
     return {name: value.grad.item() for name, value in values.items() if value.grad is not None}
 
 
@@ -370,7 +370,7 @@ def test_nll_is_the_mean_over_the_tokens_of_the_chosen_answer():
     assert loss_of("evolve", nll=0.25)[0] == pytest.approx(plain + 0.25 * 4.0 / 8, abs=1e-12)
 
 
-REFINEMENT = objective.AFTER_REJECTED + objective.AFTER_CHOSEN
+REFINEMENT = objectives.AFTER_REJECTED + objectives.AFTER_CHOSEN
 
 
 @pytest.mark.parametrize(
@@ -378,35 +378,35 @@ REFINEMENT = objective.AFTER_REJECTED + objective.AFTER_CHOSEN
     [
         ({"objective": "sft"}, ("chosen", "chosen_after_rejected"), False),
         ({"objective": "sft", "refine_weight": 0.0}, ("chosen",), False),
-        ({"objective": "dpo"}, objective.DIRECT, True),
-        ({"objective": "dpo", "nll": 0.1}, objective.DIRECT, True),
-        ({"objective": "ipo"}, objective.DIRECT, True),
+        ({"objective": "dpo"}, objectives.DIRECT, True),
+        ({"objective": "dpo", "nll": 0.1}, objectives.DIRECT, True),
+        ({"objective": "ipo"}, objectives.DIRECT, True),
         ({"objective": "srpo"}, REFINEMENT, True),
         ({"objective": "srpo", "nll": 0.1}, ("chosen", *REFINEMENT), True),
-        ({"objective": "evolve", "alpha": 0.0}, objective.DIRECT, True),
+        ({"objective": "evolve", "alpha": 0.0}, objectives.DIRECT, True),
         ({"objective": "evolve", "alpha": 0.5}, tuple(NAMES), True),
         ({"objective": "evolve", "alpha": 1.0}, REFINEMENT, True),
         ({"objective": "evolve", "alpha": 1.0, "nll": 0.1}, ("chosen", *REFINEMENT), True),
-        ({"objective": "reward"}, objective.DIRECT, False),
+        ({"objective": "reward"}, objectives.DIRECT, False),
     ],
 )
 def test_objective_needs_no_sequence_that_it_does_not_use(options, needs, reference):
-    found = objective.find(Training(**options))
+    found = objectives.find(Training(**options))
     assert (found.needs, found.reference) == (needs, reference)
     assert found.scores == (options["objective"] == "reward")
 
 
 def test_objective_of_a_users_own_module_is_found():
-    assert objective.find(Training(objective=f"{__name__}:OWN")) is OWN
+    assert objectives.find(Training(objective=f"{__name__}:OWN")) is OWN
 
 
 def test_objective_of_a_users_own_module_is_given_what_nll_looks_at():
-    found = objective.find(Training(objective=f"{__name__}:OWN", nll=0.1))
-    assert (found.loss, found.needs) == (objective.refine, ("chosen", *REFINEMENT))
+    found = objectives.find(Training(objective=f"{__name__}:OWN", nll=0.1))
+    assert (found.loss, found.needs) == (objectives.refine, ("chosen", *REFINEMENT))
 
 
-OWN = objective.Objective(objective.refine, REFINEMENT, reference=True)
-OWN_SCORES = objective.Objective(objective.reward, objective.DIRECT, reference=False, scores=True)
+OWN = objectives.Objective(objectives.refine, REFINEMENT, reference=True)
+OWN_SCORES = objectives.Objective(objectives.reward, objectives.DIRECT, reference=False, scores=True)
 
 
 @pytest.mark.parametrize(
@@ -422,4 +422,4 @@ OWN_SCORES = objective.Objective(objective.reward, objective.DIRECT, reference=F
 )
 def test_objective_that_cannot_be_used_is_refused_by_field(options, message):
     with pytest.raises(UserError, match=message):
-        objective.find(Training(**options))
+        objectives.find(Training(**options))

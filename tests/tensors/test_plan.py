@@ -7,11 +7,11 @@ import pytest
 from evolve_ray.config.load import load
 from evolve_ray.config.options import Training
 from evolve_ray.errors import UserError
-from evolve_ray.objective import find
-from evolve_ray.plan import model_bytes, plan, splits
-from evolve_ray.shapes import Shape, read_shape
-from evolve_ray.sizing import GIB, Cluster, sequences, training_memory
+from evolve_ray.plan.plan import model_bytes, plan, splits
+from evolve_ray.plan.shapes import Shape, read_shape
+from evolve_ray.plan.sizing import GIB, Cluster, sequences, training_memory
 from evolve_ray.store.run import Run, Stage
+from evolve_ray.train.objectives import find
 from tests.plain.processes import ROOT
 
 

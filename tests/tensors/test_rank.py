@@ -16,26 +16,23 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from evolve_ray.config.options import Trainer, Training
 from evolve_ray.errors import EvolveError, IntegrityError, NumericsError, ResourceError, pack, unpack
-from evolve_ray.forwards import Part
-from evolve_ray.rank import Rank
-from evolve_ray.schedule import batches, micro_batches
 from evolve_ray.store.manifest import MANIFEST, read_manifest
 from evolve_ray.store.run import Run, Stage
-from evolve_ray.train import fit, raise_kept, worker
+from evolve_ray.train.collectives import Collectives
+from evolve_ray.train.export import gather
+from evolve_ray.train.forwards import Part
+from evolve_ray.train.group import fit, raise_kept, worker
+from evolve_ray.train.objectives import Objective
+from evolve_ray.train.rank import Rank
+from evolve_ray.train.schedule import batches, micro_batches
+from evolve_ray.train.steps import Steps
+from evolve_ray.train.stored_steps import StoredSteps
 from tests.plain.test_train import spec as train_spec
 
 
-def bare_rank(**given):
-    """A rank of the process group that is there, without a model."""
-    rank = Rank.__new__(Rank)
-    vars(rank).update(
-        torch=torch,
-        rank=torch.distributed.get_rank(),
-        world=torch.distributed.get_world_size(),
-        device=torch.device("cpu"),
-        **given,
-    )
-    return rank
+def steps_of(batches):
+    """The steps of a rank of the process group that is there, without a model."""
+    return Steps(PAIRS, batches, Training(), None, None, Collectives(torch.device("cpu")))
 
 
 def one_of_two(number, meeting, work, said):
@@ -67,10 +64,10 @@ PAIRS = [{"pair_id": f"pair {number}"} for number in range(6)]
 
 
 def step_with_one_bad_loss(number):
-    rank = bare_rank(pairs=PAIRS, batches=[[0, 1], [5, 3, 2, 4]])
-    rank.stop_if_not_finite(torch.tensor([1.0, 2.0]), 1, [[5, 2], [3, 4]][number])  # finite everywhere: it goes on
+    steps = steps_of([[0, 1], [5, 3, 2, 4]])
+    steps.stop_if_not_finite(torch.tensor([1.0, 2.0]), 1, [[5, 2], [3, 4]][number])  # finite everywhere: it goes on
     losses = [torch.tensor([0.5, 0.25]), torch.tensor([1.0, float("nan")])]
-    rank.stop_if_not_finite(losses[number], 1, [[5, 2], [3, 4]][number])
+    steps.stop_if_not_finite(losses[number], 1, [[5, 2], [3, 4]][number])
 
 
 def test_every_rank_names_the_rank_the_step_and_the_pairs_of_a_loss_that_is_not_finite(tmp_path):
@@ -82,8 +79,8 @@ def test_every_rank_names_the_rank_the_step_and_the_pairs_of_a_loss_that_is_not_
 
 
 def step_with_bad_losses_everywhere(number):
-    rank = bare_rank(pairs=PAIRS, batches=[[5, 3, 2, 4]])
-    rank.stop_if_not_finite(torch.tensor([float("inf"), float("nan")]), 0, [[5, 2], [3, 5]][number])
+    steps = steps_of([[5, 3, 2, 4]])
+    steps.stop_if_not_finite(torch.tensor([float("inf"), float("nan")]), 0, [[5, 2], [3, 5]][number])
 
 
 def test_ranks_that_all_have_losses_that_are_not_finite_are_all_named(tmp_path):
@@ -93,11 +90,11 @@ def test_ranks_that_all_have_losses_that_are_not_finite_are_all_named(tmp_path):
 
 
 def export_a_bad_weight(number):
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     with torch.no_grad():
-        model[1].weight[0, 0] = float("nan")
-    zero = SimpleNamespace(GatheredParameters=lambda parts: contextlib.nullcontext())
-    bare_rank(model=model, deepspeed=SimpleNamespace(zero=zero)).export([])
+        module[1].weight[0, 0] = float("nan")
+    model = SimpleNamespace(module=module, gathered=lambda parts: contextlib.nullcontext())
+    gather(model, Collectives(torch.device("cpu")))
 
 
 def test_all_ranks_refuse_to_export_a_parameter_that_is_not_finite(tmp_path):
@@ -149,32 +146,34 @@ class Engine:
 class Reader:
     """Reads nothing: tells the engine which pairs it is asked for."""
 
-    def __init__(self, rank):
-        self.rank = rank
+    def __init__(self, pairs, training):
+        self.pairs, self.training = pairs, training
 
     def parts(self, batch):
-        return [Part(micro) for micro in micro_batches(batch, 0, self.rank.training, 1)]
+        return [Part(micro) for micro in micro_batches(batch, 0, self.training, 1)]
 
     def values(self, engine, part):
-        engine.batch += [self.rank.pairs[row]["pair_id"] for row, weight in part.pairs if weight]
-        return {}, {"chosen": torch.tensor([float(row) for row, _ in part.pairs])}
+        engine.batch += [self.pairs[row]["pair_id"] for row, weight in part.pairs if weight]
+        return {"chosen": torch.tensor([float(row) for row, _ in part.pairs])}, {}
 
 
 class Tried(Rank):
     """The loop of a rank, its steps and its resuming, over an engine that keeps no model."""
 
     def __init__(self, spec, dies_at=None):
-        pairs = [{"pair_id": f"pair {number}"} for number in range(11)]
-        vars(self).update(vars(bare_rank(spec=spec, training=spec.training, pairs=pairs)))
-        self.batches = batches(len(pairs), spec.training, seed=spec.seed, iteration=spec.iteration)
-        self.objective, self.reader, self.engine, self.seconds = SimpleNamespace(reference=False), Reader(self), None, 0.0
-        self.total = lambda objective, policy, given, lengths, training: (lengths["chosen"], {})
-        self.dies_at = dies_at
+        self.spec, self.dies_at, self.collectives = spec, dies_at, Collectives(torch.device("cpu"))
+        self.pairs = [{"pair_id": f"pair {number}"} for number in range(11)]
+        self.batches = batches(len(self.pairs), spec.training, seed=spec.seed, iteration=spec.iteration)
+        self.objective = Objective(lambda policy, reference, training: (policy["chosen"], {}), ("chosen",), reference=False)
+        reader = Reader(self.pairs, spec.training)
+        self.steps = Steps(self.pairs, self.batches, spec.training, self.objective, reader, self.collectives)
+        self.stored = StoredSteps(spec, self.collectives)
+        self.model, self.reference = SimpleNamespace(engine=None, folder=""), SimpleNamespace(seconds=0.0)
 
     def load(self, folder, *, frozen=False):
-        self.engine, self.folder = Engine(self.dies_at), folder
+        self.model.engine, self.model.folder = Engine(self.dies_at), folder
 
-    def export(self, log):
+    def export(self, log, train_seconds):
         self.exported = log
 
 
@@ -207,13 +206,13 @@ def trained(spec):
 @pytest.mark.parametrize("step", range(6), ids=["first", "second", "ragged", "epoch edge", "later", "last and ragged"])
 def test_training_that_died_at_any_step_takes_the_pairs_of_its_twin_in_their_order(alone, step, checkpoint_steps):
     twin = trained(alone("twin"))
-    assert [len(batch) for batch in twin.engine.weights] == [4, 4, 3] * 2
+    assert [len(batch) for batch in twin.model.engine.weights] == [4, 4, 3] * 2
     died = Tried(alone("run", checkpoint_steps), dies_at=step)
     with pytest.raises(Killed):
         died.run()
     again = trained(alone("run", checkpoint_steps))
-    assert again.engine.loaded == (step >= checkpoint_steps)
-    assert again.engine.weights == twin.engine.weights
+    assert again.model.engine.loaded == (step >= checkpoint_steps)
+    assert again.model.engine.weights == twin.model.engine.weights
     assert again.exported == twin.exported
     assert [line["step"] for line in again.exported] == list(range(6))
 
@@ -236,7 +235,7 @@ def test_stored_step_with_one_flipped_byte_is_refused_before_it_is_unpickled(alo
     with pytest.raises(IntegrityError, match=rf"step-000002/{name}: sha256 is|{MANIFEST}: is damaged") as caught:
         rank.run()
     assert str(folder) in str(caught.value).partition("; delete ")[2]
-    assert (rank.engine.loaded, rank.engine.weights) == (False, [])
+    assert (rank.model.engine.loaded, rank.model.engine.weights) == (False, [])
 
 
 def test_stored_step_that_lacks_a_file_is_refused(alone):
@@ -250,7 +249,7 @@ def test_step_that_was_being_stored_is_not_resumed_from(alone):
     spec, folder = stored(alone)
     folder.rename(folder.with_name(".step-000002"))
     again = trained(spec)
-    assert (again.engine.loaded, len(again.engine.weights)) == (False, 6)
+    assert (again.model.engine.loaded, len(again.model.engine.weights)) == (False, 6)
     assert read_manifest(folder) is None
 
 
@@ -284,7 +283,7 @@ def run_worker(monkeypatch, tmp_path, fail):
     """A rank whose training ends with what `fail` raises; gives back the file in which errors that last are kept."""
     monkeypatch.setattr(Rank, "__init__", lambda self, spec: None)
     monkeypatch.setattr(Rank, "run", lambda self: fail())
-    monkeypatch.setattr("evolve_ray.builds.settle", lambda: None)
+    monkeypatch.setattr("evolve_ray.train.deepspeed_ops.settle", lambda: None)
     kept = tmp_path / "error.json"
     given = SimpleNamespace(checkpoint=SimpleNamespace(work=tmp_path / ".checkpoint-1", final=tmp_path / "checkpoint"))
     with pytest.raises((EvolveError, RuntimeError, ActorDiedError)):
@@ -319,7 +318,7 @@ def fitted(monkeypatch, tmp_path, error, max_failures=2):
         begun.append(error)
         raise error
 
-    monkeypatch.setattr("evolve_ray.train.group", lambda *_: SimpleNamespace(fit=fit_once))
+    monkeypatch.setattr("evolve_ray.train.group.group", lambda *_: SimpleNamespace(fit=fit_once))
     given = SimpleNamespace(trainer=Trainer(max_failures=max_failures), checkpoint=SimpleNamespace(final=tmp_path / "checkpoint"))
     with pytest.raises((ResourceError, ControllerError)) as caught:
         fit(given, tmp_path / "storage")

@@ -9,12 +9,13 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from evolve_ray import scorers
 from evolve_ray.config import options
 from evolve_ray.errors import IntegrityError
 from evolve_ray.models.chat import Chat
-from evolve_ray.score import ScoreSpec, ScoreWorker
-from evolve_ray.scorers import RewardModel, build_scorer, classify
+from evolve_ray.score import reward_model
+from evolve_ray.score.combined import build_scorer
+from evolve_ray.score.reward_model import RewardModel, classify
+from evolve_ray.score.worker import ScoreSpec, ScoreWorker
 from evolve_ray.store import rows
 from evolve_ray.store.manifest import commit
 from evolve_ray.toy.tokenizer import make_tokenizer, render
@@ -272,8 +273,8 @@ def test_scores_are_those_of_a_plain_forward_without_a_padding_token(bpe_rewards
 @pytest.fixture
 def read(monkeypatch):
     """The rows of token ids that reward models read."""
-    seen, forward = [], scorers.classify
-    monkeypatch.setattr(scorers, "classify", lambda model, ids, device: seen.extend(ids) or forward(model, ids, device))
+    seen, forward = [], reward_model.classify
+    monkeypatch.setattr(reward_model, "classify", lambda model, ids, device: seen.extend(ids) or forward(model, ids, device))
     return seen
 
 

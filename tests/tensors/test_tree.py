@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from evolve_ray import attention, logprobs, tree_check
 from evolve_ray.errors import UserError
-from evolve_ray.logprobs import block_mask, dense_mask, num_chunks, pair_sequences, sequence_logps, tree_logps
 from evolve_ray.models.chat import Chat
 from evolve_ray.refine.template import Template
 from evolve_ray.store.rows import REFERENCE
-from evolve_ray.tree import FORWARD_TOKENS, Sequence, grow, lay_out, level, num_shared, pack
+from evolve_ray.train import attention, logprobs, tree_check
+from evolve_ray.train.logprobs import block_mask, dense_mask, num_chunks, pair_sequences, sequence_logps, tree_logps
+from evolve_ray.train.tree import FORWARD_TOKENS, Sequence, grow, lay_out, level, num_shared, pack
 from tests.plain.conftest import llama_config
 
 CPU = torch.device("cpu")

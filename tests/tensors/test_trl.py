@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from evolve_ray import objective
 from evolve_ray.config.options import Training
-from evolve_ray.logprobs import pair_sequences, sequence_logps
 from evolve_ray.models.chat import Chat
 from evolve_ray.refine.template import Template
+from evolve_ray.train import objectives
+from evolve_ray.train.logprobs import pair_sequences, sequence_logps
 
 CPU = torch.device("cpu")
 RATE, BETA, STEPS = 2e-3, 0.3, 4
@@ -94,7 +94,7 @@ def trl_run(folder, tmp_path, drafts, batch_pairs, **options):
 def our_run(folder, batch_pairs, **options):
     """The same with this package's log-probs and objective in a plain loop, and the sequences of each pair."""
     training = Training(beta=BETA, **options)
-    found = objective.find(training)
+    found = objectives.find(training)
     chat, model = Chat(folder), load(folder).train()
     frozen = copy.deepcopy(model).eval()
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
@@ -114,7 +114,7 @@ def our_run(folder, batch_pairs, **options):
         for name in found.needs:
             counts = [float(len(sequences[name].response)) for sequences in batch]
             lengths[name.partition("_after_")[0]] = torch.tensor(counts).clamp(min=1)
-        loss, _ = objective.total(found, logps(model, batch), reference, lengths, training)
+        loss, _ = objectives.total(found, logps(model, batch), reference, lengths, training)
         optimiser.zero_grad()
         loss.mean().backward()
         optimiser.step()

@@ -7,8 +7,9 @@ import time
 import psutil
 import pytest
 
-from evolve_ray import generate, score
 from evolve_ray.errors import IntegrityError, NumericsError, StalledError
+from evolve_ray.generate import worker as generate_worker
+from evolve_ray.score import worker as score_worker
 from evolve_ray.store import rows, shards
 from evolve_ray.watch.cluster import title
 from tests.fakes import DyingAfterCommit, DyingScorer, DyingScorerAfterCommit
@@ -99,7 +100,7 @@ def test_a_scorer_that_dies_with_its_scores_in_hand_gives_equal_scores(twin, fol
 @pytest.mark.parametrize("stage", ["generations", "scores"])
 def test_an_actor_that_dies_right_after_its_commit_gives_the_committed_shard(twin, folder, tmp_path, monkeypatch, stage):
     """The answer is lost, the shard is not: the retry returns what is committed, which is the first process's."""
-    place, kind = {"generations": (generate, DyingAfterCommit), "scores": (score, DyingScorerAfterCommit)}[stage]
+    place, kind = {"generations": (generate_worker, DyingAfterCommit), "scores": (score_worker, DyingScorerAfterCommit)}[stage]
     monkeypatch.setattr(place, {"generations": "Generator", "scores": "ScoreWorker"}[stage], kind)
     tables = draft(make_context(folder, tmp_path / "run"))
     pid, name, mtime_ns = (tmp_path / "run" / "died").read_text().split()

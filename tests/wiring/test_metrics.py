@@ -6,9 +6,9 @@ import urllib.request
 
 import pytest
 
-from evolve_ray.metrics import Follower, Metrics
 from evolve_ray.pools.actors import Host
 from evolve_ray.store.run import Run
+from evolve_ray.watch.metrics import Follower, Metrics
 
 
 class Counting:

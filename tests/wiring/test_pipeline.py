@@ -8,10 +8,14 @@ import pytest
 import ray
 from safetensors.numpy import save_file
 
-from evolve_ray import inputs, iterate, pipeline, tallies
+from evolve_ray.audit import conservation
 from evolve_ray.config.load import load
 from evolve_ray.errors import ResourceError, UserError
+from evolve_ray.inputs.context import Context
+from evolve_ray.inputs.prepare import prepare
 from evolve_ray.pools.actors import Pools
+from evolve_ray.stages import generations
+from evolve_ray.stages.pairs import select
 from evolve_ray.store import rows, shards
 from evolve_ray.store.run import Run
 from evolve_ray.toy.tokenizer import make_tokenizer
@@ -66,23 +70,24 @@ def recipe_text(folder: Path, engine: str = "FakeEngine", per_iteration: int = 2
         """
 
 
-def make_context(folder: Path, run: Path, *overrides: str) -> inputs.Context:
+def make_context(folder: Path, run: Path, *overrides: str) -> Context:
     recipe = run.parent / "recipe.toml"
     recipe.write_text(recipe_text(folder))
     config = load(recipe, overrides)
     run.mkdir()
-    return inputs.prepare(config, Run(run), lambda line: None, lambda: None, rerun_changed=False)
+    return prepare(config, Run(run), lambda line: None, lambda: None, rerun_changed=False)
 
 
-def draft(context: inputs.Context, pools: Pools | None = None):
+def draft(context: Context, pools: Pools | None = None):
     """Drafts, scores and pairs of iteration 1, in pools that end with it or in those that are given."""
     context.pools = pools or Pools()
     prompts, config = context.prompts[1], context.config
     place = context.run.iteration(1)
     try:
-        asked = pipeline.Asked(1, "generations", context.policy, prompts, config.strategy, config.sampling, 1, {})
-        drafts, scores = pipeline.generate_and_score(context, asked, place)
-        pairs = iterate.select(context, 1, prompts, drafts, scores)
+        asked = generations.GenerationJob(1, "generations", context.policy, prompts, config.strategy, config.sampling, 1, {})
+        drafts, scores = generations.generate_and_score(context, asked, place)
+        context.prompts[1] = prompts
+        pairs = select(context, 1, drafts, scores)
         context.collect_rejected(1)
         return drafts, scores, pairs
     finally:
@@ -186,7 +191,7 @@ def test_rounds_that_a_chain_leaves_out_are_rows_that_nobody_scores_or_selects(p
     members = {pair[name] for pair in rows.read_table(pairs.path("pairs.parquet")) for name in ("chosen_id", "rejected_id")}
     unused = {row["id"] for row in rows.read_jsonl(pairs.path("rejected.jsonl"))}
     assert members | unused == {row["draft_id"] for row in table} - set(left_out)
-    assert list(tallies.check(drafts, {})) == list(tallies.check(scores, {"generations": drafts})) == []
+    assert list(conservation.check(drafts, {})) == list(conservation.check(scores, {"generations": drafts})) == []
 
 
 def test_every_unused_row_of_the_iteration_is_in_its_rejected_file(twin):

@@ -1,0 +1,126 @@
+"""One vLLM engine in this process, stepped by hand."""
+
+import os
+import threading
+import time
+from typing import Any
+
+from evolve_ray.errors import ResourceError, UserError, first_line
+from evolve_ray.generate.spec import Completion, GenerateSpec
+from evolve_ray.models.chat import Chat
+
+# The engine runs inside the actor's own process and is stepped by it: that is what makes the schedule reproducible.
+ENGINE_ENV = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TOKENIZERS_PARALLELISM": "false",  # a prompt at a time, between two steps: other threads would only be woken
+}
+GUESSED = {
+    "num_guessed_tokens": "vllm:spec_decode_num_draft_tokens",
+    "num_accepted_tokens": "vllm:spec_decode_num_accepted_tokens",
+}
+
+
+class VllmEngine:
+    """One vLLM engine in this process, stepped by hand."""
+
+    def __init__(self, spec: GenerateSpec, chat: Chat):
+        from vllm import LLM
+
+        try:
+            self.llm = LLM(
+                model=spec.model,
+                dtype=spec.dtype,
+                max_model_len=spec.context_tokens,
+                max_num_seqs=spec.engine.max_num_seqs,
+                disable_log_stats="speculative_config" not in spec.engine.args,  # where `counts` reads
+                **spec.engine.args,
+            )
+        except TypeError as error:
+            raise UserError(f"engine.args: vLLM does not take them: {first_line(error)}") from None
+        end_with_core(getattr(self.llm.llm_engine.engine_core, "resources", None))
+        self.counted = dict.fromkeys(GUESSED, 0)
+        self.use(spec, chat)
+
+    def use(self, spec: GenerateSpec, chat: Chat) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self.sampling = lambda seed, logps: SamplingParams(
+            output_kind=RequestOutputKind.FINAL_ONLY,  # else a step makes the text so far of every request
+            temperature=spec.sampling.temperature,
+            top_p=spec.sampling.top_p,
+            max_tokens=spec.sampling.max_tokens,
+            stop_token_ids=chat.stop_ids,
+            seed=seed,
+            logprobs=0 if logps else None,
+        )
+
+    def reload(self, spec: GenerateSpec, chat: Chat) -> None:
+        """New weights of the same shape in place; what the prefix cache holds was computed with the old ones."""
+        from vllm.platforms import current_platform
+
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": spec.model})
+        if current_platform.is_cpu():
+            self.llm.apply_model(repack_tied_head)
+        if not self.llm.reset_prefix_cache():
+            raise ResourceError("engine: the prefix cache was not reset after new weights; submit the same command again")
+        self.use(spec, chat)
+
+    def submit(self, request_id: str, prompt_ids: list[int], seed: int, *, logps: bool = False) -> None:
+        self.llm.llm_engine.add_request(request_id, {"prompt_token_ids": prompt_ids}, self.sampling(seed, logps))
+
+    def step(self) -> list[Completion]:
+        done = []
+        for output in self.llm.llm_engine.step():
+            if output.finished:
+                result = output.outputs[0]
+                logps = [found[token].logprob for token, found in zip(result.token_ids, result.logprobs or (), strict=False)]
+                done.append(
+                    Completion(
+                        request_id=output.request_id,
+                        text=result.text,
+                        num_tokens=len(result.token_ids),
+                        num_prompt_tokens=len(output.prompt_token_ids),
+                        num_cached_tokens=output.num_cached_tokens or 0,
+                        finish_reason=result.finish_reason,
+                        token_ids=tuple(result.token_ids),
+                        logps=tuple(logps),
+                    )
+                )
+        return done
+
+    def counts(self) -> dict[str, int]:
+        """Tokens that speculation guessed and those of them that the model accepted, since the last call; {} without it."""
+        if not self.llm.llm_engine.log_stats:
+            return {}
+        found = {metric.name: int(metric.value) for metric in self.llm.get_metrics() if metric.name in GUESSED.values()}
+        now = {name: found.get(metric, 0) for name, metric in GUESSED.items()}
+        before, self.counted = self.counted, now
+        return {name: now[name] - before[name] for name in GUESSED}
+
+
+def end_with_core(resources: Any) -> None:
+    """Ends this process when vLLM notices that its second one, where `engine.env` asks for it, is dead.
+
+    Its client would wait for ever for the answer to a step that was under way. `resources` is None without a second process.
+    """
+
+    def watch() -> None:
+        while not resources.engine_dead:
+            time.sleep(0.5)
+        os._exit(1)
+
+    if resources is not None:
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def repack_tied_head(model: Any) -> None:
+    """On CPU, vLLM computes logits from a packed copy of the output layer. If that layer is tied to the embedding, the
+    checkpoint has no weight of its own for it, so a reload leaves the packed copy of the old model in place."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    for layer in model.modules():
+        if hasattr(layer, "cpu_linear") and getattr(layer, "weight", None) is not None and layer.weight.numel():
+            dispatch_cpu_unquantized_gemm(layer, remove_weight=False)

@@ -1,0 +1,130 @@
+"""Generation: actors with a vLLM engine each, that write drafts and take new weights in place."""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+
+from evolve_ray.config import options
+from evolve_ray.config.plugs import find_plug
+from evolve_ray.generate.drive import Drive
+from evolve_ray.generate.spec import Engine, GenerateSpec
+from evolve_ray.generate.vllm import ENGINE_ENV, VllmEngine
+from evolve_ray.models.chat import Chat
+from evolve_ray.pools.actors import PoolOptions
+from evolve_ray.pools.worker import ShardWorker
+from evolve_ray.refine.asks import Ask, Strategy
+from evolve_ray.refine.strategies import KNOWN
+from evolve_ray.score.protocol import checked
+from evolve_ray.score.verifiers import build_verifier
+from evolve_ray.store import rows
+
+VERSION = 2
+ENGINES: dict[str, Callable[[GenerateSpec, Chat], Engine]] = {"vllm": VllmEngine}
+
+
+class Generator(ShardWorker):
+    """Owns one engine and writes one shard of drafts per call."""
+
+    schema = rows.GENERATION
+    stage = "generations"
+
+    def __init__(self, spec: GenerateSpec):
+        super().__init__(spec)
+        started = time.monotonic()
+        self.chat = Chat(spec.model)
+        self.engine = find_plug(ENGINES, spec.engine.name, "engine.name")(spec, self.chat)
+        self.verifier = build_verifier(spec.verifier) if spec.verifier else None
+        self.start_seconds = time.monotonic() - started
+
+    def renew(self, spec: GenerateSpec) -> None:
+        started = time.monotonic()
+        self.chat = Chat(spec.model)
+        if spec.model_hash != self.spec.model_hash:
+            self.engine.reload(spec, self.chat)
+        else:
+            self.engine.use(spec, self.chat)
+        if spec.verifier != self.spec.verifier:
+            self.verifier = build_verifier(spec.verifier) if spec.verifier else None
+        self.spec = spec
+        self.start_seconds += time.monotonic() - started
+
+    def process(self, shard: int, prompts: list[dict]) -> tuple[list[dict], list[dict], dict]:
+        started = time.monotonic()
+        spec = self.spec
+        strategy = find_plug(KNOWN, spec.strategy.name, "strategy.name")
+
+        def start(prompt: str) -> Strategy:
+            return strategy(prompt, spec.template, spec.strategy)
+
+        drive = Drive(self.engine, self.encode, spec, spec.judge.open() if spec.judge else None)
+        drive.beat = self.beat
+        drive.verify = self.verify if spec.verifier else None
+        with dead_engine_ends_actor():
+            generated, rejected, stats = drive.run(prompts, start)
+        stats |= {"num_in": len(prompts), "engine_seconds": round(time.monotonic() - started, 3)}
+        stats |= self.engine.counts()
+        stats |= {
+            "start_seconds": round(self.start_seconds, 3),
+            "num_cut": sum(r["finish_reason"] == "length" for r in generated),
+        }
+        self.start_seconds = 0.0
+        return generated, rejected, stats
+
+    def verify(self, prompt: dict, text: str) -> float:
+        assert self.verifier is not None
+        return checked("verifier", self.verifier, [prompt["prompt"]], [prompt["answer"]], [text])[0]
+
+    def encode(self, ask: Ask) -> list[int]:
+        return self.chat.context_ids(ask.messages)
+
+    def probe(self, prompts: list[dict]) -> list[dict]:
+        """A chain of two rounds on each prompt, token by token: `{context, response, logps}`, the engine's own nats.
+
+        Round 2 continues a draft that the prefix cache holds, so weights or cached states of an older model would show.
+        """
+        spec, found = self.spec, []
+        asked: dict[str, tuple[list[int], str]] = {}
+        for round_number in (1, 2):
+            for prompt in prompts:
+                messages = spec.template.direct(prompt["prompt"])
+                if round_number == 2:
+                    messages = spec.template.refinement(prompt["prompt"], asked[f"{prompt['prompt_id']}/1"][1])
+                request_id = f"{prompt['prompt_id']}/{round_number}"
+                asked[request_id] = (self.chat.context_ids(messages), "")
+                seed = rows.derive_seed("probe", spec.seed, prompt["prompt_id"], round_number)
+                self.engine.submit(request_id, asked[request_id][0], seed, logps=True)
+            waiting = len(prompts)
+            with dead_engine_ends_actor():
+                while waiting:
+                    for done in self.engine.step():
+                        context = asked[done.request_id][0]
+                        asked[done.request_id] = (context, done.text)
+                        found.append({"id": done.request_id, "context": context, "response": done.token_ids, "logps": done.logps})
+                        waiting -= 1
+        return sorted(found, key=lambda row: row["id"])
+
+
+@contextlib.contextmanager
+def dead_engine_ends_actor() -> Iterator[None]:
+    """A dead engine never serves again: end the actor, so that Ray restarts it and retries the shard."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ == "EngineDeadError":
+            os._exit(1)
+        raise
+
+
+def engine_pool(engine: options.Engine) -> PoolOptions:
+    """The pool of engines that the recipe asks for."""
+    return PoolOptions(
+        name="engines",
+        worker=Generator,
+        actors=engine.actors,
+        cpus=engine.cpus_per_actor,
+        gpus=engine.gpus_per_actor,
+        restarts=engine.max_restarts,
+        stall_s=engine.stall_s,
+        env=ENGINE_ENV | {name: str(value) for name, value in engine.env.items()},
+    )

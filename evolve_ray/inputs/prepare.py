@@ -1,0 +1,92 @@
+"""What a run starts from: models, template, prompts and given pairs, all checked before an engine starts."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+
+from evolve_ray.config.load import from_json
+from evolve_ray.config.options import Config, trainings
+from evolve_ray.config.plugs import find_plug
+from evolve_ray.config.resolve import flatten, resolved
+from evolve_ray.errors import IntegrityError, UserError
+from evolve_ray.inputs.context import Context, Policy
+from evolve_ray.inputs.prompts import Prompter
+from evolve_ray.models import folders
+from evolve_ray.refine.template import load_template
+from evolve_ray.score.combined import reward_model_field, reward_model_names
+from evolve_ray.score.verifiers import VERIFIERS, build_verifier
+from evolve_ray.store.files import write_atomic
+from evolve_ray.store.run import Run
+from evolve_ray.toy.parts import toy_parts
+
+
+def settle_config(config: Config, run: Run, *, rerun_changed: bool) -> str:
+    """Stores the resolved configuration; a run directory of another configuration is refused by the names of the fields.
+
+    With `rerun_changed` these are returned, with their values before and now.
+    """
+    path, shown = run.root / "config.json", ""
+    if path.exists():
+        try:
+            stored = json.loads(path.read_bytes())
+        except ValueError:
+            raise IntegrityError(f"{path}: is damaged; delete it and submit again: the stages know their own options") from None
+        before = flatten(resolved(from_json(stored, str(path)), runtime=False))
+        here = flatten(resolved(config, runtime=False))
+        changed = sorted(name for name in before.keys() | here.keys() if before.get(name, "unset") != here.get(name, "unset"))
+        shown = ", ".join(f"{name} ({before.get(name, 'unset')} -> {here.get(name, 'unset')})" for name in changed[:8])
+        if changed and not rerun_changed:
+            raise UserError(
+                f"{run.root}: belongs to another configuration; changed: {shown}; use another --run, or submit with "
+                "--rerun-changed to compute again what depends on them"
+            )
+    write_atomic(path, json.dumps(resolved(config), indent=1, ensure_ascii=False).encode())
+    return shown
+
+
+def prepare(
+    config: Config, run: Run, say: Callable[[str], None], start_ray: Callable[[], None], *, rerun_changed: bool,
+    changed: str = "",
+) -> Context:  # fmt: skip
+    """Checks and commits everything that a run starts from; a fault in any input is raised here, before Ray starts."""
+    context, toy = begin(config, run, say, start_ray, rerun_changed=rerun_changed, changed=changed)
+    Prompter(context, toy).commit_all()
+    return context
+
+
+def begin(
+    config: Config, run: Run, say: Callable[[str], None], start_ray: Callable[[], None], *, rerun_changed: bool,
+    changed: str = "", model: str | None = None,
+) -> tuple[Context, dict[str, str]]:  # fmt: skip
+    """A context with everything but prompts, and the tiny world's parts by name; `model` in place of `model.path`."""
+    check_plugs(config)
+    template = load_template(config.template.name, config.template.layout, config.strategy.name)
+    toy = toy_parts(config, run, say) if config.toy else {}
+    folder = folders.resolve(model or toy.get(config.model.path, config.model.path), "model.path")
+    folders.check_policy(folder, config.model.context_tokens)
+    policy = Policy(folder, folders.content_hash(folder))
+    context = Context(config, run, say, start_ray, rerun_changed, template, policy, changed=changed)
+    for name in reward_model_names(config.scorer):
+        field_name = reward_model_field(config.scorer)
+        folder = folders.resolve(toy.get(name, name), field_name)
+        folders.check_reward_model(folder, field_name)
+        context.reward_models[name] = Policy(folder, folders.content_hash(folder))
+    return context, toy
+
+
+def check_plugs(config: Config) -> None:
+    """Every `module:Name` of the recipe can be loaded, and the verifier has what it needs."""
+    named = [("strategy.name", config.strategy.name), ("engine.name", config.engine.name), ("scorer.name", config.scorer.name)]
+    named += [("selection.name", config.selection.name), ("controller.name", config.controller.name)]
+    named += [(f"{name}.objective", training.objective) for name, training in trainings(config)]
+    named += [("verifier.name", config.verifier.name)] if config.verifier else []
+    named += [("scorer.members", member) for member in config.scorer.members if not member.startswith("reward_model=")]
+    for field_name, name in named:
+        if ":" in name:
+            find_plug({}, name, field_name)
+    if config.verifier and config.verifier.name in VERIFIERS:
+        build_verifier(config.verifier)
+    if config.trainer.lora_rank and importlib.util.find_spec("peft") is None:
+        raise UserError(
+            "trainer.lora_rank: needs the package peft; pip install -e '.[lora]', or leave it out to train all weights"
+        )

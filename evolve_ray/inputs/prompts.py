@@ -1,0 +1,226 @@
+"""Commits the prompts of every iteration, the held-out prompts and the given triples, or names the faults of all their files."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from evolve_ray.config.options import Preferences, texts_in_view
+from evolve_ray.data import triples as data_triples
+from evolve_ray.data.prompts import drop_held_out, fresh_order, fresh_slice, read_prompts, scan_prompts, with_token_counts
+from evolve_ray.data.read import BLOCK_ROWS, MAX_SHOWN
+from evolve_ray.errors import UserError
+from evolve_ray.models import folders
+from evolve_ray.score.combined import reward_model_field
+from evolve_ray.store import rows
+from evolve_ray.store.files import sha256_file
+from evolve_ray.store.manifest import Manifest
+from evolve_ray.store.run import Stage
+
+if TYPE_CHECKING:
+    from evolve_ray.inputs.context import Context
+
+# Options of [evaluation] that decide what is held out; how it is answered is in the evaluation's key.
+HELD_OUT = ("splits", "prompt_column", "answer_column", "answer_pattern", "split", "limit")
+
+
+class Prompter:
+    """Commits the prompts of every iteration, the held-out prompts and the given triples; reads sources only if it must."""
+
+    def __init__(self, context: "Context", toy: dict[str, str]):
+        self.context, self.toy, self.config = context, toy, context.config
+        self._chat: Any = None
+        self._limit: int | None = None
+
+    def commit_all(self) -> None:
+        """Commits everything, or names the faults of all files in one sentence each."""
+        context, config = self.context, self.config
+        faults: list[str] = []
+
+        def attempt(read: Callable[..., Any], *given: Any) -> Any:
+            try:
+                return read(*given)
+            except UserError as error:
+                faults.append(str(error))
+
+        if config.evaluation.splits:
+            context.held_out = attempt(self.held_out)
+        for name in ("activation", "offline"):
+            part = getattr(config, name)
+            if part:
+                # Without the held-out prompts nobody knows what to train on: then it is only looked at.
+                context.given[name] = attempt(self.triples, name, part) if not faults else attempt(self.read_triples, part)
+        attempt(self.training) if not faults else attempt(self.read_training, config.prompts)
+        if faults:
+            raise UserError("; and ".join(dict.fromkeys(faults)))
+
+    def source_key(self, path: str) -> list[str]:
+        """A file by its content, anything else by its name."""
+        path = self.toy.get(path, path)
+        return ["file", sha256_file(Path(path))] if Path(path).is_file() else ["name", path]
+
+    def count(self, prompt: str) -> int:
+        return len(self.chat.context_ids(self.context.template.direct(prompt)))
+
+    @property
+    def chat(self) -> Any:
+        if self._chat is None:
+            from evolve_ray.models.chat import Chat
+
+            self._chat = Chat(self.context.policy.folder)
+            chats = [("model.path", self.context.policy, self._chat)]
+            for model in self.context.reward_models.values():
+                field = reward_model_field(self.config.scorer)
+                chats.append((field, model, Chat(model.folder, field)))
+            for field_name, model, chat in chats:
+                folders.check_vocabulary(model.folder, field_name, chat.tokenizer.get_vocab())
+        return self._chat
+
+    def limit(self) -> int:
+        """Tokens that a first ask may have, so that the longest context of the strategy still fits."""
+        config, template = self.config, self.context.template
+        widest = {
+            "few_shot": template.after_several("", [""] * config.strategy.shots),
+            "critique": template.revision("", "", ""),
+        }.get(config.strategy.name, template.refinement("", ""))
+        room = config.model.context_tokens - texts_in_view(config.strategy) * config.sampling.max_tokens
+        return room - len(self.chat.context_ids(widest))
+
+    def fitting(self, table: list[dict]) -> tuple[list[dict], list[dict]]:
+        """(rows that fit the context, with their tokens; rejected ones)."""
+        self._limit = self.limit() if self._limit is None else self._limit
+        field = "model.context_tokens - the responses in view * sampling.max_tokens - the template"
+        return with_token_counts(table, self.count, self._limit, field=field)
+
+    def check_loss(self, too_long: list[dict], num_rows: int, path: str) -> None:
+        """More than the allowed fraction of prompts too long is the user's to decide."""
+        if len(too_long) > self.config.prompts.max_rejected_fraction * num_rows:
+            shown = "; ".join(f"{row['file']}:{row['line']}: {row['reason']}" for row in too_long[:MAX_SHOWN])
+            raise UserError(
+                f"{path}: {len(too_long)} of {num_rows} prompts are too long: {shown}; raise model.context_tokens, lower "
+                "sampling.max_tokens, or allow the loss with prompts.max_rejected_fraction"
+            )
+
+    def commit(self, stage: Stage, table: Any, rejected: list[dict], name: str, schema: Any, num_in: int) -> Manifest:
+        """Prompts stand in row groups, so that who works on a shard reads a part of them alone."""
+        rows.write_table(stage.start() / name, table, schema, group_rows=BLOCK_ROWS if schema == rows.PROMPT else None)
+        return stage.commit(rejected, num_in=num_in, num_rows=len(table))
+
+    def held_out(self, final: Path | None = None) -> Manifest:
+        """The prompts of every evaluation split, committed at `final` (iteration 0's held_out/)."""
+        part = self.config.evaluation
+        key = {
+            "options": {name: getattr(part, name) for name in HELD_OUT},
+            "tokens": self.tokens_key(),
+            "sources": [self.source_key(p) for p in part.splits.values()],
+        }
+        stage = self.context.stage(final or self.context.run.iteration(0) / "held_out", "prompts", key, {})
+        manifest = stage.committed()
+        if manifest:
+            return manifest
+        table, rejected, num_in = [], [], 0
+        for split, path in part.splits.items():
+            found, duplicates = read_prompts(
+                self.toy.get(path, path), prompt_column=part.prompt_column, answer_column=part.answer_column,
+                answer_pattern=part.answer_pattern, source_split=part.split, split=split,
+            )  # fmt: skip
+            num_in += len(found) + len(duplicates)
+            beyond = found[part.limit :] if part.limit else []
+            rejected += duplicates + [rows.reject(row, "held_out", f"beyond evaluation.limit {part.limit}") for row in beyond]
+            kept, too_long = self.fitting(found[: part.limit or None])
+            self.check_loss(too_long, len(kept) + len(too_long), path)
+            rejected += too_long
+            table += [{**row, "prompt_id": evaluation_id(split, row["prompt_id"])} for row in kept]
+        return self.commit(stage, table, rejected, "prompts.parquet", rows.PROMPT, num_in)
+
+    def triples(self, name: str, part: Preferences) -> Manifest:
+        columns = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.name not in ("path", "training")}
+        key = {"options": columns, "source": self.source_key(part.path)}
+        stage = self.context.stage(self.context.run.iteration(0) / f"{name}_pairs", "pairs", key, self.held_inputs())
+        manifest = stage.committed()
+        if manifest:
+            return manifest
+        found, rejected = self.read_triples(part)
+        return self.commit(stage, found, rejected, "pairs.parquet", rows.PAIR, len(found) + len(rejected))
+
+    def read_triples(self, part: Preferences) -> tuple[list[dict], list[dict]]:
+        return data_triples.read_triples(
+            self.toy.get(part.path, part.path), prompt_column=part.prompt_column, chosen_column=part.chosen_column,
+            rejected_column=part.rejected_column, source_split=part.split, limit=part.limit, held_out=self.held_texts(),
+        )  # fmt: skip
+
+    def held_inputs(self) -> dict[str, str]:
+        """What a stage that leaves out evaluation prompts is made from besides its own file."""
+        return {"held_out": self.context.held_out.identity} if self.context.held_out else {}
+
+    def held_texts(self) -> dict[str, str]:
+        """The split of each evaluation prompt, by its text."""
+        held = self.context.held_out
+        return {row["prompt"]: row["split"] for row in rows.read_table(held.path("prompts.parquet"))} if held else {}
+
+    def tokens_key(self) -> list[Any]:
+        """What decides which prompts fit: tokenizer and template through the hashes, and the sizes."""
+        config = self.config
+        texts = texts_in_view(config.strategy)
+        sizes = [config.model.context_tokens, config.sampling.max_tokens, texts]
+        return [self.context.policy.hash, self.context.template.hash, *sizes]
+
+    def training(self) -> None:
+        """The fresh prompts of every iteration; those that are also evaluation prompts are left out and counted."""
+        context, part = self.context, self.config.prompts
+        common = {
+            "options": {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.name != "path"},
+            "tokens": self.tokens_key(),
+            "source": self.source_key(part.path),
+            "seed": self.config.seed,
+        }
+        inputs = self.held_inputs()
+        stages = {
+            number: context.stage(context.run.iteration(number) / "prompts", "prompts", {**common, "iteration": number}, inputs)
+            for number in range(1, self.config.iterations + 1)
+        }
+        found = {number: stage.committed() for number, stage in stages.items()}
+        if not all(found.values()):
+            table, rejected = self.read_training(part)
+            needed = part.per_iteration * self.config.iterations
+            if len(table) < needed:
+                raise UserError(
+                    f"{part.path}: {self.config.iterations} iterations of {part.per_iteration} fresh prompts need {needed}, but "
+                    f"{len(table)} are usable; lower prompts.per_iteration or iterations, or give more prompts"
+                )
+            order = fresh_order(table["prompt_id"], seed=self.config.seed)
+            for number, stage in stages.items():
+                if found[number] is None:
+                    fresh = fresh_slice(table, order, iteration=number, per_iteration=part.per_iteration)
+                    lost = rejected if number == 1 else []
+                    found[number] = self.commit(stage, fresh, lost, "prompts.parquet", rows.PROMPT, len(fresh) + len(lost))
+        context.prompts = {number: manifest for number, manifest in found.items() if manifest}
+
+    def read_training(self, part: Any) -> tuple[pa.Table, list[dict]]:
+        """Usable training prompts as one table, which takes a fraction of the memory of as many dicts, and the rejected rows."""
+        texts = self.held_texts()
+        duplicates: list[dict] = []
+        overlap: list[dict] = []
+        too_long: list[dict] = []
+        blocks_of: list[pa.Table] = []
+        scanned = scan_prompts(
+            self.toy.get(part.path, part.path), duplicates, prompt_column=part.prompt_column, answer_column=part.answer_column,
+            answer_pattern=part.answer_pattern, id_column=part.id_column, source_split=part.split,
+        )  # fmt: skip
+        while block := list(itertools.islice(scanned, BLOCK_ROWS)):
+            kept, held_here = drop_held_out(block, texts)
+            kept, long_here = self.fitting(kept)
+            overlap += held_here
+            too_long += long_here
+            blocks_of.append(pa.Table.from_pylist(kept, schema=rows.PROMPT))
+        table = pa.concat_tables(blocks_of).combine_chunks()
+        self.check_loss(too_long, len(table) + len(too_long), part.path)
+        return table, duplicates + overlap + too_long
+
+
+def evaluation_id(split: str, prompt_id: str) -> str:
+    """The id of a held-out prompt: one file may be two splits."""
+    return rows.content_id("evaluation", split, prompt_id)

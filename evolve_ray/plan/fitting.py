@@ -1,0 +1,145 @@
+"""Whether a recipe fits on a cluster, and what to change where it does not.
+
+A way out is never guessed: one option at a time is changed, and the sum is done again.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from evolve_ray.config.options import Config, texts_in_view
+from evolve_ray.plan.shapes import Shape
+from evolve_ray.plan.sizing import Cluster, describe, engine_gpus, memories
+
+
+def faults(config: Config, shape: Shape, scorers: list[Shape], cluster: Cluster) -> list[str]:
+    """What cannot be placed or does not fit, each with a way out that was checked."""
+    found = placement_faults(config, shape, cluster)
+    for memory in memories(config, shape, scorers, cluster):
+        if not memory.fits:
+            largest = max(memory.parts, key=lambda part: part[1])
+            found.append(
+                f"{memory.phase}: needs {memory.total_gib:.1f} GiB a GPU and may use {memory.limit_gib:.1f} (most of it: "
+                f"{largest[0]} {largest[1]:.1f}); {way_out(config, shape, scorers, cluster, memory.phase)}"
+            )
+    return found
+
+
+def placement_faults(config: Config, shape: Shape, cluster: Cluster) -> list[str]:
+    engine, scorer, trainer, found = config.engine, config.scorer, config.trainer, []
+    needed = engine_gpus(config)
+    if engine.gpus_per_actor and engine.gpus_per_actor != needed:
+        found.append(
+            f"engine.gpus_per_actor: is {engine.gpus_per_actor:g}, but engine.args splits an engine over {needed} GPUs; set it "
+            f"to {needed}, or engine.args.tensor_parallel_size to {engine.gpus_per_actor:g}"
+        )
+    parallel = engine.args.get("tensor_parallel_size", 1)
+    if shape.heads % parallel:
+        found.append(f"engine.args.tensor_parallel_size: is {parallel}, which does not divide the model's {shape.heads} heads")
+    if engine.gpus_per_actor > cluster.gpus_per_node:
+        found.append(
+            f"engine.gpus_per_actor: is {engine.gpus_per_actor:g}, but a node has {cluster.gpus_per_node} GPUs and an engine "
+            f"lives on one node; lower engine.args.tensor_parallel_size to at most {cluster.gpus_per_node}"
+        )
+    elif not placed(config, cluster, engine.actors):
+        room = next((n for n in range(engine.actors - 1, 0, -1) if placed(config, cluster, n)), 0)
+        way = f"lower engine.actors to {room}" if room else "lower scorer.actors or add nodes"
+        found.append(
+            f"engine.actors: {engine.actors} engines of {engine.gpus_per_actor:g} GPUs and {scorer.actors} scorers of "
+            f"{scorer.gpus_per_actor:g} do not find place on {describe(cluster)}; {way}"
+        )
+    kept = 0.0 if engine.release_for_training else engine.actors * engine.gpus_per_actor + scorer.actors * scorer.gpus_per_actor
+    if trainer.use_gpu and trainer.workers + kept > cluster.num_gpus:
+        free = int(cluster.num_gpus - kept)
+        also = " beside the engines that stay (engine.release_for_training)" if kept else ""
+        found.append(
+            f"trainer.workers: is {trainer.workers}, but {free} GPUs are there for them{also}; "
+            f"set trainer.workers={max(free, 1)} or add nodes"
+        )
+    return found
+
+
+def placed(config: Config, cluster: Cluster, engines: int) -> bool:
+    """Whether the actors find a node each, the larger ones first."""
+    free = [float(cluster.gpus_per_node)] * cluster.nodes
+    scorers = config.scorer.actors if config.scorer.name != "verifier" else 0
+    for size in sorted([config.engine.gpus_per_actor] * engines + [config.scorer.gpus_per_actor] * scorers, reverse=True):
+        node = next((place for place, room in enumerate(free) if room >= size - 1e-9), None)
+        if node is None:
+            return False
+        free[node] -= size
+    return True
+
+
+def way_out(config: Config, shape: Shape, scorers: list[Shape], cluster: Cluster, phase: str) -> str:
+    """The first single change of the recipe, or of the cluster, with which the phase fits."""
+    tried = []
+    for name, other, where in changes(config, cluster, phase, shape):
+        memory = next((m for m in memories(other, shape, scorers, where) if m.phase == phase), None)
+        if memory and memory.fits and set(placement_faults(other, shape, where)) <= set(placement_faults(config, shape, cluster)):
+            return f"with {name} it takes {memory.total_gib:.1f}"
+        tried.append(name)
+    return f"no single one of these is enough: {', '.join(tried)}; take a smaller model or larger GPUs"
+
+
+def changes(config: Config, cluster: Cluster, phase: str, shape: Shape) -> Iterator[tuple[str, Config, Cluster]]:
+    """(what is changed, the recipe, the cluster), the cheapest first."""
+
+    def set_to(section: str, **values: Any) -> tuple[str, Config, Cluster]:
+        part = dataclasses.replace(getattr(config, section), **values)
+        return (
+            " and ".join(f"{section}.{k}={v}" for k, v in values.items()),
+            dataclasses.replace(config, **{section: part}),
+            cluster,
+        )
+
+    if phase == "training":
+        if config.trainer.gradient_checkpointing is False:
+            yield set_to("trainer", gradient_checkpointing=True)
+        if config.trainer.forward == "separate":
+            yield set_to("trainer", forward="tree")
+        if config.training.micro_pairs > 1:
+            yield set_to("training", micro_pairs=1)
+        for workers in range(config.trainer.workers + 1, cluster.num_gpus + 1):
+            yield set_to("trainer", workers=workers)
+        yield from shorter(config, cluster)
+        for nodes in (2, 4, 8):
+            if nodes > cluster.nodes:
+                more = dataclasses.replace(cluster, nodes=nodes)
+                name, other, _ = set_to("trainer", workers=more.num_gpus)
+                yield f"{nodes} nodes and {name}", other, more
+    elif phase == "engine":
+        for parallel in (2, 4, 8):
+            if engine_gpus(config) < parallel <= cluster.gpus_per_node and not shape.heads % parallel:
+                args = {**config.engine.args, "tensor_parallel_size": parallel}
+                most = max(1, int(cluster.num_gpus - config.scorer.actors * config.scorer.gpus_per_actor) // parallel)
+                actors = min(config.engine.actors, most)
+                _, other, _ = set_to("engine", args=args, gpus_per_actor=float(parallel), actors=actors)
+                name = f"engine.args.tensor_parallel_size={parallel}, engine.gpus_per_actor={parallel} and engine.actors={actors}"
+                yield name, other, cluster
+        args = {**config.engine.args, "gpu_memory_utilization": 0.92}
+        yield "engine.args.gpu_memory_utilization=0.92", set_to("engine", args=args)[1], cluster
+        yield from shorter(config, cluster)
+    else:
+        if config.scorer.dtype == "float32":
+            yield set_to("scorer", dtype="bfloat16")
+        for size in lower(config.scorer.batch_size):
+            yield set_to("scorer", batch_size=size)
+        if config.scorer.gpus_per_actor < 1:
+            yield set_to("scorer", gpus_per_actor=1.0)
+
+
+def shorter(config: Config, cluster: Cluster) -> Iterator[tuple[str, Config, Cluster]]:
+    """Shorter contexts, with shorter answers where they would not fit in."""
+    for tokens in lower(config.model.context_tokens):
+        name, sampling = f"model.context_tokens={tokens}", config.sampling
+        if texts_in_view(config.strategy) * sampling.max_tokens >= tokens:
+            sampling = dataclasses.replace(sampling, max_tokens=tokens // (2 * texts_in_view(config.strategy)))
+            name += f" and sampling.max_tokens={sampling.max_tokens}"
+        model = dataclasses.replace(config.model, context_tokens=tokens)
+        yield name, dataclasses.replace(config, model=model, sampling=sampling), cluster
+
+
+def lower(value: int) -> list[int]:
+    """Halves of a number, down to an eighth."""
+    return [value >> shift for shift in (1, 2, 3) if value >> shift]

@@ -1,0 +1,28 @@
+"""What an actor counts of its own work, for Prometheus."""
+
+from typing import Any
+
+from evolve_ray.watch.metrics import Metrics
+
+TOKENS = {"num_tokens": "generated", "num_prompt_tokens": "prompt", "num_cached_tokens": "cached"}
+
+
+class Work:
+    """What one actor did: seconds at work and between its calls, rows and tokens of the shards that it committed."""
+
+    def __init__(self, pool: str, metrics: Metrics | None = None):
+        self.pool, self.metrics = pool, Metrics() if metrics is None else metrics
+        self.ended: float | None = None
+
+    def did(self, started: float, ended: float, stats: dict[str, Any] | None) -> None:
+        """A call from `started` to `ended` (of one monotonic clock); `stats` are the counts of a shard that it committed."""
+        if self.ended is not None:
+            self.metrics.count("evolve_actor_seconds", started - self.ended, pool=self.pool, state="idle")
+        self.metrics.count("evolve_actor_seconds", ended - started, pool=self.pool, state="busy")
+        self.ended = ended
+        if stats is None:
+            return
+        for key, kind in (("num_rows", "committed"), ("num_rejected", "rejected")):
+            self.metrics.count("evolve_rows", stats.get(key, 0), pool=self.pool, kind=kind)
+        for key, kind in TOKENS.items():
+            self.metrics.count("evolve_tokens", stats.get(key, 0), kind=kind)

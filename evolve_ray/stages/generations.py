@@ -1,0 +1,159 @@
+"""prompts -> generations -> scores: one streaming pipeline of two stages, which iterations, evaluations and probes share."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evolve_ray.config import options
+from evolve_ray.config.resolve import resolved
+from evolve_ray.errors import NumericsError, UserError
+from evolve_ray.generate.scorer_requests import RemoteJudge
+from evolve_ray.generate.spec import GenerateSpec
+from evolve_ray.generate.worker import VERSION, engine_pool
+from evolve_ray.inputs.context import Context, Policy
+from evolve_ray.pools import dispatch
+from evolve_ray.pools.retries import signs_of_life
+from evolve_ray.refine import strategies
+from evolve_ray.score import worker as scoring
+from evolve_ray.store import shards
+from evolve_ray.store.manifest import Manifest
+from evolve_ray.store.run import Stage
+
+EVALUATION_SCOPE = "evaluation"  # in place of an iteration: every model answers the same prompts with the same seeds
+
+
+@dataclass(frozen=True)
+class GenerationJob:
+    """Which policy answers which prompts, and how. `scope` seeds the sampling, `label` names the job on the terminal.
+
+    Scores are those of `reward_models`. A strategy that asks for scores while it generates gets them from `asked_models`, the
+    same where it is None.
+    """
+
+    iteration: int | None  # None outside of a run's iterations
+    label: str
+    policy: Policy
+    prompts: Manifest
+    strategy: options.Strategy
+    sampling: options.Sampling
+    scope: int | str
+    reward_models: dict[str, Policy]
+    asked_models: dict[str, Policy] | None = None
+
+    def scored_by(self, reward_models: dict[str, Policy]) -> "GenerationJob":
+        """The same drafts, scored by other reward models than the strategy asks."""
+        return dataclasses.replace(self, reward_models=reward_models, asked_models=self.reward_models)
+
+
+def generate_and_score(context: Context, job: GenerationJob, folder: Path) -> tuple[Manifest, Manifest]:
+    """Drafts and their scores, committed shard by shard, in one streaming Ray Data pipeline."""
+    drafts, scores = run_pipeline(context, job, folder, scored=True)
+    assert scores is not None
+    return drafts, scores
+
+
+def generate(context: Context, job: GenerationJob, folder: Path) -> Manifest:
+    """Drafts alone."""
+    return run_pipeline(context, job, folder, scored=False)[0]
+
+
+def run_pipeline(context: Context, job: GenerationJob, folder: Path, *, scored: bool) -> tuple[Manifest, Manifest | None]:
+    """What is committed of both stages is returned as it is; the rest is computed."""
+    config, prompts = context.config, job.prompts
+    asked_models = job.reward_models if job.asked_models is None else job.asked_models
+    asks_scorer = strategies.asks_scorer(job.strategy)
+    generation_key = {
+        "version": VERSION,
+        "scope": job.scope,
+        "seed": config.seed,
+        "model": [job.policy.hash, config.model.dtype, config.model.context_tokens],
+        "template": context.template.hash,
+        "options": [resolved(part, runtime=False) for part in (job.strategy, job.sampling, config.engine)],
+        "judge": scores_key(config, asked_models) if asks_scorer else None,
+        "verifier": resolved(config.verifier) if job.strategy.stop_right else None,
+    }
+    drafts_stage = context.stage(folder / "generations", "generations", generation_key, {"prompts": prompts.identity})
+    # By the key of the drafts, not their identity: scores are computed while the drafts are still on their way.
+    drafts_key = {"generations": drafts_stage.key}
+    scores_stage = context.stage(folder / "scores", "scores", scores_key(config, job.reward_models), drafts_key)
+    drafts, scores = drafts_stage.committed(), scores_stage.committed() if scored else None
+    if drafts and (scores or not scored):
+        return drafts, scores
+    num_prompts, size = prompts.stats["num_rows"], config.engine.shard_prompts
+    num_shards = -(-num_prompts // size)
+    drafts_folder = drafts.folder if drafts else drafts_stage.resume()
+    score_spec = scoring.ScoreSpec(
+        prompts=str(prompts.path("prompts.parquet")), drafts=str(drafts_folder), work=str(scores_stage.work),
+        key=scores_stage.key, shard_prompts=size, scorer=config.scorer, verifier=config.verifier,
+        reward_models=folders(job.reward_models),
+    )  # fmt: skip
+    with context.timed(job.label, job.iteration):
+        context.start_ray()
+        steps = []
+        if not drafts:
+            spec = generate_spec(context, job, drafts_stage)
+            if asks_scorer:
+                actors = tuple(context.pools.open(scoring.scorer_pool(config.scorer)))
+                asked_spec = dataclasses.replace(score_spec, reward_models=folders(asked_models))
+                spec = dataclasses.replace(spec, judge=RemoteJudge(actors, asked_spec))
+            steps.append(dispatch.Step(drafts_stage, engine_pool(config.engine), spec))
+        if scored:
+            scores_stage.resume()
+            steps.append(dispatch.Step(scores_stage, scoring.scorer_pool(config.scorer), score_spec))
+        run_steps(context, job.label, job.iteration, steps, num_shards)
+        if not drafts:
+            drafts = shards.finish(drafts_stage, num_shards, num_prompts, prompts_loss(config))
+        if scored:
+            scores = shards.finish(scores_stage, num_shards, drafts.stats["num_answers"], scores_loss(config))
+    return drafts, scores
+
+
+def scores_key(config: options.Config, reward_models: dict[str, Policy]) -> dict[str, Any]:
+    """What decides the scores of given drafts."""
+    return {
+        "version": scoring.VERSION,
+        "scorer": resolved(config.scorer, runtime=False),
+        "reward_models": {name: model.hash for name, model in reward_models.items()},
+        "verifier": resolved(config.verifier),
+    }
+
+
+def prompts_loss(config: options.Config) -> shards.Loss:
+    return shards.Loss(config.engine.max_rejected_fraction, "engine.max_rejected_fraction", UserError)
+
+
+def scores_loss(config: options.Config) -> shards.Loss:
+    return shards.Loss(config.scorer.max_rejected_fraction, "scorer.max_rejected_fraction", NumericsError)
+
+
+def folders(models: dict[str, Policy]) -> dict[str, str]:
+    return {name: str(model.folder) for name, model in models.items()}
+
+
+def run_steps(context: Context, label: str, iteration: int | None, steps: list[dispatch.Step], num_shards: int) -> None:
+    """Runs a pipeline; an event and a line for every shard that comes out of it."""
+    done = 0
+
+    def on_shard(shard: int, begun: str, stats: dict) -> None:
+        nonlocal done
+        done += 1
+        context.run.event("shard", stage=label, iteration=iteration, shard=shard, num_shards=num_shards, begun=begun)
+        context.say(f"    {done} of {num_shards} shards")
+
+    advice = "the shard dispatcher hangs or found no place on a node; see the Ray dashboard, then submit the same command again"
+    progress = lambda: [signs_of_life(step.stage.work) for step in steps]  # noqa: E731
+    with context.deadline(label, dispatch.silence_s(steps), progress, advice):
+        dispatch.run(context.pools, steps, num_shards, on_shard)
+
+
+def generate_spec(context: Context, job: GenerationJob, stage: Stage) -> GenerateSpec:
+    """What the engines need for a job whose shards go to the working folder of `stage`."""
+    config = context.config
+    return GenerateSpec(
+        prompts=str(job.prompts.path("prompts.parquet")), work=str(stage.work), key=stage.key,
+        shard_prompts=config.engine.shard_prompts, model=str(job.policy.folder), model_hash=job.policy.hash,
+        dtype=config.model.dtype, context_tokens=config.model.context_tokens, template=context.template,
+        strategy=job.strategy, sampling=job.sampling, engine=config.engine, seed=config.seed, scope=job.scope,
+        verifier=config.verifier if job.strategy.stop_right else None,
+    )  # fmt: skip

@@ -1,0 +1,92 @@
+"""The stages that only look at what an iteration committed: drift, and the decision whether the run goes on."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from evolve_ray.config.plugs import find_plug
+from evolve_ray.config.resolve import resolved
+from evolve_ray.errors import UserError
+from evolve_ray.evaluate import controller, drift
+from evolve_ray.evaluate.figures import against_previous
+from evolve_ray.inputs.context import Context
+from evolve_ray.store import rows, shards
+from evolve_ray.store.manifest import Manifest, read_manifest
+
+
+def measure_drift(
+    context: Context, iteration: int, drafts: Manifest, scores: Manifest, pairs: Manifest, probe: dict[str, Any] | None,
+    models: list[dict[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    """The figures of `drift.figures`, lengths against those of iteration 1 in `models`, and the divergences of the probe."""
+    inputs = {"generations": drafts.identity, "scores": scores.identity, "pairs": pairs.identity}
+    stage = context.stage(context.run.iteration(iteration) / "drift", "drift", {"version": drift.VERSION}, inputs)
+    manifest = stage.committed()
+    if manifest is None:
+        with context.timed("drift", iteration):
+            columns = ["chosen_id", "rejected_id", "chosen_round"]
+            with pq.ParquetFile(pairs.path("pairs.parquet")) as file:
+                table = (pair for batch in file.iter_batches(columns=columns) for pair in batch.to_pylist())
+                figures = drift.figures(by_shard(drafts, scores), table)
+            rows.write_jsonl(stage.start() / "drift.jsonl", [figures])
+            manifest = stage.commit(num_in=figures["num_drafts"], num_rows=1)
+    figures = rows.read_jsonl(manifest.path("drift.jsonl"))[0]
+    first = next((model["drift"] for model in models if model["iteration"] == 1), figures)
+    return drift.against_first(figures, first) | {name: probe and probe[name] for name in ("kl_iteration", "kl_initial")}
+
+
+def by_shard(drafts: Manifest, scores: Manifest) -> Iterator[tuple[list[dict], list[dict]]]:
+    """(drafts, scores), one shard in memory at a time."""
+    for shard in range(drafts.stats["num_shards"]):
+        name = f"{shards.shard_name(shard)}/rows.parquet"
+        yield rows.read_table(drafts.path(name)), rows.read_table(scores.path(name))
+
+
+def decide(context: Context, iteration: int, models: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the controller decides on the last of `models`, for the report: `against_previous`, `decision` and `rolled_back`."""
+    config, now, before = context.config, models[-1], models[-2]
+    split = config.controller.split or next(iter(config.evaluation.splits), "")
+    settings = dataclasses.replace(config.controller, split=split)
+    evaluations = {name: evaluation_of(context, model) for name, model in (("evaluation", now), ("previous", before))}
+    key = {
+        "version": controller.VERSION,
+        "controller": resolved(settings),
+        "seed": config.seed,
+        "models": [{name: value for name, value in model.items() if name != "path"} for model in models],
+    }
+    inputs = {name: manifest.identity for name, manifest in evaluations.items() if manifest}
+    stage = context.stage(context.run.iteration(iteration) / "decision", "decision", key, inputs)
+    manifest = stage.committed()
+    if manifest is None:
+        with context.run.timed("decision", iteration):
+            tables = [chains_of(part) for part in (evaluations["previous"], evaluations["evaluation"]) if part]
+            changes = against_previous(list(config.evaluation.splits), *tables, seed=config.seed) if tables else {}
+            control = find_plug(controller.CONTROLLERS, settings.name, "controller.name")
+            decision = control([*models[:-1], {**now, "against_previous": changes}], settings)
+            if not isinstance(decision, controller.Decision) or decision.action not in controller.ACTIONS:
+                known = ", ".join(controller.ACTIONS)
+                raise UserError(f"controller.name: {settings.name!r} gave {decision!r}, but must give a Decision: {known}")
+            fields = {"controller": settings.name, "split": split, **dataclasses.asdict(decision)}
+            text = json.dumps({**fields, "against_previous": changes}, indent=1, ensure_ascii=False, allow_nan=False)
+            (stage.start() / "decision.json").write_text(text, encoding="utf-8")
+            manifest = stage.commit(num_in=len(models), num_rows=1)
+            context.run.event("decision", iteration=iteration, **fields)
+    stored = json.loads(manifest.path("decision.json").read_bytes())
+    context.say(f"  iteration {iteration}: {stored['action'].replace('_', ' ')}: {stored['reason']}")
+    changes = stored.pop("against_previous")
+    return {"against_previous": changes, "decision": stored, "rolled_back": stored["action"] == "roll_back"}
+
+
+def evaluation_of(context: Context, model: dict[str, Any]) -> Manifest | None:
+    """The committed evaluation of a model; None in a run without held-out prompts."""
+    return read_manifest(context.run.root / model["evaluation"]) if model["evaluation"] else None
+
+
+def chains_of(evaluation: Manifest) -> tuple[list[dict], list[dict]]:
+    """(drafts, scores) of an evaluation's chains."""
+    parts = [read_manifest(evaluation.folder / name) for name in ("generations", "scores")]
+    drafts, scores = (list(shards.read_rows(part)) for part in parts if part)
+    return drafts, scores

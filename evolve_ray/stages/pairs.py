@@ -1,0 +1,104 @@
+"""generations, scores -> pairs: the selection, prompt by prompt, with one shard in memory at a time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from evolve_ray.config import options
+from evolve_ray.config.plugs import find_plug
+from evolve_ray.config.resolve import resolved
+from evolve_ray.errors import IntegrityError, UserError
+from evolve_ray.inputs.context import Context
+from evolve_ray.select.pairs import SELECTIONS, Selected
+from evolve_ray.store import rows, shards
+from evolve_ray.store.files import full_disk_named
+from evolve_ray.store.manifest import Manifest
+from evolve_ray.store.run import Stage
+
+Selection = Callable[[dict, list[dict], options.Selection], Selected]
+
+
+def select(context: Context, iteration: int, drafts: Manifest, scores: Manifest) -> Manifest:
+    """The preference pairs of one iteration."""
+    config, prompts = context.config, context.prompts[iteration]
+    key = {"selection": resolved(config.selection, runtime=False)}
+    inputs = {"prompts": prompts.identity, "generations": drafts.identity, "scores": scores.identity}
+    stage = context.stage(context.run.iteration(iteration) / "pairs", "pairs", key, inputs)
+    manifest = stage.committed()
+    if manifest is None:
+        with context.timed("pairs", iteration):
+            selection = find_plug(SELECTIONS, config.selection.name, "selection.name")
+            size = config.engine.shard_prompts
+            manifest = write_pairs(stage, selection, config.selection, prompts, drafts, scores, size)
+    check_not_empty(stage, manifest)
+    return manifest
+
+
+def check_not_empty(stage: Stage, manifest: Manifest) -> None:
+    if not manifest.stats["num_rows"]:
+        raise UserError(
+            f"{stage.final}: no pairs came out of {manifest.stats['num_in']} drafts (reasons are in its rejected.jsonl), "
+            "and nothing is trained on nothing; lower selection.margin, raise sampling.temperature or give other prompts"
+        )
+
+
+def write_pairs(
+    stage: Stage, selection: Selection, settings: options.Selection, prompts: Manifest, drafts: Manifest, scores: Manifest,
+    shard_prompts: int, limit: int | None = None,
+) -> Manifest:  # fmt: skip
+    """Pairs of every prompt (of the first `limit`) whose drafts have been scored, shard by shard."""
+    work = stage.start()
+    counts: dict[str, Any] = dict.fromkeys(("num_in", "num_rows", "num_used", "num_rejected"), 0)
+    with (
+        full_disk_named(work),  # also where the ends of the files are written, as they are closed
+        pq.ParquetWriter(work / "pairs.parquet", rows.PAIR, compression="zstd") as writer,
+        open(work / "rejected.jsonl", "wb") as rejected_file,
+    ):
+        for shard in range(scores.stats["num_shards"]):
+            by_prompt = scored_drafts(drafts, scores, shard)
+            asked = shards.read_slice(prompts.path("prompts.parquet"), shard, shard_prompts)
+            asked = asked[: None if limit is None else max(0, limit - shard * shard_prompts)]
+            pairs, rejected = select_all(asked, by_prompt, selection, settings, counts)
+            writer.write_table(pa.Table.from_pylist(pairs, schema=rows.PAIR))
+            rejected_file.writelines(rows.canonical(row) + b"\n" for row in rejected)
+    return stage.commit(**counts)
+
+
+def scored_drafts(drafts: Manifest, scores: Manifest, shard: int) -> dict[str, list[dict]]:
+    """The answers of a shard by prompt id, each with its `score`, None where it has none."""
+    name = f"{shards.shard_name(shard)}/rows.parquet"
+    score_of = {row["draft_id"]: row["score"] for row in rows.read_table(scores.path(name))}
+    by_prompt: dict[str, list[dict]] = {}
+    for draft in rows.read_table(drafts.path(name)):
+        if draft["kind"] == "answer":
+            by_prompt.setdefault(draft["prompt_id"], []).append({**draft, "score": score_of.pop(draft["draft_id"], None)})
+    if score_of:
+        raise IntegrityError(f"{scores.folder}: scores {len(score_of)} drafts that {drafts.folder} does not hold; delete both")
+    return by_prompt
+
+
+def select_all(
+    prompts: list[dict], by_prompt: dict[str, list[dict]], selection: Selection, settings: options.Selection,
+    counts: dict[str, int],
+) -> tuple[list[dict], list[dict]]:  # fmt: skip
+    """(pairs, rejected drafts) of some prompts; every draft must be in one of them. Adds to `counts`."""
+    pairs: list[dict] = []
+    rejected: list[dict] = []
+    for prompt in prompts:
+        candidates = by_prompt.get(prompt["prompt_id"], [])
+        selected, unused = selection(prompt, candidates, settings)
+        used = {pair[member] for pair in selected for member in ("chosen_id", "rejected_id")}
+        if len(used) + len(unused) != len(candidates):
+            raise IntegrityError(
+                f"selection {settings.name}: prompt {prompt['prompt_id']} has {len(candidates)} drafts, "
+                f"but {len(used)} used and {len(unused)} rejected; every draft must be accounted for"
+            )
+        counts["num_in"] += len(candidates)
+        counts["num_used"] += len(used)
+        pairs += selected
+        rejected += unused
+    counts["num_rows"] += len(pairs)
+    counts["num_rejected"] += len(rejected)
+    return pairs, rejected

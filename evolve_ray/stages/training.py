@@ -1,0 +1,83 @@
+"""pairs -> reference -> checkpoint: one worker group of Ray Train computes both."""
+
+from pathlib import Path
+from typing import Any
+
+from evolve_ray.config import options
+from evolve_ray.config.resolve import resolved
+from evolve_ray.inputs.context import Context, Policy
+from evolve_ray.store.manifest import Manifest
+from evolve_ray.store.run import Stage
+from evolve_ray.train import group
+from evolve_ray.train.spec import VERSION, TrainSpec
+
+NO_REFERENCE = ("sft", "reward")  # objectives that look at no reference policy
+
+
+def train(
+    context: Context, iteration: int, policy: Policy, pairs: Manifest, training: options.Training, name: str
+) -> Policy:  # fmt: skip
+    """The policy after one training on committed pairs; `name` is the folder of the checkpoint."""
+    start = context.initial if training.reference == "initial" and context.initial else policy
+    reference, checkpoint = stages(context, iteration, policy, start, pairs, training, name)
+    manifest = checkpoint.committed()
+    if manifest is None:
+        config = context.config
+        spec = TrainSpec(
+            pairs=str(pairs.path("pairs.parquet")), model=str(policy.folder), reference_model=str(start.folder),
+            reference_hash=start.hash, dtype=config.model.dtype, template=context.template, training=training,
+            trainer=config.trainer, seed=config.seed, iteration=iteration, run=context.run, reference=reference,
+            checkpoint=checkpoint,
+        )  # fmt: skip
+        with context.timed(name, iteration):
+            context.start_ray()
+            if config.engine.release_for_training:
+                for pool in ("engines", "scorers", "probers"):
+                    context.pools.close(pool)
+            manifest = run_group(context, spec, context.run.iteration(iteration), name)
+    context.trackers.trained(manifest, iteration)
+    return Policy.from_manifest(manifest)
+
+
+def stages(
+    context: Context, iteration: int, policy: Policy, start: Policy, pairs: Manifest, training: options.Training, name: str
+) -> tuple[Stage | None, Stage]:  # fmt: skip
+    """The stages of reference (None where the objective has none) and checkpoint, with what decides each of them."""
+    config, folder = context.config, context.run.iteration(iteration)
+    shared = {
+        "version": VERSION,
+        "dtype": config.model.dtype,
+        "template": context.template.hash,
+        "trainer": resolved(config.trainer, runtime=False),
+        "seed": config.seed,
+        "iteration": iteration,
+    }
+    inputs = {"pairs": pairs.identity}
+    reference = None
+    if training.objective not in NO_REFERENCE:
+        # What decides which sequences the reference holds and in which batches they are computed.
+        order: dict[str, Any] = {name: getattr(training, name) for name in ("batch_pairs", "micro_pairs", "objective", "alpha")}
+        order["nll"] = bool(training.nll)
+        reference = context.stage(folder / "reference", "reference", shared | {"order": order, "model": start.hash}, inputs)
+    key = {"model": policy.hash, "training": resolved(training, runtime=False), "reference": reference.key if reference else None}
+    return reference, context.stage(folder / name, "checkpoint", shared | key, inputs)
+
+
+def run_group(context: Context, spec: TrainSpec, folder: Path, name: str) -> Manifest:
+    """The worker group under its deadline, its steps on the terminal and in the trackers as they come."""
+    key, iteration = spec.checkpoint.key, spec.iteration
+
+    def on_event(event: dict[str, Any]) -> str:
+        context.trackers.training(key, iteration, name, event["steps"])
+        return f"    step {event['step'] + 1} of {event['num_steps']}, loss {event['loss']:.4f}"
+
+    def progress() -> Any:
+        return sorted((spec.checkpoint.work / "steps").glob("*")), sorted(folder.iterdir())
+
+    advice = (
+        "see its workers' logs in the Ray dashboard, allow it more time with trainer.stall_s, or submit the same command again: "
+        "it continues from the last stored step"
+    )
+    context.trackers.begins(key, iteration, name)
+    with context.followed("training", on_event), context.deadline(name, spec.trainer.stall_s, progress, advice):
+        return group.fit(spec, folder / f".ray-train-{name}")

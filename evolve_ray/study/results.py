@@ -1,0 +1,183 @@
+"""What the runs of a study came to: outcomes by prompt, and means over seeds with their intervals."""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from evolve_ray.errors import IntegrityError
+from evolve_ray.evaluate.intervals import RESAMPLES
+from evolve_ray.store import shards
+from evolve_ray.store.manifest import read_manifest
+from evolve_ray.store.rows import read_table
+from evolve_ray.store.run import Run
+
+Values = dict[str, float]  # one number by prompt id (or pair id)
+
+
+class Answer(NamedTuple):
+    right: bool
+    num_tokens: int
+    judged: float | None = None  # what the trained reward model gives; None: it was not asked
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """One model on one split: the answers of each prompt. Only prompts with a verified answer in every round count."""
+
+    chain: dict[str, list[Answer]]  # y1 first
+    parallel: dict[str, list[Answer]]  # as many independent samples as the chain has rounds; empty: not measured
+
+    @property
+    def rounds(self) -> int:
+        return len(next(iter(self.chain.values())))
+
+    def y(self, number: int) -> Values:
+        """1.0 where the answer of a round is right; rounds count from 1, and -1 is the last."""
+        return {key: float(answers[number - (number > 0)].right) for key, answers in self.chain.items()}
+
+    def best(self, kind: str) -> Values:
+        """1.0 where any answer of the `chain` or of the `parallel` samples is right."""
+        return {key: float(any(answer.right for answer in answers)) for key, answers in getattr(self, kind).items()}
+
+    def picked(self, kind: str) -> Values:
+        """1.0 where the answer that the reward model likes best (of equal ones the first) is right; of prompts that it judged."""
+        judged = {
+            key: [(answer.judged, answer.right) for answer in answers if answer.judged is not None]
+            for key, answers in getattr(self, kind).items()
+        }
+        return {key: float(max(found, key=lambda one: one[0])[1]) for key, found in judged.items() if len(found) == self.rounds}
+
+    def tokens(self, kind: str) -> Values:
+        return {key: float(sum(answer.num_tokens for answer in answers)) for key, answers in getattr(self, kind).items()}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run of the study."""
+
+    recipe: str
+    seed: int
+    models: dict[str, dict[str, Outcomes]]  # by model and split, models in the order in which they were made
+    labels: dict[int, dict[str, int]]  # by iteration and pair: 1 if the chosen draft is truly better, 0 equal, -1 worse
+    stages: list[dict[str, Any]]  # as in report.json
+
+    def outcomes(self, model: str, split: str = "heldout") -> Outcomes:
+        """Of a model by its name in the report, or of the `last` one."""
+        return self.models[list(self.models)[-1] if model == "last" else model][split]
+
+
+def minus(values: Values, others: Values) -> Values:
+    """Differences, paired by prompt."""
+    common = values.keys() & others.keys()
+    if not common:
+        raise IntegrityError(
+            "two runs of a seed have no held-out prompt in common; delete the seed's folder and run the study again"
+        )
+    return {key: values[key] - others[key] for key in sorted(common)}
+
+
+def gain(outcomes: Outcomes) -> Values:
+    return minus(outcomes.y(-1), outcomes.y(1))
+
+
+def share(signs: dict[str, int], wanted: int) -> Values:
+    """1.0 for each pair whose label is the `wanted` one."""
+    return {key: float(sign == wanted) for key, sign in signs.items()}
+
+
+def pooled(strata: list[Values]) -> dict[str, float]:
+    """The mean over seeds of their means, with its 95 % percentile bootstrap interval (2,000 resamples, seeded).
+
+    Prompts are resampled within each seed (stratum), and the seeds averaged with equal weights. So the interval speaks of
+    these very pipelines on other prompts; how far another seed may be from them, the per-seed values show. Drawing n values
+    with replacement is one multinomial draw over the distinct values.
+    """
+    generator = np.random.default_rng(0)
+    means = np.zeros(RESAMPLES)
+    for values in strata:
+        distinct, counts = np.unique(np.array(list(values.values()), dtype=np.float64), return_counts=True)
+        means += generator.multinomial(len(values), counts / len(values), size=RESAMPLES) @ distinct / len(values)
+    low, high = np.percentile(means / len(strata), [2.5, 97.5])
+    mean = float(np.mean([sum(values.values()) / len(values) for values in strata]))
+    return {"mean": mean, "low": float(low), "high": float(high)}
+
+
+def read_result(root: Path, recipe: str, seed: int, judged: dict[str, float] | None = None) -> Result:
+    """`judged`: the reward model's scores by draft id."""
+    run = Run(root)
+    report = json.loads((root / "report.json").read_bytes())
+    models, labels = {}, {}
+    for model in report["models"]:
+        if model.get("rolled_back"):  # its training is not what the run ended with
+            continue
+        folder = run.iteration(model["iteration"])
+        models[model["name"]] = read_outcomes(
+            folder / ("base_evaluation" if model["name"] == "base" else "evaluation"), judged or {}
+        )
+        if model["iteration"]:
+            labels[model["iteration"]] = read_labels(folder)
+    return Result(recipe, seed, models, labels, report["stages"])
+
+
+def read_outcomes(folder: Path, judged: dict[str, float]) -> dict[str, Outcomes]:
+    """By split, from an evaluation's tables."""
+    chains = read_answers(folder, "round", judged)
+    parallels = read_answers(folder / "parallel", "sample", judged)
+    found = {}
+    for split, chain in chains.items():
+        rounds = max(max(answers) for answers in chain.values())
+        whole = every(chain, range(1, rounds + 1))
+        if not whole:
+            raise IntegrityError(
+                f"{folder}: no prompt of split {split} has a verified answer in every round; see its rejected.jsonl"
+            )
+        found[split] = Outcomes(whole, every(parallels.get(split, {}), range(rounds)))
+    if not found:
+        raise IntegrityError(f"{folder}: is listed in report.json but holds no answers; delete the run and run the study again")
+    return found
+
+
+def every(answers: dict[str, dict[int, Answer | None]], numbers: range) -> dict[str, list[Answer]]:
+    """The prompts that have a verified answer at each of `numbers`, with those answers."""
+    found = {}
+    for key, by_number in answers.items():
+        present = [answer for number in numbers if (answer := by_number.get(number)) is not None]
+        if len(present) == len(numbers):
+            found[key] = present
+    return found
+
+
+def read_answers(folder: Path, column: str, judged: dict[str, float]) -> dict[str, dict[str, dict[int, Answer | None]]]:
+    """By split, prompt and `column`; None for an answer without a verifier's value."""
+    drafts, scores = read_manifest(folder / "generations"), read_manifest(folder / "scores")
+    found: dict[str, dict[str, dict[int, Answer | None]]] = defaultdict(lambda: defaultdict(dict))
+    if drafts and scores:
+        correct = {row["draft_id"]: row["correct"] for row in shards.read_rows(scores)}
+        for row in shards.read_rows(drafts):
+            value = correct.get(row["draft_id"])
+            answer = None if value is None else Answer(value == 1.0, row["num_tokens"], judged.get(row["draft_id"]))
+            found[row["split"]][row["prompt_id"]][row[column]] = answer
+    return found
+
+
+def read_labels(folder: Path) -> dict[str, int]:
+    """Of an iteration's pairs, those of which the verifier knows both drafts; see `Result.labels`."""
+    pairs, scores = read_manifest(folder / "pairs"), read_manifest(folder / "scores")
+    if not (pairs and scores):
+        return {}
+    correct = {row["draft_id"]: row["correct"] for row in shards.read_rows(scores) if row["correct"] is not None}
+    return {
+        pair["pair_id"]: int(np.sign(correct[pair["chosen_id"]] - correct[pair["rejected_id"]]))
+        for pair in read_table(pairs.path("pairs.parquet"))
+        if pair["chosen_id"] in correct and pair["rejected_id"] in correct
+    }
+
+
+def grouped(results: list[Result]) -> list[tuple[str, str, list[Result]]]:
+    """(recipe, model, runs that have it), in the order of recipes and models."""
+    names = dict.fromkeys((result.recipe, model) for result in results for model in result.models)
+    return [(r, m, [result for result in results if result.recipe == r and m in result.models]) for r, m in names]

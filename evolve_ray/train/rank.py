@@ -1,0 +1,99 @@
+"""One rank of the training group: reference, steps, stored steps, export, in this order.
+
+The same group first computes the reference log-probabilities and commits them, then trains: no second model is ever in
+memory. Every few steps all ranks store a step; after a crash the group continues from the last stored one with the same pairs
+in the same order.
+"""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from evolve_ray.store import rows
+from evolve_ray.train.collectives import Collectives
+from evolve_ray.train.export import commit_checkpoint, gather
+from evolve_ray.train.model import ShardedModel
+from evolve_ray.train.reference import Reference
+from evolve_ray.train.schedule import batches
+from evolve_ray.train.spec import TrainSpec
+from evolve_ray.train.stored_steps import StoredSteps
+
+PROGRESS_S = 5.0  # seconds between two events of progress; the last step always has one
+
+
+class Rank:
+    """One rank: its model shards, its share of the pairs, and the loop over steps."""
+
+    def __init__(self, spec: TrainSpec):
+        from ray.train.torch import get_device
+
+        from evolve_ray.models.chat import Chat
+        from evolve_ray.train import forwards, objectives
+        from evolve_ray.train.steps import Steps
+
+        self.spec, self.collectives = spec, Collectives(get_device())
+        self.objective = objectives.find(spec.training)
+        self.chat = Chat(spec.model)
+        self.pairs = rows.read_table(Path(spec.pairs))
+        self.batches = batches(len(self.pairs), spec.training, seed=spec.seed, iteration=spec.iteration)
+        trees = spec.trainer.forward == "tree" and not self.objective.scores
+        self.model = ShardedModel(spec, self.collectives, classifier=self.objective.scores, trees=trees)
+        shared = (spec, self.chat, self.pairs, self.objective.needs, self.collectives)
+        if trees:
+            self.reader: Any = forwards.Trees(*shared)
+        else:
+            self.reader = (forwards.Scores if self.objective.scores else forwards.Separate)(*shared)
+        self.reference = Reference(spec, self.objective.needs, self.pairs, self.collectives)
+        self.steps = Steps(self.pairs, self.batches, spec.training, self.objective, self.reader, self.collectives)
+        self.stored = StoredSteps(spec, self.collectives)
+
+    def load(self, folder: str, *, frozen: bool = False) -> None:
+        """The model in `folder`, in place of the one before."""
+        self.model.load(folder, frozen=frozen)
+        self.reader.config, self.reader.chunked = self.model.module.config, self.model.chunked
+        if self.collectives.rank == 0:
+            self.spec.run.event("model_loaded", iteration=self.spec.iteration, key=self.spec.checkpoint.key)
+
+    def run(self) -> None:
+        """Everything from the pairs to the committed checkpoint."""
+        import ray.train
+
+        reference: dict[str, Any] = {}
+        if self.objective.reference:  # before a step is restored: it comes from whole models, also if made again after a crash
+            epoch = self.batches[: math.ceil(len(self.pairs) / self.spec.training.batch_pairs)]
+            reference = self.reference.logps(self.model, self.load, self.reader, epoch)
+        if self.model.engine is None or self.model.folder != self.spec.model:
+            self.load(self.spec.model)
+        log, seconds = self.train(reference)
+        # Once: Ray Train takes reports at its polling interval and blocks the workers of a quicker loop.
+        ray.train.report({"num_steps": len(self.batches), **log[-1]})
+        self.export(log, self.reference.seconds + seconds)
+
+    def train(self, reference: dict[str, Any]) -> tuple[list[dict], float]:
+        """All steps that are not stored yet; returns the log of every step, and the seconds of the updates made here."""
+        num_steps, seconds = len(self.batches), 0.0
+        start, log = self.stored.restore(self.model.engine, num_steps)
+        last_event, num_logged = time.monotonic(), len(log)
+        for step in range(start, num_steps):
+            started = time.monotonic()
+            log.append(self.steps.update(self.model.engine, step, reference))
+            seconds += time.monotonic() - started
+            last = step + 1 == num_steps
+            if self.collectives.rank == 0 and (last or time.monotonic() - last_event > PROGRESS_S):
+                here = {"iteration": self.spec.iteration, "key": self.spec.checkpoint.key, "num_steps": num_steps}
+                self.spec.run.event("training", **here, **log[-1], steps=log[num_logged:])
+                last_event, num_logged = time.monotonic(), len(log)
+            if (step + 1) % self.spec.trainer.checkpoint_steps == 0 and not last:
+                self.stored.save(self.model.engine, step + 1, log)
+        return log, seconds
+
+    def export(self, log: list[dict], train_seconds: float) -> None:
+        """The checkpoint of the trained model, committed by rank 0."""
+        state = gather(self.model, self.collectives)
+        if self.collectives.rank == 0:
+            commit_checkpoint(
+                self.spec, self.model.module, state, self.chat, log, len(self.pairs),
+                reference=self.objective.reference, train_seconds=train_seconds,
+            )  # fmt: skip
+        self.collectives.barrier()

@@ -1,0 +1,66 @@
+"""What a training worker is given, and the DeepSpeed configuration that follows from it."""
+
+from dataclasses import dataclass
+
+from evolve_ray.config import options
+from evolve_ray.refine.template import Template
+from evolve_ray.store.run import Run, Stage
+from evolve_ray.train.schedule import micro_steps
+
+VERSION = 2
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """Everything a training worker needs, picklable."""
+
+    pairs: str
+    model: str
+    reference_model: str
+    reference_hash: str
+    dtype: str
+    template: Template
+    training: options.Training
+    trainer: options.Trainer
+    seed: int
+    iteration: int
+    run: Run
+    reference: Stage | None
+    checkpoint: Stage
+
+
+def deepspeed_config(spec: TrainSpec) -> dict:
+    """ZeRO-3, AdamW, one global batch per update. `trainer.deepspeed` from the recipe is merged over it."""
+    training, trainer = spec.training, spec.trainer
+    accumulation = micro_steps(training, trainer.workers)
+    base = {
+        "train_micro_batch_size_per_gpu": training.micro_pairs,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": training.micro_pairs * accumulation * trainer.workers,
+        "gradient_clipping": training.gradient_clip,
+        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+        "bf16": {"enabled": spec.dtype == "bfloat16"},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": training.learning_rate,
+                "betas": [0.9, 0.999],
+                "eps": 1e-8,
+                "weight_decay": training.weight_decay,
+                "torch_adam": True,
+            },
+        },
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    return merge(base, trainer.deepspeed)
+
+
+def merge(base: dict, over: dict) -> dict:
+    """`over` wins, table by table."""
+    both = {
+        key: merge(base[key], over[key])
+        for key in base.keys() & over.keys()
+        if isinstance(base[key], dict) and isinstance(over[key], dict)
+    }
+    return base | over | both
