@@ -5,11 +5,13 @@ import contextlib
 import functools
 import os
 import shlex
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from evolve_ray.config import describe
 from evolve_ray.config.load import load
 from evolve_ray.config.options import Config
 from evolve_ray.errors import run_command
@@ -36,12 +38,24 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, help="how many iterations (the recipe's `iterations`)")
     parser.add_argument("--plan", action="store_true", help="print what would run and what it would take, then stop")
     parser.add_argument("--verbose", action="store_true", help="print shards and steps too, not a line a stage")
+    parser.add_argument("--options", nargs="?", action=Options, metavar="TABLE", help="print every option, or those of a table")
     parser.add_argument("--rerun-changed", action="store_true", help="compute again the stages whose options or inputs changed")
     told = parser.add_argument_group("the cluster, for --plan (without these: the one that RAY_ADDRESS names)")
     told.add_argument("--nodes", type=positive(int), help="nodes with GPUs (default: 1)")
     told.add_argument("--gpus-per-node", type=positive(int), help="GPUs of a node (default: 8)")
     told.add_argument("--gpu-memory-gib", type=positive(float), help="memory of a GPU (default: 80)")
     return parser.parse_intermixed_args(arguments)
+
+
+class Options(argparse.Action):
+    """Prints options and ends the command, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, given: argparse.Namespace, table: Any, name: str | None = None) -> None:
+        def command() -> int:
+            say(describe.as_text(table or ""))
+            return 0
+
+        sys.exit(run_command(command, "the same command"))
 
 
 def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -5,6 +5,7 @@ They take exactly one argument so that they survive pickling between Ray process
 
 import contextlib
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -118,6 +119,9 @@ def run_command(command: Callable[[], int], again: str) -> int:
     except EvolveError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # whoever read the output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         if error.errno not in DISK:
             raise

@@ -43,7 +43,8 @@ class Reader:
             if name in tree:
                 values[name] = self.value(hints[name], f, tree[name], join(dotted, name))
             elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-                self.fail(join(dotted, name), "is missing and has no default; add it to the recipe or as key=value")
+                what = f" ({f.metadata['text']})" if "text" in f.metadata else ""
+                self.fail(join(dotted, name), f"is missing and has no default{what}; add it to the recipe or as key=value")
         return cls(**values)
 
     def value(self, hint: Any, f: dataclasses.Field, value: Any, dotted: str) -> Any:
@@ -54,18 +55,18 @@ class Reader:
         if hint is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value) is not hint:
-            self.fail(dotted, f"is {describe(value)}, but must be {NAMES[hint]}")
+            self.fail(dotted, f"is {describe(value)}, but must be {NAMES[hint]} ({f.metadata['text']})")
         bounds = f.metadata
         if isinstance(value, float) and not math.isfinite(value):
-            self.fail(dotted, "is not a finite number")
+            self.fail(dotted, f"is not a finite number ({bounds['text']})")
         if isinstance(value, dict):
             self.check_free(value, dotted)
         if bounds["low"] is not None and value < bounds["low"]:
-            self.fail(dotted, f"is {value}, but must be at least {bounds['low']}")
+            self.fail(dotted, f"is {value}, but must be at least {bounds['low']} ({bounds['text']})")
         if bounds["above"] is not None and value <= bounds["above"]:
-            self.fail(dotted, f"is {value}, but must be above {bounds['above']}")
+            self.fail(dotted, f"is {value}, but must be above {bounds['above']} ({bounds['text']})")
         if bounds["high"] is not None and value > bounds["high"]:
-            self.fail(dotted, f"is {value}, but must be at most {bounds['high']}")
+            self.fail(dotted, f"is {value}, but must be at most {bounds['high']} ({bounds['text']})")
         plugged = bounds["plug"] and re.fullmatch(r"[\w.]+:\w+", str(value))
         if bounds["choices"] and value not in bounds["choices"] and not plugged:
             near = difflib.get_close_matches(value, bounds["choices"], n=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evolve_ray.config import options, resolve
+from evolve_ray.config import describe, options, resolve
 from evolve_ray.config.load import from_json, load
 from evolve_ray.config.parse import find_line
 from evolve_ray.errors import UserError
@@ -15,6 +15,13 @@ from evolve_ray.errors import UserError
 GUESSING = 'engine.args.speculative_config={method = "ngram", num_speculative_tokens = 4}'
 RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.toml"))
 SECTIONS = [kind for kind in vars(options).values() if dataclasses.is_dataclass(kind) and kind.__module__ == options.__name__]
+
+
+def text_of(key: str) -> str:
+    """The line that says what an option is."""
+    table, _, name = key.rpartition(".")
+    kind = {name: kind for name, kind, _ in describe.tables()}[table]
+    return next(field.metadata["text"] for field in describe.options_of(kind) if field.name == name)
 
 
 def refusal(path: Path, *overrides: str) -> str:
@@ -76,7 +83,9 @@ def test_unknown_option_without_a_near_name_lists_the_known_ones(recipe):
     ],
 )
 def test_wrong_type_is_refused_with_what_it_must_be(recipe, line, message):
-    assert refusal(recipe(whole=line + "\n" + recipe().read_text().replace('name = "small"\n', ""))) == f":1: {message}"
+    key = line.partition(" = ")[0]
+    said = refusal(recipe(whole=line + "\n" + recipe().read_text().replace('name = "small"\n', "")))
+    assert said == f":1: {message}" + (f" ({text_of(key)})" if key != "training" else "")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +101,7 @@ def test_wrong_type_is_refused_with_what_it_must_be(recipe, line, message):
 )
 def test_value_out_of_range_is_refused_with_its_bound(recipe, line, message):
     key, _, value = line.partition(" = ")
-    assert refusal(recipe(), f"{key}={value}") == f"command line: {message}"
+    assert refusal(recipe(), f"{key}={value}") == f"command line: {message} ({text_of(key)})"
 
 
 @pytest.mark.parametrize("option", ["training.learning_rate", "training.beta", "sampling.temperature", "selection.margin"])

@@ -1,0 +1,64 @@
+"""What a run starts from: the tiny world, the model, the prompts, the words of the template."""
+
+from dataclasses import dataclass
+
+from evolve_ray.config.option import option
+
+
+@dataclass(frozen=True)
+class Toy:
+    """The tiny world: models and data made on the spot; recipes name its parts as `toy:base`, `toy:train`, ..."""
+
+    seed: int = option("seed of its models and data", 0, low=0)
+    hidden: int = option("hidden size of its models", 96, low=8)
+    layers: int = option("layers of its models", 3, low=1)
+    heads: int = option("attention heads of its models", 4, low=1)
+    base_steps: int = option("training steps of the base model", 550, unit="steps", low=1)
+    reward_model_steps: int = option("training steps of the reward model", 120, unit="steps", low=1)
+    num_train: int = option("training prompts", 12000, unit="rows", low=1)
+    num_heldout: int = option("held-out prompts of the same task", 500, unit="rows", low=1)
+    num_out_of_domain: int = option("prompts of each of the splits `long` and `desc`", 250, unit="rows", low=1)
+    num_triples: int = option("preference triples for the activation", 16000, unit="rows", low=1)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The policy to start from."""
+
+    path: str = option("a Hugging Face folder or name (safetensors, a tokenizer with a chat template), or `toy:base`")
+    dtype: str = option("number type of the weights in engines and training", "float32", choices=("float32", "bfloat16"))
+    context_tokens: int = option("longest context, prompt and response together", 4096, unit="tokens", low=16)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A table of prompts."""
+
+    path: str = option("a JSONL, JSON or Parquet file, or a `datasets` name (`owner/name` or `owner/name:config`) or folder")
+    split: str = option("split of a `datasets` name or folder", "train")
+    prompt_column: str = option("column with the prompt", "prompt")
+    answer_column: str = option("column with the gold answer; empty: there is none", "")
+    answer_pattern: str = option(
+        "regular expression: the first group of its last match in the answer column is the answer; empty: the whole column", ""
+    )
+    id_column: str = option("column with ids of your own; empty: ids are content hashes", "")
+
+
+@dataclass(frozen=True)
+class Prompts(Source):
+    """Training prompts; each iteration takes fresh ones."""
+
+    per_iteration: int = option("fresh prompts of each iteration", 5000, unit="rows", low=1)
+    max_rejected_fraction: float = option("share of prompts that may be too long before the run stops", 0.0, low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class Template:
+    """How prompts, drafts and the refinement instruction become chat messages."""
+
+    name: str = option("a shipped template (`default`, `tiny`) or a .toml file of your own", "default")
+    layout: str = option(
+        "`conversation`: prompt, draft and instruction are turns; `one_message`: all in one user turn",
+        "conversation",
+        choices=("conversation", "one_message"),
+    )

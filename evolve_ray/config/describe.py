@@ -1,0 +1,111 @@
+"""Every option in words, from the options themselves: `jobs/iterate.py --options [TABLE]`, and docs/options.md.
+
+`python -m evolve_ray.config.describe > docs/options.md` writes the page again.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from typing import Any
+
+from evolve_ray.config.options import Config
+from evolve_ray.config.parse import NAMES
+from evolve_ray.errors import UserError
+
+HEAD = """\
+# Options
+
+Every option of a recipe, made from the options themselves by `python -m evolve_ray.config.describe > docs/options.md`. On the
+command line `key=value` sets any of them (`training.beta=0.2`), `TABLE=none` takes an optional table away, and
+`python jobs/iterate.py --options TABLE` prints a table. An option marked *runtime* changes where and how fast a run computes,
+never what: it may differ when a run is resumed. Where a plug is allowed, `module:Name` names one of your own, see
+[extending.md](extending.md).
+"""
+
+
+def tables(kind: type = Config, dotted: str = "") -> list[tuple[str, type, bool]]:
+    """(name, dataclass, whether a recipe may lack it) of every table, the top level first as ""."""
+    found: list[tuple[str, type, bool]] = [(dotted, kind, False)] if not dotted else []
+    for name, hint in typing.get_type_hints(kind).items():
+        optional = isinstance(hint, types.UnionType)
+        table = next((arm for arm in typing.get_args(hint) if arm is not type(None)), hint) if optional else hint
+        if dataclasses.is_dataclass(table):
+            own = f"{dotted}.{name}" if dotted else name
+            found += [(own, typing.cast(type, table), optional), *tables(typing.cast(type, table), own)]
+    return found
+
+
+def options_of(kind: type) -> list[dataclasses.Field]:
+    """The options of one table, without the tables inside it."""
+    return [field for field in dataclasses.fields(kind) if "text" in field.metadata]
+
+
+def bounds(field: dataclasses.Field) -> str:
+    """What a value may be, in words."""
+    metadata, hint = field.metadata, typing.cast(type, field.type)
+    if metadata["choices"]:
+        return ", ".join(f"`{choice}`" for choice in metadata["choices"]) + (", `module:Name`" if metadata["plug"] else "")
+    limits = [f"{word} {metadata[name]:g}" for name, word in (("low", "at least"), ("above", "above"), ("high", "at most"))
+              if metadata[name] is not None]  # fmt: skip
+    return ", ".join([NAMES[hint], *limits])
+
+
+def default(field: dataclasses.Field) -> str:
+    if field.default is not dataclasses.MISSING:
+        value: Any = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    else:
+        return "required"
+    return json.dumps(value)
+
+
+def describe(field: dataclasses.Field) -> str:
+    """The line of an option with its unit, and whether it is a runtime option."""
+    notes = [field.metadata["unit"]] if field.metadata["unit"] else []
+    notes += ["runtime"] if field.metadata["runtime"] else []
+    return field.metadata["text"] + (f" ({', '.join(notes)})" if notes else "")
+
+
+def as_text(wanted: str = "") -> str:
+    """All tables for the terminal, or the one that is named."""
+    known = {name: (kind, optional) for name, kind, optional in tables()}
+    if wanted and wanted not in known:
+        near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(filter(None, known))}"
+        raise UserError(f"--options {wanted}: is no table of a recipe; {hint}")
+    parts = []
+    for name in [wanted] if wanted else known:
+        kind, optional = known[name]
+        title = f"[{name}]{' (optional)' if optional else ''}" if name else "top level"
+        lines = [f"{title}: {(kind.__doc__ or '').splitlines()[0]}"]
+        for field in options_of(kind):
+            lines += [f"  {field.name} = {default(field)}", f"      {describe(field)}", f"      {bounds(field).replace('`', '')}"]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def as_markdown() -> str:
+    """docs/options.md."""
+    parts = [HEAD]
+    shown: dict[type, str] = {}
+    for name, kind, optional in tables():
+        title = f"`[{name}]`{', optional' if optional else ''}" if name else "Top level"
+        if kind in shown:
+            parts.append(f"## {title}\n\nThe options of `[{shown[kind]}]`.\n")
+            continue
+        shown[kind] = name
+        doc = " ".join(line.strip() for line in (kind.__doc__ or "").splitlines()).strip()
+        lines = [f"## {title}", "", doc, "", "| option | what it is | values | default |", "| --- | --- | --- | --- |"]
+        for field in options_of(kind):
+            value = default(field)
+            cells = [f"`{field.name}`", describe(field), bounds(field), value if value == "required" else f"`{value}`"]
+            lines.append(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in cells)} |")
+        parts.append("\n".join([*lines, ""]))
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")
