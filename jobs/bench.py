@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evolve_ray.bench import main
+from evolve_ray.bench.driver import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -1,268 +1,288 @@
-"""Selection over committed shards: every draft is accounted for, and nothing is trained on nothing."""
+"""Drift and decision as stages of a whole loop: a world of tables in which each training makes answers longer."""
 
 import dataclasses
+import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
+from evolve_ray import iterate
 from evolve_ray.config.load import load
-from evolve_ray.errors import IntegrityError, UserError
+from evolve_ray.config.options import Controller
+from evolve_ray.config.resolve import resolved
+from evolve_ray.errors import UserError
+from evolve_ray.evaluate import controller, drift
+from evolve_ray.evaluate.controller import Decision
 from evolve_ray.inputs.context import Context, Policy
-from evolve_ray.inputs.prepare import settle_config
 from evolve_ray.refine.template import load_template
-from evolve_ray.stages import pairs as stages_pairs
-from evolve_ray.stages import probe, training
+from evolve_ray.report import report
+from evolve_ray.stages import drafting, evaluation, measures
 from evolve_ray.store import rows, shards
-from evolve_ray.store.manifest import commit
+from evolve_ray.store.manifest import commit, read_manifest
 from evolve_ray.store.run import Run, Stage
 
-
-@pytest.fixture
-def tables(recipe, tmp_path):
-    """A run with prompts, drafts and scores of two shards committed; `scores` by draft id, None for a lost one."""
-
-    def make(scores, *overrides, extra=()):
-        config = load(recipe(), ["engine.shard_prompts=2", *overrides])
-        run = Run(tmp_path / "run")
-        context = Context(
-            config, run, lambda _: None, lambda: None, False, load_template("tiny", "conversation"), Policy(Path(), "")
-        )
-        folder = run.iteration(1)
-        prompts = [
-            {"prompt_id": f"p{n}", "prompt": f"q{n}", "answer": None, "split": "s", "file": "f", "line": n, "num_tokens": 1}
-            for n in range(3)
-        ]
-        stages = {name: Stage(folder / name, name, name) for name in ("prompts", "generations", "scores")}
-        rows.write_table(stages["prompts"].start() / "prompts.parquet", prompts, rows.PROMPT)
-        made = {"prompts": stages["prompts"].commit(num_in=3, num_rows=3)}
-        for name in ("generations", "scores"):
-            stages[name].resume()
-            for shard in range(2):
-                here = prompts[2 * shard : 2 * shard + 2]
-                drafts = [draft(p["prompt_id"], n) for p in here for n in (1, 2)]
-                table = drafts + [draft(p["prompt_id"], 2, "critique") for p in here]
-                if name == "scores":
-                    known = [d["draft_id"] for d in drafts if scores.get(d["draft_id"]) is not None] + list(extra) * (shard == 0)
-                    table = [{"draft_id": i, "prompt_id": i[:2], "score": scores.get(i, 0.0), "correct": None} for i in known]
-                aside = stages[name].work / f".{shard}"
-                aside.mkdir()
-                rows.write_table(aside / "rows.parquet", table, rows.SCORE if name == "scores" else rows.GENERATION)
-                rows.write_jsonl(aside / "rejected.jsonl", [])
-                commit(aside, stages[name].work / shards.shard_name(shard), stage="shard", key="k", num_in=1, num_rows=len(table))
-            made[name] = shards.finish(stages[name], 2, 2)
-        context.prompts[1] = made["prompts"]
-        return context, *made.values()
-
-    return make
+NUM_PROMPTS = 80
+HELD_OUT = [
+    "evaluation.splits.held=held.jsonl", "evaluation.splits.also=also.jsonl", "evaluation.rounds=2",
+    "evaluation.answer_column=a", "prompts.answer_column=a", "verifier.name=exact",
+]  # fmt: skip
+# How many prompts in 80 each model answers right in y1 and y2, and the length of y1: the scorer rewards length, so the second
+# training is rewarded for answers that are longer and wrong. The third undoes it, but nobody gets there under a guard.
+HACKABLE = {0: (30, 32, 10), 1: (45, 50, 12), 2: (44, 20, 30), 3: (45, 50, 12)}
+CONVERGED = {0: (30, 32, 10), 1: (45, 50, 12), 2: (45, 50, 12), 3: (45, 50, 12)}
 
 
-def draft(prompt_id, number, kind="answer"):
-    return {
-        "draft_id": f"{prompt_id}-{number}{'c' * (kind == 'critique')}", "prompt_id": prompt_id, "split": "s", "sample": 0,
-        "round": number, "kind": kind, "parent_id": None, "text": f"y{number}", "finish_reason": "stop",
-        "num_prompt_tokens": 1, "num_tokens": 1, "seed": 0, "model": "m",
-    }  # fmt: skip
+class World:
+    """Stands in for engines and trainers: a policy's hash is how often it was trained."""
+
+    def __init__(self, models):
+        self.models = models
+        self.made = 0
+
+    def generate_and_score(self, context, job, folder):
+        drafts = context.stage(folder / "generations", "generations", {"model": job.policy.hash, "label": job.label}, {})
+        scores = context.stage(folder / "scores", "scores", {"key": drafts.key}, {})
+        if not (drafts.committed() and scores.committed()):
+            self.made += 1
+            written, values = [], []
+            for prompt_number, prompt in enumerate(rows.read_table(job.prompts.path("prompts.parquet"))):
+                for number in (1, 2):
+                    row = self.answer(int(job.policy.hash), prompt_number % NUM_PROMPTS, number)
+                    name = f"{prompt['prompt_id']}-{number}"
+                    parent = f"{prompt['prompt_id']}-1" if number == 2 else None
+                    written.append({
+                        "draft_id": name, "prompt_id": prompt["prompt_id"], "split": prompt["split"], "sample": 0,
+                        "round": number, "kind": "answer", "parent_id": parent, "text": row["text"], "finish_reason": "stop",
+                        "num_prompt_tokens": 1, "num_tokens": len(row["text"]), "seed": 0, "model": "m",
+                    })  # fmt: skip
+                    length = float(len(row["text"]))
+                    values.append(
+                        {"draft_id": name, "prompt_id": prompt["prompt_id"], "score": length, "correct": row["correct"]}
+                    )
+            num_in = job.prompts.stats["num_rows"]
+            self.commit(drafts, written, rows.GENERATION, num_in, num_answers=len(written))
+            self.commit(scores, values, rows.SCORE, len(written))
+        return drafts.committed(), scores.committed()
+
+    def answer(self, trained, prompt_number, number):
+        *right, length = self.models[trained]
+        text = f"{prompt_number:02d}" + "abcdefgh"[prompt_number % 8] * (length + number - 1)
+        return {"text": text, "correct": float(prompt_number < right[number - 1])}
+
+    def commit(self, stage, table, schema, num_in, **stats):
+        aside = stage.resume() / ".0"
+        aside.mkdir()
+        rows.write_table(aside / "rows.parquet", table, schema)
+        rows.write_jsonl(aside / "rejected.jsonl", [])
+        totals = {"num_rows": len(table), **dict.fromkeys(("num_tokens", "num_prompt_tokens", "num_cached_tokens", "num_cut"), 1)}
+        commit(aside, stage.work / shards.shard_name(0), stage="shard", key="k", num_in=num_in, **totals, **stats)
+        shards.finish(stage, 1, num_in)
+
+    def train(self, context, iteration, policy, pairs, training, name):
+        stage = context.stage(context.run.iteration(iteration) / name, name, {"model": policy.hash}, {"pairs": pairs.identity})
+        if not stage.committed():
+            self.made += 1
+            stage.start()
+            stage.commit(num_in=1, num_rows=1, num_steps=1)
+        return Policy(stage.final, str(int(policy.hash) + 1))
 
 
-SCORES = {"p0-1": 0.0, "p0-2": 1.0, "p1-1": 1.0, "p1-2": 0.0, "p2-1": 0.5, "p2-2": None}
-
-
-def test_pairs_of_all_shards_come_in_the_order_of_the_prompts(tables):
-    context, *inputs = tables(SCORES)
-    manifest = stages_pairs.select(context, 1, *inputs[1:])
-    table = rows.read_table(manifest.path("pairs.parquet"))
-    assert [(row["prompt_id"], row["chosen_id"], row["rejected_id"]) for row in table] == [
-        ("p0", "p0-2", "p0-1"), ("p1", "p1-1", "p1-2"),
-    ]  # fmt: skip
-
-
-def test_every_draft_is_used_or_in_the_rejected_rows(tables):
-    context, *inputs = tables(SCORES)
-    manifest = stages_pairs.select(context, 1, *inputs[1:])
-    rejected = rows.read_jsonl(manifest.path("rejected.jsonl"))
-    assert {row["id"]: row["reason"] for row in rejected} == {
-        "p2-1": "no draft with another text is left to pair it with", "p2-2": "has no finite score",
-    }  # fmt: skip
-    assert manifest.stats == {"num_in": 6, "num_rows": 2, "num_used": 4, "num_rejected": 2}
-
-
-def test_selected_pairs_are_not_selected_again(tables):
-    context, *inputs = tables(SCORES)
-    first = stages_pairs.select(context, 1, *inputs[1:])
-    before = (first.folder / "pairs.parquet").stat().st_mtime_ns
-    assert stages_pairs.select(context, 1, *inputs[1:]) == first
-    assert (first.folder / "pairs.parquet").stat().st_mtime_ns == before
-
-
-@pytest.mark.parametrize("scores", [dict.fromkeys(SCORES, 0.5), dict.fromkeys(SCORES)])
-def test_run_without_a_single_pair_stops_clearly(tables, scores):
-    context, *inputs = tables(scores)
-    with pytest.raises(UserError, match=r"no pairs came out of 6 drafts .*nothing is trained on nothing"):
-        stages_pairs.select(context, 1, *inputs[1:])
-
-
-def test_score_of_a_draft_that_does_not_exist_is_refused(tables):
-    context, *inputs = tables(SCORES, extra=["p0-9"])
-    with pytest.raises(IntegrityError, match=r"scores 1 drafts that .* does not hold"):
-        stages_pairs.select(context, 1, *inputs[1:])
-
-
-def forgetful(prompt, drafts, options):
-    """A selection that loses drafts."""
-    return [], []
-
-
-def test_selection_that_loses_drafts_is_refused(tables):
-    context, *inputs = tables(SCORES, f"selection.name={__name__}:forgetful")
-    with pytest.raises(IntegrityError, match="has 2 drafts, but 0 used and 0 rejected; every draft must be accounted for"):
-        stages_pairs.select(context, 1, *inputs[1:])
-
-
-@pytest.mark.parametrize(("difference", "agrees"), [(1e-6, True), (0.2, False), (float("nan"), False)])
-def test_engines_that_differ_from_the_checkpoint_end_the_run_and_nothing_is_committed(tables, monkeypatch, difference, agrees):
-    context, prompts, *_ = tables(SCORES)
-    context.prompts, context.pools = {1: prompts}, SimpleNamespace(open=lambda _: [])
-    found = {"mean_difference": difference, "kl_iteration": 0.1, "kl_initial": 0.2}
-    monkeypatch.setattr(probe, "call_all", lambda *_: [])
-    monkeypatch.setattr(probe.weight_probe, "compare", lambda *_: found)
-    folder = context.run.iteration(1) / "probe"
-    if agrees:
-        assert probe.probe(context, 1, context.policy, context.policy) == found
-        assert (folder / "MANIFEST.json").exists()
-    else:
-        with pytest.raises(IntegrityError, match=r"differ from the checkpoint's by .* submit the same command again"):
-            probe.probe(context, 1, context.policy, context.policy)
-        assert not folder.exists()
-
-
-def test_option_that_changes_runs_its_own_stage_again_after_saying_so(tables, capsys):
-    context, *inputs = tables(SCORES)
-    first = stages_pairs.select(context, 1, *inputs[1:])
-    committed = {path: path.stat().st_mtime_ns for path in context.run.root.rglob("MANIFEST.json") if path.parent != first.folder}
-    said = []
-    changed = dataclasses.replace(
-        context,
-        config=dataclasses.replace(context.config, selection=dataclasses.replace(context.config.selection, margin=0.75)),
-        rerun_changed=True,
-        say=said.append,
-    )
-    with pytest.raises(UserError, match="made from other inputs or options"):
-        stages_pairs.select(dataclasses.replace(changed, rerun_changed=False), 1, *inputs[1:])
-    second = stages_pairs.select(changed, 1, *inputs[1:])
-    assert second.key != first.key
-    assert said[0].startswith("  iteration-01/pairs: its options or its source changed; the old one is at .superseded-pairs-")
-    assert {path: path.stat().st_mtime_ns for path in committed} == committed, "a stage whose key is the same was touched"
-
-
-def test_stage_that_is_computed_again_says_which_options_changed_and_what_else_it_is_made_from(tables, recipe):
-    """The options are those of the whole recipe; what a stage is made from is its own."""
-    context, _, drafts, scores = tables(SCORES)
-    stages_pairs.select(context, 1, drafts, scores)
-    settle_config(context.config, context.run, rerun_changed=False)
-    config = load(recipe(), ["engine.shard_prompts=2", "selection.margin=0.75", "training.beta=0.3"])
-    changed = settle_config(config, context.run, rerun_changed=True)
-    assert changed == "selection.margin (0.0 -> 0.75), training.beta (0.1 -> 0.3)"
-    said = []
-    again = dataclasses.replace(context, config=config, rerun_changed=True, say=said.append, changed=changed)
-    stages_pairs.select(again, 1, drafts, scores)
-    stages_pairs.select(again, 1, drafts, dataclasses.replace(scores, key="other"))
-    for line, why in zip(said, ("its options or its source changed", "is made from other scores now"), strict=True):
-        assert line.startswith(f"  iteration-01/pairs: {why} (in the recipe: {changed}); the old one is at .superseded-pairs-")
-    events = rows.read_jsonl(context.run.root / "events.jsonl")
-    assert [changed in event["why"] for event in events if event["event"] == "superseded"] == [True, True]
-    assert settle_config(config, context.run, rerun_changed=True) == ""
-
-
-def test_option_of_another_stage_runs_nothing_again(tables, monkeypatch):
-    context, *inputs = tables(SCORES)
-    first = stages_pairs.select(context, 1, *inputs[1:])
-    other = dataclasses.replace(
-        context, config=dataclasses.replace(context.config, training=dataclasses.replace(context.config.training, beta=0.3))
-    )
-    monkeypatch.setattr(stages_pairs, "write_pairs", lambda *_: pytest.fail("a stage whose options are the same ran again"))
-    assert stages_pairs.select(other, 1, *inputs[1:]).identity == first.identity
-
-
-def test_run_whose_scores_are_all_tied_stops_clearly(tables):
-    context, *inputs = tables(dict.fromkeys(SCORES, 0.5))
-    with pytest.raises(UserError, match="nothing is trained on nothing"):
-        stages_pairs.select(context, 1, *inputs[1:])
+def commit_prompts(stage, splits, num_rows):
+    table = [
+        {"prompt_id": f"{split}-{n}", "prompt": f"q{n}", "answer": "a", "split": split, "file": "f", "line": n, "num_tokens": 1}
+        for split in splits
+        for n in range(num_rows)
+    ]
+    if not stage.committed():
+        rows.write_table(stage.start() / "prompts.parquet", table, rows.PROMPT)
+        stage.commit(num_in=len(table), num_rows=len(table))
+    return stage.committed()
 
 
 @pytest.fixture
-def trained(tables, monkeypatch):
-    """(reference key, checkpoint key) of a training on the run's pairs; `train.fit` is not what is asked about."""
-    context, *inputs = tables(SCORES)
-    chosen = stages_pairs.select(context, 1, *inputs[1:])
-    specs = []
+def loop(recipe, tmp_path, monkeypatch):
+    """Runs the story of a run in a world of tables; returns its report and the world."""
 
-    def fit(spec, storage):
-        specs.append(spec)
-        (spec.checkpoint.start() / "model.safetensors").write_text(spec.checkpoint.key)
-        return spec.checkpoint.commit()
+    def run(models, *overrides, rerun_changed=False, held_out=True):
+        world, root = World(models), Run(tmp_path / "run")
+        root.root.mkdir(exist_ok=True)
+        for module in (drafting, evaluation):
+            monkeypatch.setattr(module, "generate_and_score", world.generate_and_score)
+        monkeypatch.setattr(iterate, "train", world.train)
+        monkeypatch.setattr(report, "write_page", lambda *_: None)  # it costs seconds, and its own tests look at it
+        monkeypatch.setattr(iterate, "probe", lambda *_: {"kl_iteration": 0.25, "kl_initial": 0.5})
+        config = load(recipe(), [*(HELD_OUT if held_out else ()), "iterations=3", *overrides])
+        said: list[str] = []
+        policy, template = Policy(tmp_path / "base", "0"), load_template("tiny", "conversation")
+        context = Context(config, root, said.append, lambda: None, rerun_changed, template, policy)
+        for iteration in range(1, config.iterations + 1):
+            stage = Stage(root.iteration(iteration) / "prompts", "prompts", f"prompts {iteration}")
+            context.prompts[iteration] = commit_prompts(stage, ["train"], 12)
+        if held_out:
+            context.held_out = commit_prompts(
+                Stage(root.iteration(0) / "held_out", "prompts", "held"), ["held", "also"], NUM_PROMPTS
+            )
+        return iterate.iterate(context), world, said
 
-    monkeypatch.setattr(training.group, "fit", fit)
-
-    def keys(*overrides, policy="m1", pairs=chosen, template=context.template, initial=None):
-        config = context.config
-        for override in overrides:
-            (section, name), value = override[0].split("."), override[1]
-            config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: value})})
-        start = Policy(Path("initial"), initial) if initial else None
-        given = dataclasses.replace(context, config=config, template=template, rerun_changed=True, initial=start)
-        specs.clear()
-        training.train(given, 1, Policy(Path("policy"), policy), pairs, config.training, "checkpoint")
-        if specs:
-            assert (specs[0].model, specs[0].reference.inputs) == ("policy", {"pairs": pairs.identity})
-            keys.of = (specs[0].reference.key, specs[0].checkpoint.key)
-        return keys.of
-
-    return keys, chosen
+    return run
 
 
-OPTIONS = {
-    "another dtype": ("model.dtype", "bfloat16"),
-    "other batches": ("training.batch_pairs", 3),
-    "other sequences": ("training.alpha", 0.25),
-    "other forwards": ("trainer.forward", "tree"),
-}
-OTHERS = {
-    "another policy": {"policy": "m2"},
-    "other pairs": {"pairs": "other"},
-    "another template": {"template": load_template("tiny", "one_message")},
-}
+def names(report):
+    return [model["name"] for model in report["models"]]
 
 
-@pytest.mark.parametrize("other", [*OPTIONS.values(), *OTHERS.values()], ids=[*OPTIONS, *OTHERS])
-def test_whatever_decides_the_reference_gives_it_another_key_and_the_checkpoint_too(trained, other):
-    keys, chosen = trained
-    if other == {"pairs": "other"}:
-        other = {"pairs": dataclasses.replace(chosen, key="other")}
-    before, after = keys(), keys(**other) if isinstance(other, dict) else keys(other)
-    assert after[0] != before[0]
-    assert after[1] != before[1]
-    assert keys() == before
+def test_guard_ends_a_hackable_run_with_the_policy_before(loop, tmp_path):
+    report, _, said = loop(HACKABLE, "controller.name=guard", "controller.max_length_ratio=9")
+    assert names(report) == ["base", "iteration 1", "iteration 2"]
+    assert [model["rolled_back"] for model in report["models"][1:]] == [False, True]
+    assert report["checkpoint"] == str(tmp_path / "run" / "iteration-01" / "checkpoint")
+    decision = report["models"][-1]["decision"]
+    assert (decision["action"], decision["controller"], decision["split"]) == ("roll_back", "guard", "held")
+    assert "reward of y_last +18.000 [18.000, 18.000] while exact match -37.5 [" in decision["reason"]
+    assert said[-1] == f"  iteration 2: roll back: {decision['reason']}"
+    assert (tmp_path / "run" / "iteration-02" / "checkpoint").is_dir(), "what was rolled back stays on disk"
+    assert json.loads((tmp_path / "run" / "report.json").read_bytes()) == report
 
 
-@pytest.mark.parametrize("change", [("training.learning_rate", 0.5), ("training.beta", 0.5), ("training.epochs", 3)])
-def test_what_the_reference_does_not_depend_on_gives_the_checkpoint_alone_another_key(trained, change):
-    keys, _ = trained
-    before, after = keys(), keys(change)
-    assert after[0] == before[0]
-    assert after[1] != before[1]
+def test_guard_that_keeps_the_iteration_ends_with_its_policy(loop, tmp_path):
+    report, *_ = loop(HACKABLE, "controller.name=guard", "controller.on_breach=stop")
+    assert names(report)[-1] == "iteration 2"
+    assert report["models"][-1]["rolled_back"] is False
+    assert report["checkpoint"] == str(tmp_path / "run" / "iteration-02" / "checkpoint")
 
 
-def test_context_length_is_in_the_reference_by_its_pairs_alone(trained):
-    """It decides which prompts fit and how long answers may be; no pair is cut to it."""
-    keys, _ = trained
-    assert keys() == keys(("model.context_tokens", 77))
+def test_an_iteration_1_that_is_rolled_back_leaves_the_policy_that_was_given(loop, tmp_path):
+    report, *_ = loop({0: HACKABLE[1], 1: HACKABLE[2]}, "controller.name=guard")
+    assert (names(report), report["checkpoint"]) == (["base", "iteration 1"], str(tmp_path / "base"))
 
 
-def test_reference_has_the_key_of_the_model_that_it_is_of(trained):
-    """The policy that an iteration starts from, or the run's initial one; the other says nothing about it."""
-    keys, _ = trained
-    assert keys(initial="m0") == keys(initial="m9")
-    fixed = ("training.reference", "initial")
-    assert keys(fixed, initial="m0")[0] == keys(fixed, initial="m0", policy="m2")[0] == keys(policy="m0")[0]
-    assert keys(fixed, initial="m0")[0] != keys(fixed, initial="m9")[0]
+def test_fixed_runs_on_through_the_hack(loop, tmp_path):
+    report, *_ = loop(HACKABLE)
+    assert names(report)[-1] == "iteration 3"
+    assert {model["decision"]["action"] for model in report["models"][1:]} == {"continue"}
+    assert report["checkpoint"] == str(tmp_path / "run" / "iteration-03" / "checkpoint")
+
+
+@pytest.mark.parametrize(("patience", "last"), [(1, "iteration 2"), (2, "iteration 3")])
+def test_plateau_ends_a_run_that_has_converged(loop, patience, last):
+    report, *_ = loop(CONVERGED, "controller.name=plateau", f"controller.patience={patience}")
+    assert names(report)[-1] == last
+    assert report["models"][-1]["decision"]["action"] == "stop"
+    assert "y_last +0.0 [0.0, 0.0] points" in report["models"][-1]["decision"]["reason"]
+
+
+def test_changes_against_the_model_before_are_paired_on_every_split(loop):
+    report, *_ = loop(HACKABLE)
+    assert "against_previous" not in report["models"][0]
+    found = report["models"][1]["against_previous"]
+    assert list(found) == ["held", "also"]
+    assert found["held"]["first"]["mean"] == pytest.approx(15 / 80)
+    assert found["held"]["last"]["mean"] == pytest.approx(18 / 80)
+    assert found["held"]["reward"]["last"] == {"mean": 2.0, "low": 2.0, "high": 2.0}
+    assert report["models"][2]["against_previous"]["held"]["last"]["mean"] == pytest.approx(-30 / 80)
+
+
+def test_the_deciding_split_may_be_named(loop):
+    report, *_ = loop(HACKABLE, "controller.name=guard", "controller.split=also")
+    assert report["models"][-1]["decision"]["split"] == "also"
+
+
+def test_a_committed_decision_is_reused(loop, monkeypatch, tmp_path):
+    first, *_ = loop(HACKABLE, "controller.name=guard")
+    monkeypatch.setitem(controller.CONTROLLERS, "guard", lambda *_: pytest.fail("decided again"))
+    monkeypatch.setattr(drift, "figures", lambda *_: pytest.fail("drift was computed again"))
+    again, world, _ = loop(HACKABLE, "controller.name=guard")
+    assert again == first
+    assert world.made == 0
+    manifest = read_manifest(tmp_path / "run" / "iteration-02" / "decision", verify=True)
+    assert set(manifest.inputs) == {"evaluation", "previous"}
+    assert json.loads(manifest.path("decision.json").read_bytes())["action"] == "roll_back"
+
+
+def test_another_controller_needs_rerun_changed_and_trains_nothing_again(loop):
+    stopped, *_ = loop(CONVERGED, "controller.name=plateau")
+    with pytest.raises(UserError, match="decision: was made from other inputs or options"):
+        loop(CONVERGED, "controller.name=plateau", "controller.patience=2")
+    longer, world, _ = loop(CONVERGED, "controller.name=plateau", "controller.patience=2", rerun_changed=True)
+    assert (names(stopped)[-1], names(longer)[-1]) == ("iteration 2", "iteration 3")
+    assert world.made == 3, "iteration 3 alone: its drafts, its training, its evaluation"
+
+
+def test_iterations_that_are_added_reuse_the_decisions_before(loop, monkeypatch):
+    loop(HACKABLE, "iterations=2")
+    decided = []
+    monkeypatch.setitem(controller.CONTROLLERS, "fixed", lambda models, _: decided.append(models) or Decision("continue", "ok"))
+    report, *_ = loop(HACKABLE, "iterations=3")
+    assert names(report)[-1] == "iteration 3"
+    assert [len(models) for models in decided] == [4]
+
+
+def test_drift_of_an_iteration_is_in_the_report(loop):
+    report, *_ = loop(HACKABLE)
+    found = [model["drift"] for model in report["models"][1:]]
+    assert "drift" not in report["models"][0]
+    assert [figures["num_drafts"] for figures in found] == [24, 24, 24]
+    # The drafts of iteration t are those of the policy before: the second training shows in iteration 3.
+    assert [figures["rounds"]["1"]["mean_response_tokens"] for figures in found] == [12.0, 14.0, 32.0]
+    assert [figures["rounds"]["1"]["tokens_ratio"] for figures in found] == pytest.approx([1.0, 14 / 12, 32 / 12])
+    assert found[0]["winning_rounds"] == {"2": 12}
+    assert (found[0]["kl_iteration"], found[0]["kl_initial"]) == (0.25, 0.5)
+
+
+def test_without_a_probe_the_divergence_is_null(loop, monkeypatch, tmp_path):
+    report, *_ = loop(HACKABLE, "iterations=1")
+    assert report["models"][1]["drift"]["kl_initial"] == 0.5
+    context = Context(load(tmp_path / "recipe.toml"), Run(tmp_path / "run"), print, print, False, None, None)
+    inputs = [read_manifest(tmp_path / "run" / "iteration-01" / name) for name in ("generations", "scores", "pairs")]
+    found = measures.measure_drift(context, 1, *inputs, None, [])
+    assert (found["kl_iteration"], found["kl_initial"]) == (None, None)
+
+
+def test_a_run_without_held_out_prompts_goes_on(loop):
+    report, *_ = loop(HACKABLE, held_out=False)
+    assert names(report)[-1] == "iteration 3"
+    assert report["models"][1]["against_previous"] == {}
+    assert report["models"][1]["evaluation"] is None
+
+
+def never(models, given):
+    """A user's controller: ends the run after the first iteration."""
+    return Decision("stop", f"{len(models)} models, {given.split}, {models[-1]['drift']['num_drafts']} drafts")
+
+
+def wrong(models, given):
+    return "stop"
+
+
+def unknown(models, given):
+    return Decision("pause", "a word that nobody knows")
+
+
+def test_a_users_controller_decides(loop):
+    report, *_ = loop(HACKABLE, f"controller.name={__name__}:never")
+    decision = report["models"][-1]["decision"]
+    assert (names(report)[-1], decision["reason"]) == ("iteration 1", "2 models, held, 24 drafts")
+
+
+@pytest.mark.parametrize("name", ["wrong", "unknown"])
+def test_a_users_controller_must_give_a_decision(loop, name):
+    with pytest.raises(UserError, match=r"controller\.name: .* must give a Decision: continue, stop, roll_back"):
+        loop(HACKABLE, f"controller.name={__name__}:{name}")
+
+
+def test_a_decision_is_an_event(loop, tmp_path):
+    loop(HACKABLE, "controller.name=guard")
+    events = [event for event in rows.read_jsonl(tmp_path / "run" / "events.jsonl") if event["event"] == "decision"]
+    assert [(event["iteration"], event["action"]) for event in events] == [(1, "continue"), (2, "roll_back")]
+
+
+def test_every_option_of_the_controller_is_in_the_key_of_the_decision():
+    fields = {field.name for field in dataclasses.fields(Controller)}
+    assert fields == set(resolved(Controller(), runtime=False))
+
+
+def test_evaluation_folder_of_every_model_is_in_the_report(loop, tmp_path):
+    report, *_ = loop(HACKABLE)
+    folders = [Path(tmp_path / "run" / model["evaluation"]) for model in report["models"]]
+    assert [folder.parent.name for folder in folders] == ["iteration-00", "iteration-01", "iteration-02", "iteration-03"]
+    assert all(read_manifest(folder / "generations") for folder in folders)

@@ -21,8 +21,8 @@ from evolve_ray.stages.pairs import select
 from evolve_ray.store import rows
 from evolve_ray.store.run import Run, Stage
 from evolve_ray.store.shards import finish, read_rows
+from tests.plain.generate.test_drive import FakeEngine, encode, spec
 from tests.plain.runs import chains, make_run
-from tests.plain.test_generate import FakeEngine, encode, spec
 
 TEXTS = {
     "emoji": "a \U0001f469\u200d\U0001f469\u200d\U0001f467 and a flag \U0001f3f4\U000e0067\U000e0062\U000e007f",

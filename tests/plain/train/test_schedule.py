@@ -174,7 +174,7 @@ print(json.dumps(batches(11, Training(batch_pairs=4, epochs=2), seed=3, iteratio
 
 
 def test_order_of_the_pairs_is_the_same_in_another_process_with_another_hash_seed():
-    """11 pairs in batches of 4, twice. That a resumed training takes them in this order is held in tests/tensors/test_rank.py."""
+    """11 pairs in batches of 4, twice. That a resumed training takes them so is held in tests/tensors/train."""
     twin, again = (json.loads(run_python(ORDER, PYTHONHASHSEED=seed)) for seed in ("1", "2"))
     assert again == twin
     assert [len(batch) for batch in twin] == [4, 4, 3] * 2

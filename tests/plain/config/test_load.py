@@ -13,7 +13,7 @@ from evolve_ray.config.parse import find_line
 from evolve_ray.errors import UserError
 
 GUESSING = 'engine.args.speculative_config={method = "ngram", num_speculative_tokens = 4}'
-RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.toml"))
+RECIPES = sorted((Path(__file__).parents[3] / "jobs" / "recipes").glob("*.toml"))
 SECTIONS = [kind for kind in vars(options).values() if dataclasses.is_dataclass(kind) and kind.__module__ == options.__name__]
 
 

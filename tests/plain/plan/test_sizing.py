@@ -124,7 +124,7 @@ def test_cache_of_an_engine_is_what_weights_leave(load):
     ],
 )
 def test_sequences_are_those_of_the_objective(training, names):
-    """`tests/tensors/test_plan.py` holds them to the objectives themselves."""
+    """`tests/tensors/plan/test_plan.py` holds them to the objectives themselves."""
     assert len(sequences(Training(**training))) == names
 
 

@@ -15,7 +15,7 @@ from evolve_ray.stages import pairs
 from evolve_ray.store import manifest, rows, run
 from evolve_ray.store.manifest import read_manifest
 from evolve_ray.store.run import Run
-from tests.plain.test_iterate import SCORES, tables
+from tests.plain.stages.test_pairs import SCORES, tables
 
 __all__ = ["tables"]  # a fixture
 

@@ -21,8 +21,8 @@ from evolve_ray.store.places import check_uri, is_uri, places, run_folder
 from evolve_ray.store.run import Run
 from evolve_ray.store.sync import kept
 from evolve_ray.watch import status
+from tests.plain.audit.test_verify import run as sound_run
 from tests.plain.processes import run_python
-from tests.plain.test_verify import run as sound_run
 from tests.stores import CREDENTIALS, at, fetched, make, mirror, objects_of, place, proxy, request, server, way
 
 pytestmark = pytest.mark.long  # a minute and a half of drivers

@@ -27,7 +27,7 @@ from evolve_ray.train.rank import Rank
 from evolve_ray.train.schedule import batches, micro_batches
 from evolve_ray.train.steps import Steps
 from evolve_ray.train.stored_steps import StoredSteps
-from tests.plain.test_train import spec as train_spec
+from tests.plain.train.test_schedule import spec as train_spec
 
 
 def steps_of(batches):

@@ -1,0 +1,268 @@
+"""Selection over committed shards: every draft is accounted for, and nothing is trained on nothing."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from evolve_ray.config.load import load
+from evolve_ray.errors import IntegrityError, UserError
+from evolve_ray.inputs.context import Context, Policy
+from evolve_ray.inputs.prepare import settle_config
+from evolve_ray.refine.template import load_template
+from evolve_ray.stages import pairs as stages_pairs
+from evolve_ray.stages import probe, training
+from evolve_ray.store import rows, shards
+from evolve_ray.store.manifest import commit
+from evolve_ray.store.run import Run, Stage
+
+
+@pytest.fixture
+def tables(recipe, tmp_path):
+    """A run with prompts, drafts and scores of two shards committed; `scores` by draft id, None for a lost one."""
+
+    def make(scores, *overrides, extra=()):
+        config = load(recipe(), ["engine.shard_prompts=2", *overrides])
+        run = Run(tmp_path / "run")
+        context = Context(
+            config, run, lambda _: None, lambda: None, False, load_template("tiny", "conversation"), Policy(Path(), "")
+        )
+        folder = run.iteration(1)
+        prompts = [
+            {"prompt_id": f"p{n}", "prompt": f"q{n}", "answer": None, "split": "s", "file": "f", "line": n, "num_tokens": 1}
+            for n in range(3)
+        ]
+        stages = {name: Stage(folder / name, name, name) for name in ("prompts", "generations", "scores")}
+        rows.write_table(stages["prompts"].start() / "prompts.parquet", prompts, rows.PROMPT)
+        made = {"prompts": stages["prompts"].commit(num_in=3, num_rows=3)}
+        for name in ("generations", "scores"):
+            stages[name].resume()
+            for shard in range(2):
+                here = prompts[2 * shard : 2 * shard + 2]
+                drafts = [draft(p["prompt_id"], n) for p in here for n in (1, 2)]
+                table = drafts + [draft(p["prompt_id"], 2, "critique") for p in here]
+                if name == "scores":
+                    known = [d["draft_id"] for d in drafts if scores.get(d["draft_id"]) is not None] + list(extra) * (shard == 0)
+                    table = [{"draft_id": i, "prompt_id": i[:2], "score": scores.get(i, 0.0), "correct": None} for i in known]
+                aside = stages[name].work / f".{shard}"
+                aside.mkdir()
+                rows.write_table(aside / "rows.parquet", table, rows.SCORE if name == "scores" else rows.GENERATION)
+                rows.write_jsonl(aside / "rejected.jsonl", [])
+                commit(aside, stages[name].work / shards.shard_name(shard), stage="shard", key="k", num_in=1, num_rows=len(table))
+            made[name] = shards.finish(stages[name], 2, 2)
+        context.prompts[1] = made["prompts"]
+        return context, *made.values()
+
+    return make
+
+
+def draft(prompt_id, number, kind="answer"):
+    return {
+        "draft_id": f"{prompt_id}-{number}{'c' * (kind == 'critique')}", "prompt_id": prompt_id, "split": "s", "sample": 0,
+        "round": number, "kind": kind, "parent_id": None, "text": f"y{number}", "finish_reason": "stop",
+        "num_prompt_tokens": 1, "num_tokens": 1, "seed": 0, "model": "m",
+    }  # fmt: skip
+
+
+SCORES = {"p0-1": 0.0, "p0-2": 1.0, "p1-1": 1.0, "p1-2": 0.0, "p2-1": 0.5, "p2-2": None}
+
+
+def test_pairs_of_all_shards_come_in_the_order_of_the_prompts(tables):
+    context, *inputs = tables(SCORES)
+    manifest = stages_pairs.select(context, 1, *inputs[1:])
+    table = rows.read_table(manifest.path("pairs.parquet"))
+    assert [(row["prompt_id"], row["chosen_id"], row["rejected_id"]) for row in table] == [
+        ("p0", "p0-2", "p0-1"), ("p1", "p1-1", "p1-2"),
+    ]  # fmt: skip
+
+
+def test_every_draft_is_used_or_in_the_rejected_rows(tables):
+    context, *inputs = tables(SCORES)
+    manifest = stages_pairs.select(context, 1, *inputs[1:])
+    rejected = rows.read_jsonl(manifest.path("rejected.jsonl"))
+    assert {row["id"]: row["reason"] for row in rejected} == {
+        "p2-1": "no draft with another text is left to pair it with", "p2-2": "has no finite score",
+    }  # fmt: skip
+    assert manifest.stats == {"num_in": 6, "num_rows": 2, "num_used": 4, "num_rejected": 2}
+
+
+def test_selected_pairs_are_not_selected_again(tables):
+    context, *inputs = tables(SCORES)
+    first = stages_pairs.select(context, 1, *inputs[1:])
+    before = (first.folder / "pairs.parquet").stat().st_mtime_ns
+    assert stages_pairs.select(context, 1, *inputs[1:]) == first
+    assert (first.folder / "pairs.parquet").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("scores", [dict.fromkeys(SCORES, 0.5), dict.fromkeys(SCORES)])
+def test_run_without_a_single_pair_stops_clearly(tables, scores):
+    context, *inputs = tables(scores)
+    with pytest.raises(UserError, match=r"no pairs came out of 6 drafts .*nothing is trained on nothing"):
+        stages_pairs.select(context, 1, *inputs[1:])
+
+
+def test_score_of_a_draft_that_does_not_exist_is_refused(tables):
+    context, *inputs = tables(SCORES, extra=["p0-9"])
+    with pytest.raises(IntegrityError, match=r"scores 1 drafts that .* does not hold"):
+        stages_pairs.select(context, 1, *inputs[1:])
+
+
+def forgetful(prompt, drafts, options):
+    """A selection that loses drafts."""
+    return [], []
+
+
+def test_selection_that_loses_drafts_is_refused(tables):
+    context, *inputs = tables(SCORES, f"selection.name={__name__}:forgetful")
+    with pytest.raises(IntegrityError, match="has 2 drafts, but 0 used and 0 rejected; every draft must be accounted for"):
+        stages_pairs.select(context, 1, *inputs[1:])
+
+
+@pytest.mark.parametrize(("difference", "agrees"), [(1e-6, True), (0.2, False), (float("nan"), False)])
+def test_engines_that_differ_from_the_checkpoint_end_the_run_and_nothing_is_committed(tables, monkeypatch, difference, agrees):
+    context, prompts, *_ = tables(SCORES)
+    context.prompts, context.pools = {1: prompts}, SimpleNamespace(open=lambda _: [])
+    found = {"mean_difference": difference, "kl_iteration": 0.1, "kl_initial": 0.2}
+    monkeypatch.setattr(probe, "call_all", lambda *_: [])
+    monkeypatch.setattr(probe.weight_probe, "compare", lambda *_: found)
+    folder = context.run.iteration(1) / "probe"
+    if agrees:
+        assert probe.probe(context, 1, context.policy, context.policy) == found
+        assert (folder / "MANIFEST.json").exists()
+    else:
+        with pytest.raises(IntegrityError, match=r"differ from the checkpoint's by .* submit the same command again"):
+            probe.probe(context, 1, context.policy, context.policy)
+        assert not folder.exists()
+
+
+def test_option_that_changes_runs_its_own_stage_again_after_saying_so(tables, capsys):
+    context, *inputs = tables(SCORES)
+    first = stages_pairs.select(context, 1, *inputs[1:])
+    committed = {path: path.stat().st_mtime_ns for path in context.run.root.rglob("MANIFEST.json") if path.parent != first.folder}
+    said = []
+    changed = dataclasses.replace(
+        context,
+        config=dataclasses.replace(context.config, selection=dataclasses.replace(context.config.selection, margin=0.75)),
+        rerun_changed=True,
+        say=said.append,
+    )
+    with pytest.raises(UserError, match="made from other inputs or options"):
+        stages_pairs.select(dataclasses.replace(changed, rerun_changed=False), 1, *inputs[1:])
+    second = stages_pairs.select(changed, 1, *inputs[1:])
+    assert second.key != first.key
+    assert said[0].startswith("  iteration-01/pairs: its options or its source changed; the old one is at .superseded-pairs-")
+    assert {path: path.stat().st_mtime_ns for path in committed} == committed, "a stage whose key is the same was touched"
+
+
+def test_stage_that_is_computed_again_says_which_options_changed_and_what_else_it_is_made_from(tables, recipe):
+    """The options are those of the whole recipe; what a stage is made from is its own."""
+    context, _, drafts, scores = tables(SCORES)
+    stages_pairs.select(context, 1, drafts, scores)
+    settle_config(context.config, context.run, rerun_changed=False)
+    config = load(recipe(), ["engine.shard_prompts=2", "selection.margin=0.75", "training.beta=0.3"])
+    changed = settle_config(config, context.run, rerun_changed=True)
+    assert changed == "selection.margin (0.0 -> 0.75), training.beta (0.1 -> 0.3)"
+    said = []
+    again = dataclasses.replace(context, config=config, rerun_changed=True, say=said.append, changed=changed)
+    stages_pairs.select(again, 1, drafts, scores)
+    stages_pairs.select(again, 1, drafts, dataclasses.replace(scores, key="other"))
+    for line, why in zip(said, ("its options or its source changed", "is made from other scores now"), strict=True):
+        assert line.startswith(f"  iteration-01/pairs: {why} (in the recipe: {changed}); the old one is at .superseded-pairs-")
+    events = rows.read_jsonl(context.run.root / "events.jsonl")
+    assert [changed in event["why"] for event in events if event["event"] == "superseded"] == [True, True]
+    assert settle_config(config, context.run, rerun_changed=True) == ""
+
+
+def test_option_of_another_stage_runs_nothing_again(tables, monkeypatch):
+    context, *inputs = tables(SCORES)
+    first = stages_pairs.select(context, 1, *inputs[1:])
+    other = dataclasses.replace(
+        context, config=dataclasses.replace(context.config, training=dataclasses.replace(context.config.training, beta=0.3))
+    )
+    monkeypatch.setattr(stages_pairs, "write_pairs", lambda *_: pytest.fail("a stage whose options are the same ran again"))
+    assert stages_pairs.select(other, 1, *inputs[1:]).identity == first.identity
+
+
+def test_run_whose_scores_are_all_tied_stops_clearly(tables):
+    context, *inputs = tables(dict.fromkeys(SCORES, 0.5))
+    with pytest.raises(UserError, match="nothing is trained on nothing"):
+        stages_pairs.select(context, 1, *inputs[1:])
+
+
+@pytest.fixture
+def trained(tables, monkeypatch):
+    """(reference key, checkpoint key) of a training on the run's pairs; `train.fit` is not what is asked about."""
+    context, *inputs = tables(SCORES)
+    chosen = stages_pairs.select(context, 1, *inputs[1:])
+    specs = []
+
+    def fit(spec, storage):
+        specs.append(spec)
+        (spec.checkpoint.start() / "model.safetensors").write_text(spec.checkpoint.key)
+        return spec.checkpoint.commit()
+
+    monkeypatch.setattr(training.group, "fit", fit)
+
+    def keys(*overrides, policy="m1", pairs=chosen, template=context.template, initial=None):
+        config = context.config
+        for override in overrides:
+            (section, name), value = override[0].split("."), override[1]
+            config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: value})})
+        start = Policy(Path("initial"), initial) if initial else None
+        given = dataclasses.replace(context, config=config, template=template, rerun_changed=True, initial=start)
+        specs.clear()
+        training.train(given, 1, Policy(Path("policy"), policy), pairs, config.training, "checkpoint")
+        if specs:
+            assert (specs[0].model, specs[0].reference.inputs) == ("policy", {"pairs": pairs.identity})
+            keys.of = (specs[0].reference.key, specs[0].checkpoint.key)
+        return keys.of
+
+    return keys, chosen
+
+
+OPTIONS = {
+    "another dtype": ("model.dtype", "bfloat16"),
+    "other batches": ("training.batch_pairs", 3),
+    "other sequences": ("training.alpha", 0.25),
+    "other forwards": ("trainer.forward", "tree"),
+}
+OTHERS = {
+    "another policy": {"policy": "m2"},
+    "other pairs": {"pairs": "other"},
+    "another template": {"template": load_template("tiny", "one_message")},
+}
+
+
+@pytest.mark.parametrize("other", [*OPTIONS.values(), *OTHERS.values()], ids=[*OPTIONS, *OTHERS])
+def test_whatever_decides_the_reference_gives_it_another_key_and_the_checkpoint_too(trained, other):
+    keys, chosen = trained
+    if other == {"pairs": "other"}:
+        other = {"pairs": dataclasses.replace(chosen, key="other")}
+    before, after = keys(), keys(**other) if isinstance(other, dict) else keys(other)
+    assert after[0] != before[0]
+    assert after[1] != before[1]
+    assert keys() == before
+
+
+@pytest.mark.parametrize("change", [("training.learning_rate", 0.5), ("training.beta", 0.5), ("training.epochs", 3)])
+def test_what_the_reference_does_not_depend_on_gives_the_checkpoint_alone_another_key(trained, change):
+    keys, _ = trained
+    before, after = keys(), keys(change)
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+
+
+def test_context_length_is_in_the_reference_by_its_pairs_alone(trained):
+    """It decides which prompts fit and how long answers may be; no pair is cut to it."""
+    keys, _ = trained
+    assert keys() == keys(("model.context_tokens", 77))
+
+
+def test_reference_has_the_key_of_the_model_that_it_is_of(trained):
+    """The policy that an iteration starts from, or the run's initial one; the other says nothing about it."""
+    keys, _ = trained
+    assert keys(initial="m0") == keys(initial="m9")
+    fixed = ("training.reference", "initial")
+    assert keys(fixed, initial="m0")[0] == keys(fixed, initial="m0", policy="m2")[0] == keys(policy="m0")[0]
+    assert keys(fixed, initial="m0")[0] != keys(fixed, initial="m9")[0]
