@@ -21,7 +21,7 @@ from evolve_ray.store import rows
 from evolve_ray.store.run import Run, Stage
 from evolve_ray.study import driver
 from evolve_ray.study.results import Answer, Outcomes
-from tests.plain.processes import run_python
+from tests.plain.processes import ROOT, run_python
 from tests.plain.study.examples import (
     ALL,
     MARKS,
