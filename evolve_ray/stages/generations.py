@@ -119,12 +119,12 @@ def scores_key(config: options.Config, reward_models: dict[str, Policy]) -> dict
     }
 
 
-def prompts_loss(config: options.Config) -> shards.Loss:
-    return shards.Loss(config.engine.max_rejected_fraction, "engine.max_rejected_fraction", UserError)
+def prompts_loss(config: options.Config) -> shards.RejectionLimit:
+    return shards.RejectionLimit(config.engine.max_rejected_fraction, "engine.max_rejected_fraction", UserError)
 
 
-def scores_loss(config: options.Config) -> shards.Loss:
-    return shards.Loss(config.scorer.max_rejected_fraction, "scorer.max_rejected_fraction", NumericsError)
+def scores_loss(config: options.Config) -> shards.RejectionLimit:
+    return shards.RejectionLimit(config.scorer.max_rejected_fraction, "scorer.max_rejected_fraction", NumericsError)
 
 
 def folders(models: dict[str, Policy]) -> dict[str, str]:

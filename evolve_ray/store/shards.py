@@ -43,15 +43,15 @@ def total(manifest: Manifest, num_shards: int, name: str) -> int:
 
 
 @dataclass(frozen=True)
-class Loss:
-    """The fraction of a stage's rows that may be rejected, the option that says so, and the error of one that loses more."""
+class RejectionLimit:
+    """The largest fraction of a stage's rows that may be rejected, the option that sets it, and the error raised above it."""
 
     allowed: float
     option: str
     error: type[EvolveError]
 
 
-def finish(stage: Stage, num_shards: int, num_in: int, loss: Loss | None = None) -> Manifest:
+def finish(stage: Stage, num_shards: int, num_in: int, limit: RejectionLimit | None = None) -> Manifest:
     """Commits a sharded stage as a whole, after the conservation law: rows in = rows accounted for."""
     names = {shard_name(shard) for shard in range(num_shards)}
     totals: dict[str, float] = {}
@@ -70,10 +70,10 @@ def finish(stage: Stage, num_shards: int, num_in: int, loss: Loss | None = None)
     rejected = (row for file in files for row in read_jsonl(file))
     if used != num_in:
         raise IntegrityError(f"{stage.final}: {num_in} rows went in, but {used} were accounted for; delete {stage.work}")
-    if loss and num_rejected > loss.allowed * num_in:
+    if limit and num_rejected > limit.allowed * num_in:
         shown = "; ".join(f"{row['id']}: {row['reason']}" for row in itertools.islice(rejected, SHOWN))
-        raise loss.error(
-            f"{stage.final}: {num_rejected} of {num_in} rows were rejected, more than {loss.option} ({loss.allowed:g}) allows: "
+        raise limit.error(
+            f"{stage.final}: {num_rejected} of {num_in} rows were rejected, more than {limit.option} ({limit.allowed:g}) allows: "
             f"{shown}; raise it to go on without them, or mend the cause and delete {stage.work}"
         )
     return stage.commit(rejected, num_in=num_in, num_shards=num_shards, **totals)
