@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evolve_ray.pools.retries import Attempts
-from evolve_ray.store.files import full_disk_named
+from evolve_ray.store.files import report_disk_errors
 from evolve_ray.store.manifest import commit, read_manifest
 from evolve_ray.store.rows import reject, write_jsonl, write_table
 from evolve_ray.store.shards import read_slice, shard_name
@@ -52,7 +52,7 @@ class ShardWorker:
                 rejected = rejected + lost
                 stats["num_in"] += len(lost)
             aside = final.parent / f".{final.name}-{uuid.uuid4().hex[:8]}"
-            with full_disk_named(final):
+            with report_disk_errors(final):
                 aside.mkdir()
                 write_table(aside / "rows.parquet", made, self.schema)
                 write_jsonl(aside / "rejected.jsonl", rejected)

@@ -35,7 +35,7 @@ def fsync_path(path: Path) -> None:
 def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Replaces one file as a whole, by bytes or blocks of them; a reader sees the old or the new bytes."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with full_disk_named(path):
+    with report_disk_errors(path):
         with open(aside, "wb") as file:
             file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
@@ -45,7 +45,7 @@ def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def full_disk_named(path: Path) -> Iterator[None]:
+def report_disk_errors(path: Path) -> Iterator[None]:
     """Whatever the disk refuses becomes one sentence with the path."""
     try:
         yield

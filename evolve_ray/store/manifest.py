@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evolve_ray.errors import IntegrityError
-from evolve_ray.store.files import fsync_path, full_disk_named, sha256_file
+from evolve_ray.store.files import fsync_path, report_disk_errors, sha256_file
 from evolve_ray.store.rows import digest
 
 MANIFEST = "MANIFEST.json"
@@ -40,7 +40,7 @@ class Manifest:
 
 def commit(work: Path, final: Path, *, stage: str, key: str, inputs: dict[str, str] | None = None, **stats: Any) -> Manifest:
     """Makes the folder `work` the committed folder `final`; if `final` was committed meanwhile, keeps that one."""
-    with full_disk_named(final):
+    with report_disk_errors(final):
         files = {}
         for path in sorted(work.rglob("*")):
             if path.is_file() and path != work / MANIFEST:

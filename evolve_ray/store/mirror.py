@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from evolve_ray.errors import IntegrityError
-from evolve_ray.store.files import fsync_path, full_disk_named, sha256_file, write_atomic
+from evolve_ray.store.files import fsync_path, report_disk_errors, sha256_file, write_atomic
 from evolve_ray.store.manifest import CARD, MANIFEST, Manifest, parse_manifest, read_manifest
 from evolve_ray.store.object_lock import Lease
 from evolve_ray.store.object_store import Store
@@ -133,7 +133,7 @@ class Mirror:
         if mine and mine.identity == theirs.identity:
             return
         aside = final.with_name(f"{FETCH}{final.name}")
-        with full_disk_named(aside):
+        with report_disk_errors(aside):
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             for name, expected in theirs.files.items():

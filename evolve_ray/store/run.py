@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from evolve_ray.errors import LockedError, UserError
-from evolve_ray.store.files import full_disk_named
+from evolve_ray.store.files import report_disk_errors
 from evolve_ray.store.manifest import Manifest, commit, read_manifest
 from evolve_ray.store.rows import write_jsonl
 
@@ -74,7 +74,7 @@ class Stage:
     def commit(self, rejected: Iterable[dict] = (), **stats: Any) -> Manifest:
         """Writes rejected.jsonl and commits; `num_rejected` among the counts says that the caller has written that file."""
         if "num_rejected" not in stats:
-            with full_disk_named(self.work):
+            with report_disk_errors(self.work):
                 stats["num_rejected"] = write_jsonl(self.work / "rejected.jsonl", rejected)
         return commit(self.work, self.final, stage=self.name, key=self.key, inputs=self.inputs, **stats)
 
@@ -119,7 +119,7 @@ class Run:
         """Appends one line to events.jsonl in a single write."""
         line = json.dumps({"time": now(), "event": kind, **fields}, ensure_ascii=False, default=str) + "\n"
         path = self.root / "events.jsonl"
-        with full_disk_named(path), open(path, "ab", buffering=0) as file:
+        with report_disk_errors(path), open(path, "ab", buffering=0) as file:
             file.write(line.encode("utf-8", "replace"))
 
     @contextlib.contextmanager
