@@ -36,7 +36,7 @@ class Step:
     spec: Any
 
 
-class AskPool:
+class ShardDispatcher:
     """The Ray Data actor of a step: hands each shard to an actor of the pool that is free, and waits until it is committed there.
 
     It is one process with a thread for each actor of the pool. One of our errors goes on as data: Ray Data would wrap it into a
@@ -108,7 +108,7 @@ def watched(actor: Any, index: int, shard: int, pool: PoolOptions, stage: str, s
     return ray.get(call)
 
 
-def silence_s(steps: list[Step]) -> float:
+def dispatcher_stall_s(steps: list[Step]) -> float:
     """Seconds without a sign of any actor after which it is not an actor that hangs: `watched` would have ended it before."""
     return 1.5 * max(START_S, *(step.pool.stall_s for step in steps))
 
@@ -150,7 +150,7 @@ def stream(pools: Pools, steps: list[Step], todo: list[dict], on_shard: Callable
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RayDeprecationWarning)  # of `max_...`, for which there is no other way yet
             dataset = dataset.map_batches(
-                AskPool,
+                ShardDispatcher,
                 fn_constructor_kwargs={"actors": actors, "stage": step.stage.name, "spec": step.spec},
                 batch_size=1,
                 num_cpus=0.01,  # it only waits

@@ -143,7 +143,7 @@ def run_steps(context: Context, label: str, iteration: int | None, steps: list[d
 
     advice = "the shard dispatcher hangs or found no place on a node; see the Ray dashboard, then submit the same command again"
     progress = lambda: [signs_of_life(step.stage.work) for step in steps]  # noqa: E731
-    with context.deadline(label, dispatch.silence_s(steps), progress, advice):
+    with context.deadline(label, dispatch.dispatcher_stall_s(steps), progress, advice):
         dispatch.run(context.pools, steps, num_shards, on_shard)
 
 
