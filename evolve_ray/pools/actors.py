@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evolve_ray.errors import StalledError
-from evolve_ray.pools.retries import Beats, Builds
+from evolve_ray.pools.retries import Builds, Heartbeat
 from evolve_ray.pools.work import Work
 from evolve_ray.pools.worker import ShardWorker
 
@@ -46,7 +46,7 @@ class Host:
         started = time.monotonic()
         beats = None
         if verb == "commit_shard":
-            beats = Beats(Path(spec.work), self.index)
+            beats = Heartbeat(Path(spec.work), self.index)
             beats.start(*arguments)
         if self.worker is None:
             builds = Builds(Path(spec.work), self.index, self.restarts, self.name) if beats else None

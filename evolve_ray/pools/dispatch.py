@@ -18,7 +18,7 @@ from typing import Any
 
 from evolve_ray.errors import EvolveError, ResourceError, StalledError, first_line, pack, unpack
 from evolve_ray.pools.actors import Actors, PoolOptions, Pools
-from evolve_ray.pools.retries import Beats, mark_of
+from evolve_ray.pools.retries import Heartbeat, mark_of
 from evolve_ray.store.manifest import read_manifest
 from evolve_ray.store.run import Stage, now
 from evolve_ray.store.shards import shard_name
@@ -83,7 +83,7 @@ def watched(actor: Any, index: int, shard: int, pool: PoolOptions, stage: str, s
     import ray
 
     call = actor.call.options(name=f"{stage}: shard {shard}").remote(spec, "commit_shard", shard)
-    beats, hangs, idle, last = Beats(Path(spec.work), index), 0, 0.0, time.monotonic()
+    beats, hangs, idle, last = Heartbeat(Path(spec.work), index), 0, 0.0, time.monotonic()
     seen, tick = beats.read(), min(5.0, pool.stall_s / 4)
     way_out = "see its log in the Ray dashboard, or allow it more time with stall_s, then submit the same command again"
     while not ray.wait([call], timeout=tick)[0]:

@@ -1,7 +1,7 @@
 """Attempts at a shard, on disk: a worker that dies cannot tell, so it writes down beforehand what it starts with.
 
 Who comes after it reads that. A shard that has killed its worker as often as allowed is halved until the rows that do it
-are found, each alone; they are rejected by name. Beats on the same disk tell a worker that hangs from one that works.
+are found, each alone; they are rejected by name. Heartbeat on the same disk tell a worker that hangs from one that works.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ class Attempts:
         self.write(running=None, suspects=None, alone=0)
 
 
-class Beats:
+class Heartbeat:
     """Signs of life of the actor `index` of a pool: which shard it works on, and how often it got on with it."""
 
     def __init__(self, work: Path, index: int):
@@ -112,7 +112,7 @@ class Beats:
         return -1, ""
 
 
-def signs_of_life(work: Path) -> list[tuple[str, int]]:
+def heartbeats(work: Path) -> list[tuple[str, int]]:
     """What all actors of a stage wrote down about their work, by name and time: it changes whenever one of them gets on."""
     found = []
     with contextlib.suppress(OSError):  # what is written meanwhile

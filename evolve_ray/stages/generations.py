@@ -13,7 +13,7 @@ from evolve_ray.generate.spec import GenerateSpec
 from evolve_ray.generate.worker import VERSION, engine_pool
 from evolve_ray.inputs.context import Context, Policy
 from evolve_ray.pools import dispatch
-from evolve_ray.pools.retries import signs_of_life
+from evolve_ray.pools.retries import heartbeats
 from evolve_ray.refine import strategies
 from evolve_ray.score import worker as scoring
 from evolve_ray.store import shards
@@ -142,7 +142,7 @@ def run_steps(context: Context, label: str, iteration: int | None, steps: list[d
         context.say(f"    {done} of {num_shards} shards")
 
     advice = "the shard dispatcher hangs or found no place on a node; see the Ray dashboard, then submit the same command again"
-    progress = lambda: [signs_of_life(step.stage.work) for step in steps]  # noqa: E731
+    progress = lambda: [heartbeats(step.stage.work) for step in steps]  # noqa: E731
     with context.deadline(label, dispatch.dispatcher_stall_s(steps), progress, advice):
         dispatch.run(context.pools, steps, num_shards, on_shard)
 

@@ -4,7 +4,7 @@ import pytest
 
 from evolve_ray.errors import ResourceError
 from evolve_ray.pools import retries
-from evolve_ray.pools.retries import Attempts, Beats, Builds, mark_of
+from evolve_ray.pools.retries import Attempts, Builds, Heartbeat, mark_of
 
 PROMPTS = [{"prompt_id": f"p{number}"} for number in range(10)]
 
@@ -95,10 +95,10 @@ def test_shards_do_not_share_their_deaths(tmp_path):
 def test_beats_change_with_progress_and_name_the_shard(tmp_path, monkeypatch):
     now = [10.0]
     monkeypatch.setattr(retries.time, "monotonic", lambda: now[0])
-    beats = Beats(tmp_path, 2)
+    beats = Heartbeat(tmp_path, 2)
     assert beats.read() == (-1, "")
     beats.start(7)
-    first = Beats(tmp_path, 2).read()
+    first = Heartbeat(tmp_path, 2).read()
     assert first[0] == 7
     beats()
     assert beats.read() == first, "the disk is written more than once a second"
@@ -108,7 +108,7 @@ def test_beats_change_with_progress_and_name_the_shard(tmp_path, monkeypatch):
 
 
 def test_beats_into_a_folder_that_is_gone_are_no_fault(tmp_path):
-    Beats(tmp_path / "gone", 0)()
+    Heartbeat(tmp_path / "gone", 0)()
 
 
 def test_actor_that_never_starts_is_not_started_for_ever(tmp_path):
