@@ -58,7 +58,7 @@ class Trackers:
         except (ValueError, KeyError, TypeError):
             self.stop(list(self.names), "trackers.json: is damaged; delete it, and the trackers' folders beside it")
 
-    def training(self, key: str, iteration: int, name: str, entries: list[dict[str, Any]]) -> None:
+    def log_steps(self, key: str, iteration: int, name: str, entries: list[dict[str, Any]]) -> None:
         """Steps of the training `name` with the stage key `key`; those that came before, or leave a gap, are passed over."""
         prefix = name if name == "reward_model" else "training"
         if iteration == 0 and self.config:
@@ -73,21 +73,21 @@ class Trackers:
                 found.append(Row(key, step, numbers({**values, f"{prefix}/iteration": iteration}), axis=axis))
         self.add(found)
 
-    def begins(self, key: str, iteration: int, name: str) -> None:
+    def replay_steps(self, key: str, iteration: int, name: str) -> None:
         """Steps that an earlier driver was told of, before those that will be told now."""
         if self.names and self.run:
             for event in read_jsonl(self.run.root / "events.jsonl"):
                 if event["event"] == "training" and event.get("key") == key:
-                    self.training(key, iteration, name, event["steps"])
+                    self.log_steps(key, iteration, name, event["steps"])
 
-    def trained(self, manifest: Manifest, iteration: int) -> None:
+    def log_training(self, manifest: Manifest, iteration: int) -> None:
         """All steps of a committed training."""
         if self.names:
             name = manifest.folder.name
-            self.training(manifest.key, iteration, name, read_jsonl(manifest.path("training_log.jsonl")))
+            self.log_steps(manifest.key, iteration, name, read_jsonl(manifest.path("training_log.jsonl")))
             self.updates[REWARD_UPDATES if name == "reward_model" else UPDATES] += manifest.stats["num_steps"]
 
-    def evaluated(self, model: dict[str, Any]) -> None:
+    def log_evaluation(self, model: dict[str, Any]) -> None:
         """Everything that a model's part of the report says, and what the run has cost by then."""
         if self.names and self.run and self.config:
             lines = ledger(self.run, self.config.engine.actors)["iterations"]
