@@ -19,7 +19,7 @@ from evolve_ray.plan.sizing import Cluster, cluster_of_ray
 from evolve_ray.pools.session import join_ray, start_ray, stop_ray
 from evolve_ray.store.places import places
 from evolve_ray.store.run import Run, submission_id
-from evolve_ray.store.sync import kept
+from evolve_ray.store.sync import mirrored
 from evolve_ray.watch.metrics import Follower
 from evolve_ray.watch.terminal import say, tell_stages
 
@@ -122,7 +122,7 @@ def run(
     started = time.monotonic()
     folder = Run(root)
     tracked = Trackers(config, folder, say)
-    with folder.locked(), kept(uri, folder) if uri else contextlib.nullcontext():
+    with folder.locked(), mirrored(uri, folder) if uri else contextlib.nullcontext():
         changed = settle_config(config, folder, rerun_changed=rerun_changed)
         folder.event("driver_start", pid=os.getpid(), job=submission_id(), command=again, folder=os.getcwd())
         say(f"run {config.name} in {root}" + (f", kept in {uri}" if uri else ""))

@@ -48,9 +48,9 @@ def test_nothing_heavy_is_imported_before_the_recipe_is_valid(recipe):
         (["training.bta=1"], "command line: training.bta: unknown option; did you mean 'beta'?"),
         (["--iterations", "-1"], "command line: iterations: is -1, but must be at least 0"),
         (["seed"], "command line: 'seed': must have the form key=value, for example training.beta=0.2"),
-        (["--run", "s3://bucket"], "s3://bucket: names no place for a run; give s3://BUCKET/PREFIX"),
+        (["--run", "s3://bucket"], "s3://bucket: must name a bucket and a prefix without . or ..; give s3://BUCKET/PREFIX"),
         (["--run", "ftp://host/run"], "ftp://host/run: ftp:// is not supported; give a folder, s3://BUCKET/PREFIX or gs://"),
-        (["--work", "folder"], "--work folder: is for runs of an object store only; give the folder as --run"),
+        (["--work", "folder"], "--work folder: is only for runs in an object store; give the folder as --run"),
         (["--plan"], "prompts.jsonl: no such file"),
     ],
 )
