@@ -129,8 +129,10 @@ def test_the_thread_takes_what_is_written_before_it_is_stopped(follower):
 def test_an_actor_counts_its_rows_tokens_and_idle_seconds():
     told = Told()
     work = Work("engines", told)
-    work.did(10.0, 14.0, {"num_rows": 8, "num_rejected": 1, "num_tokens": 80, "num_prompt_tokens": 40, "num_cached_tokens": 30})
-    work.did(15.0, 16.0, None)
+    work.record_call(
+        10.0, 14.0, {"num_rows": 8, "num_rejected": 1, "num_tokens": 80, "num_prompt_tokens": 40, "num_cached_tokens": 30}
+    )
+    work.record_call(15.0, 16.0, None)
     assert told["evolve_actor_seconds", "engines", "busy"] == 5.0
     assert told["evolve_actor_seconds", "engines", "idle"] == 1.0
     assert (told["evolve_rows", "engines", "committed"], told["evolve_rows", "engines", "rejected"]) == (8, 1)
@@ -138,7 +140,7 @@ def test_an_actor_counts_its_rows_tokens_and_idle_seconds():
 
 
 def test_outside_of_ray_nothing_is_made():
-    Work("engines").did(0.0, 1.0, {"num_rows": 1})
+    Work("engines").record_call(0.0, 1.0, {"num_rows": 1})
 
 
 def queries():
