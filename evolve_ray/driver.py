@@ -21,7 +21,7 @@ from evolve_ray.store.places import places
 from evolve_ray.store.run import Run, submission_id
 from evolve_ray.store.sync import mirrored
 from evolve_ray.watch.metrics import Follower
-from evolve_ray.watch.terminal import say, tell_stages
+from evolve_ray.watch.terminal import print_stages, say
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -129,7 +129,7 @@ def run(
         follower = Follower(folder, config.name)
         try:
             tracked.start()
-            tell, join = say if verbose else tell_stages, functools.partial(start_ray, config, follower, loud=verbose)
+            tell, join = say if verbose else print_stages, functools.partial(start_ray, config, follower, loud=verbose)
             context = prepare(config, folder, tell, join, rerun_changed=rerun_changed, changed=changed)
             context.trackers = tracked
             check_space(config, folder)

@@ -18,7 +18,7 @@ from evolve_ray.plan.plan import check_space
 from evolve_ray.pools.session import join_ray
 from evolve_ray.store.places import run_folder
 from evolve_ray.store.run import Run
-from evolve_ray.watch.terminal import tell_stages
+from evolve_ray.watch.terminal import print_stages
 from tests.plain.processes import ROOT, run_python
 
 HEAVY = ("ray", "torch", "vllm", "transformers", "deepspeed")
@@ -96,7 +96,7 @@ def test_run_folder_is_absolute(name, folder):
 
 def test_the_log_is_a_line_a_stage_and_verbose_adds_the_lines_below_it(capsys):
     for line in ("  iteration 1: generations", "    1 of 4 shards", "", "table"):
-        tell_stages(line)
+        print_stages(line)
     assert capsys.readouterr().out == "  iteration 1: generations\n\ntable\n"
     assert parse(["recipe.toml"]).verbose is False
     assert parse(["recipe.toml", "--verbose"]).verbose is True

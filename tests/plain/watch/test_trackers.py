@@ -263,7 +263,7 @@ def test_a_tracker_that_fails_is_told_once_and_the_others_go_on(loop, monkeypatc
     monkeypatch.setitem(tracker_clients.TRACKERS, "mlflow", Broken)
     loop.go('trackers.use=["mlflow", "tensorboard"]')
     (line,) = loop.said
-    assert line.startswith("warning: tracker mlflow: ConnectionError: no route; the run goes on without it")
+    assert line.startswith("warning: tracker mlflow: ConnectionError: no route; the run continues without it")
     events = [event for event in rows.read_jsonl(loop.run.root / "events.jsonl") if event["event"] == "tracker_failed"]
     assert [(event["tracker"], event["error"]) for event in events] == [("mlflow", "ConnectionError: no route")]
     check_tensorboard(loop.run.root)
