@@ -152,7 +152,7 @@ def test_sigterm_ends_the_command_with_one_sentence_and_its_own_code(where):
     )
     assert process.stdout.readline() == "working\n"
     process.terminate()
-    assert process.communicate(timeout=20)[1] == "ended by SIGTERM; what is committed stays; continue with: the same command\n"
+    assert process.communicate(timeout=20)[1] == "ended by SIGTERM; committed work is kept; continue with: the same command\n"
     assert process.returncode == 143
 
 
@@ -197,4 +197,4 @@ def test_sigterm_while_ray_starts_is_told_like_any_other(monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=lambda **_: sys.exit(15)))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert run_command(join_ray, "python jobs/iterate.py x") == 143
-    assert "ended by SIGTERM; what is committed stays; continue with: python jobs/iterate.py x" in capfd.readouterr().err
+    assert "ended by SIGTERM; committed work is kept; continue with: python jobs/iterate.py x" in capfd.readouterr().err
