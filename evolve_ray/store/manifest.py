@@ -95,8 +95,8 @@ def read_manifest(folder: Path, *, verify: bool = False) -> Manifest | None:
             f"{folder / MANIFEST}: is damaged; delete {folder} and submit the same command again to rebuild it"
         ) from None
     if verify:
-        for fault in file_faults(manifest):
-            raise IntegrityError(f"{fault}; delete {folder} and submit the same command again to rebuild it")
+        for message in file_faults(manifest):
+            raise IntegrityError(f"{message}; delete {folder} and submit the same command again to rebuild it")
     return manifest
 
 

@@ -180,7 +180,7 @@ class Mirror:
     # From the folder to the store.
 
     def sync(self, *, loose: bool = True) -> None:
-        """Uploads the committed folders that the store lacks, and removes from it shards and steps that the folder lost.
+        """Uploads the committed folders that the store lacks, and removes shards and steps that the folder no longer has.
 
         `loose`: does the same for loose files.
         """

@@ -125,7 +125,7 @@ class Store:
                 self.fs.put_file(str(path), self.path(name))
             except FileNotFoundError as error:
                 if path.exists():
-                    raise OSError(f"no such bucket or upload: {error}") from None
+                    raise OSError(f"the bucket or the upload does not exist: {error}") from None
                 raise
 
         self.with_retries(name, call)
@@ -136,7 +136,7 @@ class Store:
         self.with_retries(name, lambda: self.fs.get_file(self.path(name), str(path)))
 
     def remove(self, names: list[str]) -> None:
-        """Removes objects; those that do not exist are passed over."""
+        """Removes objects; skips those that do not exist."""
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 self.with_retries(name, functools.partial(self.fs.rm_file, self.path(name)))

@@ -109,9 +109,9 @@ class Run:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            other = os.read(descriptor, 4096).decode("utf-8", "replace").strip() or "an unknown process"
+            other_driver = os.read(descriptor, 4096).decode("utf-8", "replace").strip() or "an unknown process"
             os.close(descriptor)
-            raise LockedError(f"{self.root}: another driver works on this run: {other}; wait for it or stop it") from None
+            raise LockedError(f"{self.root}: another driver works on this run: {other_driver}; wait for it or stop it") from None
         try:
             holder = {
                 "host": socket.gethostname(),

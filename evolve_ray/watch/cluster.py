@@ -49,6 +49,7 @@ class HeadWatch:
                 self.end()
 
     def end(self) -> None:
+        """Ends the process with the reason on stderr."""
         exit_process(f"the head node at {self.address} is lost: no answer for {FAILURES * TICK_S:.0f} s")
 
 

@@ -150,6 +150,7 @@ class Follower:
                         self.metrics.set("evolve_training", value, run=self.name, figure=figure)
 
     def start_stage(self, event: dict[str, Any]) -> None:
+        """Sets the gauges at the start of a stage."""
         if self.stage:
             self.metrics.set("evolve_stage", 0, run=self.name, stage=self.stage)
         self.stage, self.shards = event["stage"], 0
