@@ -1,4 +1,4 @@
-"""The command around a run: arguments, plan, lock, Ray, and one sentence at the end if something is wrong."""
+"""The command `jobs/iterate.py`: its arguments, the plan, the lock, Ray, and one clear line if the run ends with an error."""
 
 import argparse
 import contextlib
@@ -19,38 +19,39 @@ from evolve_ray.plan.sizing import Cluster, cluster_of_ray
 from evolve_ray.pools.session import join_ray, start_ray, stop_ray
 from evolve_ray.store.places import places
 from evolve_ray.store.run import Run, submission_id
-from evolve_ray.store.sync import kept
+from evolve_ray.store.sync import mirrored
 from evolve_ray.watch.metrics import Follower
-from evolve_ray.watch.terminal import say, tell_stages
+from evolve_ray.watch.terminal import print_stages, say
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         prog="iterate.py",
-        description="Runs the iterations of a recipe; the same command again continues from what is committed.",
+        description="Runs the iterations of a recipe. The same command again resumes the run from its committed work.",
     )
-    parser.add_argument("recipe", metavar="RECIPE.toml", help="a recipe; the shipped ones are in jobs/recipes/")
+    parser.add_argument("recipe", metavar="RECIPE.toml", help="a recipe; the shipped recipes are in jobs/recipes/")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="options that replace the recipe's, e.g. training.beta=0.2"
+        "overrides", nargs="*", metavar="key=value", help="options that replace those of the recipe, e.g. training.beta=0.2"
     )
     parser.add_argument("--run", help="the run directory or s3://BUCKET/PREFIX (default: runs/NAME, NAME from the recipe)")
-    parser.add_argument("--work", help="the folder in which a run of an object store works (default: runs/s3/BUCKET/PREFIX)")
-    parser.add_argument("--iterations", type=int, help="how many iterations (the recipe's `iterations`)")
-    parser.add_argument("--plan", action="store_true", help="print what would run and what it would take, then stop")
-    parser.add_argument("--verbose", action="store_true", help="print shards and steps too, not a line a stage")
+    parser.add_argument("--work", help="the local folder of a run in an object store (default: runs/s3/BUCKET/PREFIX)")
+    parser.add_argument("--iterations", type=int, help="number of iterations (default: `iterations` of the recipe)")
+    parser.add_argument("--plan", action="store_true", help="print what would run and what it needs, then stop")
+    parser.add_argument("--verbose", action="store_true", help="also print shards and steps, not only one line per stage")
     parser.add_argument("--options", nargs="?", action=Options, metavar="TABLE", help="print every option, or those of a table")
-    parser.add_argument("--rerun-changed", action="store_true", help="compute again the stages whose options or inputs changed")
-    told = parser.add_argument_group("the cluster, for --plan (without these: the one that RAY_ADDRESS names)")
-    told.add_argument("--nodes", type=positive(int), help="nodes with GPUs (default: 1)")
-    told.add_argument("--gpus-per-node", type=positive(int), help="GPUs of a node (default: 8)")
-    told.add_argument("--gpu-memory-gib", type=positive(float), help="memory of a GPU (default: 80)")
+    parser.add_argument("--rerun-changed", action="store_true", help="recompute the stages whose options or inputs changed")
+    cluster = parser.add_argument_group("the cluster, for --plan (default: the cluster at RAY_ADDRESS)")
+    cluster.add_argument("--nodes", type=positive(int), help="number of nodes with GPUs (default: 1)")
+    cluster.add_argument("--gpus-per-node", type=positive(int), help="GPUs per node (default: 8)")
+    cluster.add_argument("--gpu-memory-gib", type=positive(float), help="memory of one GPU in GiB (default: 80)")
     return parser.parse_intermixed_args(arguments)
 
 
 class Options(argparse.Action):
-    """Prints options and ends the command, as --help does."""
+    """Prints the options of a recipe and ends the command, like --help."""
 
-    def __call__(self, parser: argparse.ArgumentParser, given: argparse.Namespace, table: Any, name: str | None = None) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, args: argparse.Namespace, table: Any, flag: str | None = None) -> None:
         def command() -> int:
             say(describe.as_text(table or ""))
             return 0
@@ -59,7 +60,7 @@ class Options(argparse.Action):
 
 
 def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """An argument's type: a number above 0."""
+    """Returns a type for argparse that accepts only numbers above 0."""
 
     def read(text: str) -> Any:
         value = kind(text)
@@ -72,34 +73,33 @@ def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code; a known fault is one sentence on stderr, the last line of the command."""
-    given = parse(arguments)
-    again = shlex.join(["python", "jobs/iterate.py", *arguments])
+    """Runs the command and returns its exit code; a known error is one line on stderr, the last one."""
+    args = parse(arguments)
+    command_line = shlex.join(["python", "jobs/iterate.py", *arguments])
 
     def command() -> int:
-        overrides = list(given.overrides)
-        if given.iterations is not None:
-            overrides.append(f"iterations={given.iterations}")
-        config = load(given.recipe, overrides)
-        root, uri = places(given.run or f"runs/{config.name}", given.work)
-        if given.plan:
+        overrides = list(args.overrides)
+        if args.iterations is not None:
+            overrides.append(f"iterations={args.iterations}")
+        config = load(args.recipe, overrides)
+        root, uri = places(args.run or f"runs/{config.name}", args.work)
+        if args.plan:
             from evolve_ray.plan.plan import plan
 
-            text, fault = plan(config, Run(root), cluster_of(given))
-            say(text + (f"\n\n{uri} was not asked: `committed` is what stands in {root}" if uri else ""))
-            if fault:
-                raise fault
+            text, error = plan(config, Run(root), cluster_of(args))
+            say(text + (f"\n\n{uri} was not read: `committed` shows what is in {root}" if uri else ""))
+            if error:
+                raise error
             return 0
-        return run(config, root, uri, rerun_changed=given.rerun_changed, again=again, verbose=given.verbose)
+        return run(config, root, uri, rerun_changed=args.rerun_changed, command_line=command_line, verbose=args.verbose)
 
-    return run_command(command, again)
+    return run_command(command, command_line)
 
 
-def cluster_of(given: argparse.Namespace) -> Cluster | None:
-    """The cluster as the command line tells it, else the GPU nodes of the one that RAY_ADDRESS names."""
-    told = (given.nodes, given.gpus_per_node, given.gpu_memory_gib)
-    if any(told):
-        return Cluster(given.nodes or 1, given.gpus_per_node or 8, given.gpu_memory_gib or 80.0)
+def cluster_of(args: argparse.Namespace) -> Cluster | None:
+    """Returns the cluster from the command line, else the GPU nodes of the cluster at RAY_ADDRESS, None without either."""
+    if any((args.nodes, args.gpus_per_node, args.gpu_memory_gib)):
+        return Cluster(args.nodes or 1, args.gpus_per_node or 8, args.gpu_memory_gib or 80.0)
     if not os.environ.get("RAY_ADDRESS"):
         return None
     join_ray()
@@ -110,9 +110,12 @@ def cluster_of(given: argparse.Namespace) -> Cluster | None:
 
 
 def run(
-    config: Config, root: Path, uri: str = "", *, rerun_changed: bool, again: str = "", verbose: bool = False
+    config: Config, root: Path, uri: str = "", *, rerun_changed: bool, command_line: str = "", verbose: bool = False
 ) -> int:  # fmt: skip
-    """`again` is the command as typed, kept for jobs/status.py and jobs/verify.py."""
+    """Runs a recipe in the folder `root`, mirrored in the object store at `uri` if that is not empty; returns the exit code.
+
+    `command_line` is the command as the user typed it; it is stored in an event for jobs/status.py and jobs/verify.py.
+    """
     from evolve_ray import iterate
     from evolve_ray.inputs.prepare import prepare, settle_config
     from evolve_ray.plan.plan import check_space
@@ -120,29 +123,30 @@ def run(
     from evolve_ray.watch.trackers import Trackers
 
     started = time.monotonic()
-    folder = Run(root)
-    tracked = Trackers(config, folder, say)
-    with folder.locked(), kept(uri, folder) if uri else contextlib.nullcontext():
-        changed = settle_config(config, folder, rerun_changed=rerun_changed)
-        folder.event("driver_start", pid=os.getpid(), job=submission_id(), command=again, folder=os.getcwd())
-        say(f"run {config.name} in {root}" + (f", kept in {uri}" if uri else ""))
-        follower = Follower(folder, config.name)
+    directory = Run(root)
+    trackers = Trackers(config, directory, say)
+    with directory.locked(), mirrored(uri, directory) if uri else contextlib.nullcontext():
+        changed = settle_config(config, directory, rerun_changed=rerun_changed)
+        directory.event("driver_start", pid=os.getpid(), job=submission_id(), command=command_line, folder=os.getcwd())
+        say(f"run {config.name} in {root}" + (f", mirrored in {uri}" if uri else ""))
+        follower = Follower(directory, config.name)
         try:
-            tracked.start()
-            tell, join = say if verbose else tell_stages, functools.partial(start_ray, config, follower, loud=verbose)
-            context = prepare(config, folder, tell, join, rerun_changed=rerun_changed, changed=changed)
-            context.trackers = tracked
-            check_space(config, folder)
+            trackers.start()
+            print_line = say if verbose else print_stages
+            join_cluster = functools.partial(start_ray, config, follower, loud=verbose)
+            context = prepare(config, directory, print_line, join_cluster, rerun_changed=rerun_changed, changed=changed)
+            context.trackers = trackers
+            check_space(config, directory)
             result = iterate.iterate(context)
-            tracked.close(failed=False)
+            trackers.close(failed=False)
         except BaseException as error:
-            folder.event("driver_failed", error=f"{type(error).__name__}: {error}"[:2000])
-            tracked.close(failed=True)
+            directory.event("driver_failed", error=f"{type(error).__name__}: {error}"[:2000])
+            trackers.close(failed=True)
             raise
         finally:
             follower.stop()
             stop_ray()
-        folder.event("driver_end", seconds=round(time.monotonic() - started, 3))
+        directory.event("driver_end", seconds=round(time.monotonic() - started, 3))
     say("")
     say(table(result))
     say(f"\nrun: {uri or root}\nreport: {root / 'report.html'}\ncheckpoint: {result['checkpoint']}")

@@ -1,7 +1,7 @@
-"""Measures this package: `python jobs/bench.py train|generate|iteration|scale [--json FILE]`.
+"""Measures the speed of this package: `python jobs/bench.py train|generate|iteration|scale [--json FILE]`.
 
-Where two sides are compared, they run in turns in one process, so that a machine's mood falls on both. Sizes are options; see
---help.
+If two variants are compared, they run in turns in one process, so that other load on the machine affects both. Sizes are options;
+see --help.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""AlpacaEval 2 or Arena-Hard on what `jobs/evaluate.py` generated: `python jobs/benchmark.py alpaca_eval|arena_hard EVALUATION
+"""Runs AlpacaEval 2 or Arena-Hard on the output of jobs/evaluate.py: `python jobs/benchmark.py alpaca_eval|arena_hard EVALUATION
 --reference FILE --judge MODEL --judge-url URL [--api-key-env NAME] [--out DIR] [--concurrency N] ...`.
 
-EVALUATION is an output folder of jobs/evaluate.py; every model and round of it is judged against the reference by any server
-that speaks the OpenAI protocol. The same command again continues. Exit codes as in iterate.py.
+EVALUATION is an output folder of jobs/evaluate.py. The judge, any server with the OpenAI API, compares every model and round in
+it with the reference. The same command again resumes. Exit codes as in iterate.py.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Where a training pair comes from: `python jobs/explain.py RUN PAIR_ID [--json]`.
+"""Shows where a training pair comes from: `python jobs/explain.py RUN PAIR_ID [--json]`.
 
-PAIR_ID is a pair_id of one of the run's pairs.parquet, or the beginning of one. Exit codes as in iterate.py.
+PAIR_ID is a pair_id in a pairs.parquet of the run, or its first characters. Exit codes as in iterate.py.
 """
 
 import sys

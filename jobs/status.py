@@ -1,7 +1,7 @@
-"""Where a run stands: `python jobs/status.py RUN [--json]`; reads the run directory only, from any machine that sees it.
+"""Shows the state of a run: `python jobs/status.py RUN [--json]`. It reads only the run directory, on any machine that has it.
 
-Running, finished, failed or dead; iteration, stage, shards, step and loss; tokens a second; rejected rows; the last decision and
-error; the next command. Exit code 0 whatever the state is, 2 where there is no run.
+It prints: running, finished, failed or dead; iteration, stage, shards, step and loss; tokens per second; rejected rows; the last
+decision and error; the next command. The exit code is 0 in every state, 2 if there is no run.
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""Runs recipes x seeds of the tiny world and says which claims hold: `python jobs/study.py [--quick] [--seeds 0,1,2]
+"""Runs recipes x seeds of the tiny world and reports which claims hold: `python jobs/study.py [--quick] [--seeds 0,1,2]
 [--recipes tiny,tiny_iterative_dpo,...] [--out runs/study] [--json FILE] [--only-report]`.
 
-The same command again continues. Exit code 0 when the study ran, whether or not the claims hold; otherwise as in iterate.py.
+The same command again resumes. The exit code is 0 if the study ran, whether or not the claims hold; otherwise as in iterate.py.
 """
 
 import sys

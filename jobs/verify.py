@@ -1,6 +1,6 @@
-"""Is a run what it says: `python jobs/verify.py RUN`.
+"""Verifies a run: `python jobs/verify.py RUN`.
 
-Checks every committed file and row and prints what is to do. Exit codes: 0 sound, 2 no run, 4 damaged.
+Checks every committed file and row, and prints what to do. Exit codes: 0 sound, 2 no run, 4 damaged.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Pools of Ray actors: started once, given new work and new weights, ended with the driver."""
+"""Pools of Ray actors: they start once, take new work and new weights from each stage, and end with the driver."""
 
 import time
 from dataclasses import dataclass, field
@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from evolve_ray.errors import StalledError
-from evolve_ray.pools.retries import Beats, Builds
+from evolve_ray.pools.retries import Heartbeat, StartCount
 from evolve_ray.pools.work import Work
 from evolve_ray.pools.worker import ShardWorker
 
 
 @dataclass(frozen=True)
 class PoolOptions:
-    """What a pool of actors takes from the cluster. `env` is set before the processes start.
+    """The size of a pool, the resources of each actor, and its limits. `env` is set before the processes start.
 
-    An actor that dies is started again: a shard may kill it `restarts` times before its rows are looked at one by one. An
-    actor that makes no progress for `stall_s` is ended and started again, `restarts` times as well.
+    An actor that dies is restarted: one shard may kill it `restarts` times, then the rows that kill it are searched for. An
+    actor that makes no progress for `stall_s` seconds is killed and restarted, also `restarts` times for one shard.
     """
 
     name: str
@@ -30,42 +30,42 @@ class PoolOptions:
 
 
 class Host:
-    """The Ray actor of a pool: builds its worker at the first shard, renews it when a stage brings another spec."""
+    """The Ray actor of a pool: builds its worker at the first call, and renews it when a stage brings another spec."""
 
-    def __init__(self, worker: type[ShardWorker], index: int = 0, name: str = "worker", restarts: int = 3):
-        self.make, self.index, self.name, self.restarts = worker, index, name, restarts
+    def __init__(self, worker_class: type[ShardWorker], index: int = 0, name: str = "worker", restarts: int = 3):
+        self.worker_class, self.index, self.name, self.restarts = worker_class, index, name, restarts
         self.worker: ShardWorker | None = None
         self.work = Work(name)
 
     def __repr__(self) -> str:
-        """What Ray's dashboard calls the actor."""
+        """The name of the actor in Ray's dashboard."""
         return f"{self.name} {self.index}"
 
     def call(self, spec: Any, verb: str, *arguments: Any) -> Any:
-        """`worker.verb(*arguments)` of a worker that was built or renewed for `spec`."""
+        """Returns `worker.verb(*arguments)`, after the worker was built or renewed for `spec`."""
         started = time.monotonic()
-        beats = None
+        heartbeat = None
         if verb == "commit_shard":
-            beats = Beats(Path(spec.work), self.index)
-            beats.start(*arguments)
+            heartbeat = Heartbeat(Path(spec.work), self.index)
+            heartbeat.start(*arguments)
         if self.worker is None:
-            builds = Builds(Path(spec.work), self.index, self.restarts, self.name) if beats else None
-            if builds:
-                builds.begin()
-            self.worker = self.make(spec)
+            start_count = StartCount(Path(spec.work), self.index, self.restarts, self.name) if heartbeat else None
+            if start_count:
+                start_count.begin()
+            self.worker = self.worker_class(spec)
             self.worker.name, self.worker.restarts = self.name, self.restarts
-            if builds:
-                builds.done()
+            if start_count:
+                start_count.reset()
         elif self.worker.spec != spec:
             self.worker.renew(spec)
-        self.worker.beat = beats or (lambda: None)
-        answer = getattr(self.worker, verb)(*arguments)
-        self.work.did(started, time.monotonic(), answer if verb == "commit_shard" else None)
-        return answer
+        self.worker.beat = heartbeat or (lambda: None)
+        result = getattr(self.worker, verb)(*arguments)
+        self.work.record_call(started, time.monotonic(), result if verb == "commit_shard" else None)
+        return result
 
 
 class Actors(list):
-    """The handles of a pool's actors, and its options."""
+    """The handles of a pool's actors, with the options of the pool."""
 
     def __init__(self, handles: list[Any], options: PoolOptions):
         super().__init__(handles)
@@ -76,16 +76,17 @@ class Actors(list):
 
 
 class Pools:
-    """The actors of a run by pool name; they die with the driver that made them."""
+    """The actors of a run by pool name; they end with the driver that started them."""
 
     def __init__(self) -> None:
         self._actors: dict[str, Actors] = {}
 
     def open(self, options: PoolOptions) -> Actors:
+        """Returns the actors of a pool; starts them if the pool is not open."""
         import ray
 
         if options.name not in self._actors:
-            # Ray restarts an actor as often as it dies: when that is too often, the actors say so themselves (attempts.py).
+            # Ray restarts an actor without limit: the actors themselves count their deaths and raise an error (retries.py).
             remote = ray.remote(Host).options(
                 num_cpus=options.cpus,
                 num_gpus=options.gpus,
@@ -98,7 +99,7 @@ class Pools:
         return self._actors[options.name]
 
     def close(self, name: str) -> None:
-        """Ends a pool's actors and gives their resources back."""
+        """Kills the actors of a pool, which frees their resources."""
         import ray
 
         for actor in self._actors.pop(name, []):
@@ -106,7 +107,7 @@ class Pools:
 
 
 def call_all(actors: Actors, spec: Any, verb: str, *arguments: Any) -> list[Any]:
-    """What each actor of a pool answers to `verb`, in their order."""
+    """Returns the result of `verb` from each actor of a pool, in their order; StalledError after `stall_s` seconds."""
     import ray
 
     options = actors.options
@@ -114,6 +115,6 @@ def call_all(actors: Actors, spec: Any, verb: str, *arguments: Any) -> list[Any]
         return ray.get([actor.call.remote(spec, verb, *arguments) for actor in actors], timeout=options.stall_s)
     except ray.exceptions.GetTimeoutError:
         raise StalledError(
-            f"{verb}: the actors ({options.name}) gave no answer for {options.stall_s:g} s; see their logs in the Ray dashboard, "
+            f"{verb}: the actors ({options.name}) did not answer for {options.stall_s:g} s; see their logs in the Ray dashboard, "
             "then submit the same command again"
         ) from None

@@ -1,8 +1,8 @@
-"""Pools of actors and Ray Data over shards: rows fan out, each actor commits its shard, the driver only counts.
+"""Runs the shards of one or more stages through pools of actors, with Ray Data: each actor commits its shard, the driver counts.
 
-A step asks an actor of its pool to process a shard and commit the result. Steps follow each other in one streaming pipeline,
-so shard k is scored while shard k+1 is generated. A pool belongs to the driver and outlives a pipeline: engines start once
-and get new weights.
+In each step of a pipeline a shard dispatcher asks an actor of the pool to process a shard and to commit the result. The steps
+form one streaming pipeline, so shard k is scored while shard k+1 is generated. A pool belongs to the driver and outlives the
+pipeline: engines start once and get new weights.
 """
 
 import itertools
@@ -18,29 +18,29 @@ from typing import Any
 
 from evolve_ray.errors import EvolveError, ResourceError, StalledError, first_line, pack, unpack
 from evolve_ray.pools.actors import Actors, PoolOptions, Pools
-from evolve_ray.pools.retries import Beats, mark_of
+from evolve_ray.pools.retries import Heartbeat, hang_mark
 from evolve_ray.store.manifest import read_manifest
 from evolve_ray.store.run import Stage, now
 from evolve_ray.store.shards import shard_name
 
-MAX_LOST = 3  # times that the process of a step which hands out shards may be lost, with its node perhaps
-START_S = 900.0  # until an actor's first sign of life: a place on a node, a process, its imports
+MAX_RESTARTS = 3  # of a pipeline whose shard dispatcher died, perhaps with its node
+START_S = 900.0  # until the first heartbeat of an actor: it needs free resources on a node, a process, and its imports
 
 
 @dataclass(frozen=True)
 class Step:
-    """One arrow of the pipeline: which pool processes the shards of `stage`, with what."""
+    """One step of the pipeline: the pool that processes the shards of `stage`, and the spec of its workers."""
 
     stage: Stage
     pool: PoolOptions
     spec: Any
 
 
-class AskPool:
-    """The Ray Data actor of a step: hands each shard to an actor of the pool that is free, and waits until it is committed there.
+class ShardDispatcher:
+    """The Ray Data actor of a step: hands each shard to a free actor of the pool, and waits until the actor has committed it.
 
-    It is one process with a thread for each actor of the pool. One of our errors goes on as data: Ray Data would wrap it into a
-    traceback in which its class is lost.
+    It is one process with a thread for each actor of the pool. It returns an EvolveError as data, because Ray Data would wrap
+    the error in a traceback and lose its class.
     """
 
     def __init__(self, actors: Actors, stage: str, spec: Any):
@@ -50,76 +50,86 @@ class AskPool:
             self.free.put(index)
 
     def __call__(self, batch: dict) -> dict:
-        shard, told = int(batch["shard"][0]), json.loads(batch["told"][0])
-        if "error" not in told:
+        shard, result = int(batch["shard"][0]), json.loads(batch["result"][0])
+        if "error" not in result:
             index, begun = self.free.get(), now()
             try:
-                told = {"begun": begun} | told | self.ask(index, shard)
+                result = {"begun": begun} | result | self.process(index, shard)
             finally:
                 self.free.put(index)
-        return {"shard": [shard], "told": [json.dumps(told)]}
+        return {"shard": [shard], "result": [json.dumps(result)]}
 
-    def ask(self, index: int, shard: int) -> dict:
+    def process(self, index: int, shard: int) -> dict:
+        """Returns {"stats": the counts of the shard} from the actor `index`, or {"error": the packed error}."""
         import ray
 
         actor, pool = self.actors[index], self.actors.options
         try:
-            return {"stats": watched(actor, index, shard, pool, self.stage, self.spec)}
+            return {"stats": commit_shard(actor, index, shard, pool, self.stage, self.spec)}
         except StalledError as error:
-            ray.kill(actor)  # for good: nobody else waits for it in vain
+            ray.kill(actor)  # without restart, so that no other call waits for this actor
             return {"error": pack(error)}
         except EvolveError as error:
             return {"error": pack(error)}
         except ray.exceptions.RayActorError as error:
             message = (
-                f"{pool.name}: the actor that works on shard {shard} cannot be started again; see its log in the "
+                f"{pool.name}: the actor that works on shard {shard} cannot be restarted; see its log in the "
                 f"Ray dashboard, then submit the same command again: {first_line(error)}"
             )
             return {"error": pack(ResourceError(message))}
 
 
-def watched(actor: Any, index: int, shard: int, pool: PoolOptions, stage: str, spec: Any) -> dict:
-    """Counts of a shard from an actor that must get on: without a beat for `stall_s` it is ended, and Ray starts it again."""
+def commit_shard(actor: Any, index: int, shard: int, pool: PoolOptions, stage: str, spec: Any) -> dict:
+    """Returns the counts of a shard that an actor commits; an actor without progress for `stall_s` is killed and restarted.
+
+    StalledError if the actor does not start, or makes no progress more than `restarts` times.
+    """
     import ray
 
     call = actor.call.options(name=f"{stage}: shard {shard}").remote(spec, "commit_shard", shard)
-    beats, hangs, idle, last = Beats(Path(spec.work), index), 0, 0.0, time.monotonic()
-    seen, tick = beats.read(), min(5.0, pool.stall_s / 4)
-    way_out = "see its log in the Ray dashboard, or allow it more time with stall_s, then submit the same command again"
+    heartbeat, hangs, idle, last = Heartbeat(Path(spec.work), index), 0, 0.0, time.monotonic()
+    seen, tick = heartbeat.read(), min(5.0, pool.stall_s / 4)
+    advice = "see its log in the Ray dashboard, or allow it more time with stall_s, then submit the same command again"
     while not ray.wait([call], timeout=tick)[0]:
-        now, passed = beats.read(), time.monotonic() - last
+        current, passed = heartbeat.read(), time.monotonic() - last
         last += passed
-        idle += min(passed, 2 * tick)  # where this process itself was stopped, nobody can tell what the actor did
-        if now != seen:
-            seen, idle = now, 0.0
-        elif now[0] == -1 and idle > max(START_S, pool.stall_s):
-            raise StalledError(f"{stage}: shard {shard}: its actor ({pool.name}) did not start in {idle:.0f} s; {way_out}")
-        elif now[0] == shard and idle > pool.stall_s:  # else it is another shard's hang
+        idle += min(passed, 2 * tick)  # if this process was suspended, the actor may have worked meanwhile
+        if current != seen:
+            seen, idle = current, 0.0
+        elif current[0] == -1 and idle > max(START_S, pool.stall_s):
+            raise StalledError(f"{stage}: shard {shard}: its actor ({pool.name}) did not start within {idle:.0f} s; {advice}")
+        elif current[0] == shard and idle > pool.stall_s:  # an actor at another shard is watched by the call for that shard
             hangs += 1
             if hangs > pool.restarts:
                 raise StalledError(
                     f"{stage}: shard {shard}: its actor ({pool.name}) made no progress for {pool.stall_s:g} s, {hangs} times; "
-                    f"{way_out}"
+                    f"{advice}"
                 )
-            mark_of(Path(spec.work), shard).touch()
-            beats.path.unlink(missing_ok=True)  # the next one begins anew
+            hang_mark(Path(spec.work), shard).touch()
+            heartbeat.path.unlink(missing_ok=True)  # so that the restarted actor counts as not started yet
             ray.kill(actor, no_restart=False)
             idle = 0.0
     return ray.get(call)
 
 
-def silence_s(steps: list[Step]) -> float:
-    """Seconds without a sign of any actor after which it is not an actor that hangs: `watched` would have ended it before."""
+def dispatcher_stall_s(steps: list[Step]) -> float:
+    """Returns the seconds without a heartbeat after which the shard dispatcher itself must hang.
+
+    It is longer than the time after which the dispatcher kills a hanging actor.
+    """
     return 1.5 * max(START_S, *(step.pool.stall_s for step in steps))
 
 
 def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[int, str, dict], None]) -> None:
-    """Streams the shards that are not committed in every step through the pools, again where who hands them out is lost."""
+    """Processes all shards that are not committed in every step; starts a new pipeline if a shard dispatcher dies.
+
+    `on_shard` is called as in `stream`. ResourceError if shard dispatchers die more than `MAX_RESTARTS` times.
+    """
     from ray.exceptions import RayActorError
 
-    for lost in itertools.count(1):
+    for deaths in itertools.count(1):
         todo = [
-            {"shard": shard, "told": "{}"}
+            {"shard": shard, "result": "{}"}
             for shard in range(num_shards)
             if any(read_manifest(step.stage.work / shard_name(shard), verify=True) is None for step in steps)
         ]
@@ -127,42 +137,42 @@ def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[in
             return
         try:
             return stream(pools, steps, todo, on_shard)
-        except RayActorError as error:  # died, or out of reach with its node
-            if lost > MAX_LOST:
+        except RayActorError as error:  # the dispatcher died, or its node is not reachable
+            if deaths > MAX_RESTARTS:
                 raise ResourceError(
-                    f"{steps[0].stage.name}: what hands out shards died {lost} times; see the Ray dashboard (often memory), then "
-                    f"submit the same command again: {first_line(error)}"
+                    f"{steps[0].stage.name}: the shard dispatcher died {deaths} times; see the Ray dashboard (often out of "
+                    f"memory), then submit the same command again: {first_line(error)}"
                 ) from None
 
 
 def stream(pools: Pools, steps: list[Step], todo: list[dict], on_shard: Callable[[int, str, dict], None]) -> None:
-    """One Ray Data pipeline; tells of each shard that comes out of it, when it went in and the counts of its last step."""
+    """Runs one Ray Data pipeline; calls `on_shard` with each finished shard, its start time, and the counts of the last step."""
     import ray
     from ray.util.annotations import RayDeprecationWarning
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its own log files keep the rest
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # Ray still writes the rest to its log files
     dataset = ray.data.from_items(todo, override_num_blocks=len(todo))
     dataset.set_name(f"{steps[0].stage.final.parent.name} {' + '.join(step.stage.name for step in steps)}")  # in the dashboard
     for step in steps:
         actors = pools.open(step.pool)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RayDeprecationWarning)  # of `max_...`, for which there is no other way yet
+            warnings.simplefilter("ignore", RayDeprecationWarning)  # for the `max_...` arguments, which have no successor yet
             dataset = dataset.map_batches(
-                AskPool,
+                ShardDispatcher,
                 fn_constructor_kwargs={"actors": actors, "stage": step.stage.name, "spec": step.spec},
                 batch_size=1,
-                num_cpus=0.01,  # it only waits
+                num_cpus=0.01,  # a dispatcher only waits
                 compute=ray.data.ActorPoolStrategy(
                     size=1, max_concurrent_calls_per_actor=min(len(actors), len(todo)), enable_true_multi_threading=True
                 ),
-                max_restarts=0,  # Ray warns of every actor of Ray Data that it may restart; `run` begins anew instead
+                max_restarts=0,  # Ray warns about each Ray Data actor that it may restart; `run` starts a new pipeline instead
                 max_task_retries=0,
             )
-    # Without prefetching: a shard is told at once, not when the one after it is done, which may be never.
+    # Without prefetching, a shard is reported at once, and not when the next one is done, which may never happen.
     for batch in dataset.iter_batches(batch_size=1, prefetch_batches=0):
-        told = json.loads(batch["told"][0])
-        if "error" in told:
-            raise unpack(told["error"])
-        on_shard(int(batch["shard"][0]), told["begun"], told["stats"])
+        result = json.loads(batch["result"][0])
+        if "error" in result:
+            raise unpack(result["error"])
+        on_shard(int(batch["shard"][0]), result["begun"], result["stats"])

@@ -1,4 +1,4 @@
-"""Joins a Ray cluster or starts a local Ray, and leaves it."""
+"""Joins a Ray cluster or starts a local Ray, and leaves it at the end."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from evolve_ray.watch.metrics import Follower
 
 
 def start_ray(config: Config, follower: Follower | None = None, *, loud: bool = False) -> None:
-    """Joins the cluster that RAY_ADDRESS names (a submitted job has it), else starts a local Ray that ends with the driver."""
+    """Joins the cluster at RAY_ADDRESS, which Ray sets for a submitted job, or starts a local Ray that ends with the driver."""
     if not os.environ.get("RAY_ADDRESS"):
         import_ray_for_loopback()
     import ray
@@ -23,12 +23,12 @@ def start_ray(config: Config, follower: Follower | None = None, *, loud: bool = 
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Worker groups that load torch on busy machines need more than Ray's default of 30 s.
+    # A worker group that loads torch on a busy machine needs more than Ray's default of 30 s.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
-    # How often it is seen that they got on: a training ends up to twice as long after its last step, 2 s each by default.
+    # Ray Train sees the end of a training up to two intervals after its last step; the default is 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
-    code = str(Path(__file__).resolve().parents[2])
-    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")]))}}
+    package_root = str(Path(__file__).resolve().parents[2])
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))}}
     local = {
         "address": "local",
         "num_cpus": config.ray.num_cpus or None,
@@ -43,48 +43,54 @@ def start_ray(config: Config, follower: Follower | None = None, *, loud: bool = 
 
 
 def import_ray_for_loopback() -> None:
-    """Ray reads once, at its import, whether a node may be part of a cluster; one that may not listens on loopback alone."""
-    if "ray" not in sys.modules and NO_CLUSTER not in os.environ:
-        os.environ[NO_CLUSTER] = "0"
+    """Imports Ray so that a local Ray listens on the loopback address only.
+
+    Ray reads at its import whether this node may join a cluster; a node that may not listens on loopback.
+    """
+    if "ray" not in sys.modules and ENABLE_CLUSTER not in os.environ:
+        os.environ[ENABLE_CLUSTER] = "0"
         try:
             import ray  # noqa: F401
         finally:
-            del os.environ[NO_CLUSTER]
+            del os.environ[ENABLE_CLUSTER]
 
 
-NO_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # which Ray heeds on every system
+ENABLE_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # in spite of its name, Ray reads it on every system
 
 
 def join_ray(local: dict[str, Any] | None = None, *, loud: bool = False) -> None:
-    """Joins the cluster that RAY_ADDRESS names, else starts the `local` one; `loud` prints what its workers print."""
+    """Joins the cluster at RAY_ADDRESS, or starts a local Ray with the arguments `local`, and watches its head and raylet.
+
+    `loud` prints the output of the workers. ResourceError if Ray cannot be joined or started.
+    """
     import ray
 
-    where = os.environ.get("RAY_ADDRESS")
+    cluster = os.environ.get("RAY_ADDRESS")
     try:
-        ray.init(log_to_driver=loud, logging_level="warning", **({} if where else local or {}))
+        ray.init(log_to_driver=loud, logging_level="warning", **({} if cluster else local or {}))
         with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGTERM, on_sigterm)  # which Ray has taken over
-    except SystemExit:  # and makes this of it meanwhile
+            signal.signal(signal.SIGTERM, on_sigterm)  # ray.init has installed its own handler
+    except SystemExit:  # Ray's handler raises this for a SIGTERM
         on_sigterm(signal.SIGTERM)
-    except Exception as error:  # Ray raises a dozen kinds, and a bare Exception when a busy machine is too slow for it
-        what = f"the cluster at RAY_ADDRESS {where} cannot be joined" if where else "a local Ray cannot be started"
+    except Exception as error:  # Ray raises many classes, and a bare Exception if the machine is too slow
+        what = f"the cluster at RAY_ADDRESS {cluster} cannot be joined" if cluster else "a local Ray cannot be started"
         raise ResourceError(f"ray: {what}: {first_line(error)}; nothing is lost: submit the same command again") from None
-    here = ray.get_runtime_context()
-    head = HeadWatch(here.gcs_address)
-    own = next(node for node in ray.nodes() if node["NodeID"] == here.get_node_id())
-    address = f"{own['NodeManagerAddress']}:{own['NodeManagerPort']}"
-    _watches.extend([head, RayletWatch(address, own["RayletSocketName"], head)])
+    context = ray.get_runtime_context()
+    head = HeadWatch(context.gcs_address)
+    node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+    _watches.extend([head, RayletWatch(address, node["RayletSocketName"], head)])
 
 
 _watches: list[HeadWatch] = []  # of the Ray that this process has joined
-GOING_S = 5.0  # a raylet that goes down is dead to others before its process ends
+RAYLET_EXIT_S = 5.0  # Ray reports a dying raylet as dead some seconds before its process exits
 
 
 def stop_ray() -> None:
-    """Leaves Ray. After an error that a dying raylet may have caused, its watch has time to see that and to end this process."""
+    """Leaves Ray. If a dying raylet may have caused the current error, first gives its watch time to end this process."""
     error = sys.exception()
     if _watches and error and (isinstance(error, ResourceError) or is_lost_process(error)):
-        time.sleep(GOING_S)
+        time.sleep(RAYLET_EXIT_S)
     while _watches:
         _watches.pop().stop()
     ray = sys.modules.get("ray")

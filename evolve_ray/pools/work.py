@@ -1,4 +1,4 @@
-"""What an actor counts of its own work, for Prometheus."""
+"""Counts the work of an actor, for Prometheus."""
 
 from typing import Any
 
@@ -8,18 +8,18 @@ TOKENS = {"num_tokens": "generated", "num_prompt_tokens": "prompt", "num_cached_
 
 
 class Work:
-    """What one actor did: seconds at work and between its calls, rows and tokens of the shards that it committed."""
+    """Counts the busy and idle seconds of one actor, and the rows and tokens of the shards that it committed."""
 
     def __init__(self, pool: str, metrics: Metrics | None = None):
         self.pool, self.metrics = pool, Metrics() if metrics is None else metrics
-        self.ended: float | None = None
+        self.last_end: float | None = None
 
-    def did(self, started: float, ended: float, stats: dict[str, Any] | None) -> None:
-        """A call from `started` to `ended` (of one monotonic clock); `stats` are the counts of a shard that it committed."""
-        if self.ended is not None:
-            self.metrics.count("evolve_actor_seconds", started - self.ended, pool=self.pool, state="idle")
+    def record_call(self, started: float, ended: float, stats: dict[str, Any] | None) -> None:
+        """Counts a call from `started` to `ended` (seconds of a monotonic clock); `stats` are the counts of a committed shard."""
+        if self.last_end is not None:
+            self.metrics.count("evolve_actor_seconds", started - self.last_end, pool=self.pool, state="idle")
         self.metrics.count("evolve_actor_seconds", ended - started, pool=self.pool, state="busy")
-        self.ended = ended
+        self.last_end = ended
         if stats is None:
             return
         for key, kind in (("num_rows", "committed"), ("num_rejected", "rejected")):

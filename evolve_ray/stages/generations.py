@@ -13,7 +13,7 @@ from evolve_ray.generate.spec import GenerateSpec
 from evolve_ray.generate.worker import VERSION, engine_pool
 from evolve_ray.inputs.context import Context, Policy
 from evolve_ray.pools import dispatch
-from evolve_ray.pools.retries import signs_of_life
+from evolve_ray.pools.retries import heartbeats
 from evolve_ray.refine import strategies
 from evolve_ray.score import worker as scoring
 from evolve_ray.store import shards
@@ -119,12 +119,12 @@ def scores_key(config: options.Config, reward_models: dict[str, Policy]) -> dict
     }
 
 
-def prompts_loss(config: options.Config) -> shards.Loss:
-    return shards.Loss(config.engine.max_rejected_fraction, "engine.max_rejected_fraction", UserError)
+def prompts_loss(config: options.Config) -> shards.RejectionLimit:
+    return shards.RejectionLimit(config.engine.max_rejected_fraction, "engine.max_rejected_fraction", UserError)
 
 
-def scores_loss(config: options.Config) -> shards.Loss:
-    return shards.Loss(config.scorer.max_rejected_fraction, "scorer.max_rejected_fraction", NumericsError)
+def scores_loss(config: options.Config) -> shards.RejectionLimit:
+    return shards.RejectionLimit(config.scorer.max_rejected_fraction, "scorer.max_rejected_fraction", NumericsError)
 
 
 def folders(models: dict[str, Policy]) -> dict[str, str]:
@@ -142,8 +142,8 @@ def run_steps(context: Context, label: str, iteration: int | None, steps: list[d
         context.say(f"    {done} of {num_shards} shards")
 
     advice = "the shard dispatcher hangs or found no place on a node; see the Ray dashboard, then submit the same command again"
-    progress = lambda: [signs_of_life(step.stage.work) for step in steps]  # noqa: E731
-    with context.deadline(label, dispatch.silence_s(steps), progress, advice):
+    progress = lambda: [heartbeats(step.stage.work) for step in steps]  # noqa: E731
+    with context.deadline(label, dispatch.dispatcher_stall_s(steps), progress, advice):
         dispatch.run(context.pools, steps, num_shards, on_shard)
 
 

@@ -13,7 +13,7 @@ from evolve_ray.errors import IntegrityError, UserError
 from evolve_ray.inputs.context import Context
 from evolve_ray.select.pairs import SELECTIONS, Selected
 from evolve_ray.store import rows, shards
-from evolve_ray.store.files import full_disk_named
+from evolve_ray.store.files import report_disk_errors
 from evolve_ray.store.manifest import Manifest
 from evolve_ray.store.run import Stage
 
@@ -52,7 +52,7 @@ def write_pairs(
     work = stage.start()
     counts: dict[str, Any] = dict.fromkeys(("num_in", "num_rows", "num_used", "num_rejected"), 0)
     with (
-        full_disk_named(work),  # also where the ends of the files are written, as they are closed
+        report_disk_errors(work),  # also where the ends of the files are written, as they are closed
         pq.ParquetWriter(work / "pairs.parquet", rows.PAIR, compression="zstd") as writer,
         open(work / "rejected.jsonl", "wb") as rejected_file,
     ):

@@ -19,7 +19,7 @@ class Record:
         """A model with its evaluation; of an iteration also with `probe`, `drift` and `decision`."""
         context, iteration = self.context, model["iteration"]
         self.models.append(model)
-        context.trackers.evaluated(model)
+        context.trackers.log_evaluation(model)
         if model["name"] != "base":
             card.write(context.run, self.config, self.models)
         if iteration:

@@ -35,7 +35,7 @@ def train(
                 for pool in ("engines", "scorers", "probers"):
                     context.pools.close(pool)
             manifest = run_group(context, spec, context.run.iteration(iteration), name)
-    context.trackers.trained(manifest, iteration)
+    context.trackers.log_training(manifest, iteration)
     return Policy.from_manifest(manifest)
 
 
@@ -68,7 +68,7 @@ def run_group(context: Context, spec: TrainSpec, folder: Path, name: str) -> Man
     key, iteration = spec.checkpoint.key, spec.iteration
 
     def on_event(event: dict[str, Any]) -> str:
-        context.trackers.training(key, iteration, name, event["steps"])
+        context.trackers.log_steps(key, iteration, name, event["steps"])
         return f"    step {event['step'] + 1} of {event['num_steps']}, loss {event['loss']:.4f}"
 
     def progress() -> Any:
@@ -78,6 +78,6 @@ def run_group(context: Context, spec: TrainSpec, folder: Path, name: str) -> Man
         "see its workers' logs in the Ray dashboard, allow it more time with trainer.stall_s, or submit the same command again: "
         "it continues from the last stored step"
     )
-    context.trackers.begins(key, iteration, name)
+    context.trackers.replay_steps(key, iteration, name)
     with context.followed("training", on_event), context.deadline(name, spec.trainer.stall_s, progress, advice):
         return group.fit(spec, folder / f".ray-train-{name}")

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, their hashes, and what a full disk says."""
+"""Atomic writes of files, their hashes, and the errors of a full or broken disk."""
 
 import contextlib
 import hashlib
@@ -11,20 +11,22 @@ from evolve_ray.errors import ResourceError
 
 
 def blocks(path: Path) -> Iterator[bytes]:
-    """A file's bytes, a MiB at a time."""
+    """Yields the bytes of a file, 1 MiB at a time."""
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             yield block
 
 
 def sha256_file(path: Path) -> str:
-    value = hashlib.sha256()
+    """Returns the sha256 of a file in hex."""
+    hasher = hashlib.sha256()
     for block in blocks(path):
-        value.update(block)
-    return value.hexdigest()
+        hasher.update(block)
+    return hasher.hexdigest()
 
 
 def fsync_path(path: Path) -> None:
+    """Flushes a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -33,20 +35,20 @@ def fsync_path(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Replaces one file as a whole, by bytes or blocks of them; a reader sees the old or the new bytes."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with full_disk_named(path):
-        with open(aside, "wb") as file:
+    """Replaces a file with `data`, bytes or blocks of bytes; a reader sees either all the old bytes or all the new ones."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with report_disk_errors(path):
+        with open(temporary, "wb") as file:
             file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
         fsync_path(path.parent)
 
 
 @contextlib.contextmanager
-def full_disk_named(path: Path) -> Iterator[None]:
-    """Whatever the disk refuses becomes one sentence with the path."""
+def report_disk_errors(path: Path) -> Iterator[None]:
+    """Raises any OSError of its block as a ResourceError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -54,11 +56,13 @@ def full_disk_named(path: Path) -> Iterator[None]:
 
 
 def disk_error(path: Path, error: BaseException) -> ResourceError:
+    """Returns the error for a file or folder that the disk did not let us write."""
     return ResourceError(
-        f"{path}: cannot be written: {error}; {free_mib(path)} MiB are free there; free space or mend the disk, then submit again"
+        f"{path}: cannot be written: {error}; {free_mib(path)} MiB are free there; free space or repair the disk, then submit "
+        "the same command again"
     )
 
 
 def free_mib(path: Path) -> int:
-    """Free space on the disk of a path that need not exist."""
+    """Returns the free space in MiB on the disk of `path`, which need not exist."""
     return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free >> 20

@@ -1,4 +1,4 @@
-"""A committed folder: how it is committed, and the manifest that says what it holds."""
+"""Commits a folder, and reads and checks the manifest of a committed folder."""
 
 import json
 import os
@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from evolve_ray.errors import IntegrityError
-from evolve_ray.store.files import fsync_path, full_disk_named, sha256_file
+from evolve_ray.store.files import fsync_path, report_disk_errors, sha256_file
 from evolve_ray.store.rows import digest
 
 MANIFEST = "MANIFEST.json"
-CARD = "README.md"  # of a committed folder, in no manifest: prose for people, which is written again when more is known
+CARD = "README.md"  # the model card; no manifest lists it, because it is written again when more is known
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a committed folder holds. `identity` names its content: key and file hashes, no times."""
+    """What a committed folder contains."""
 
     folder: Path
     stage: str
@@ -29,18 +29,27 @@ class Manifest:
 
     @property
     def identity(self) -> str:
+        """A digest of the content: stage, key and file hashes, but no times or counts."""
         content = {name: file["sha256"] for name, file in self.files.items() if Path(name).name != MANIFEST}
         return digest([self.stage, self.key, content])
 
     def path(self, name: str) -> Path:
+        """Returns the path of a listed file; IntegrityError if the manifest does not list it."""
         if name not in self.files:
-            raise IntegrityError(f"{self.folder}: its manifest lists no {name}; delete the folder to rebuild it")
+            raise IntegrityError(
+                f"{self.folder}: its manifest does not list {name}; delete the folder and submit the same command again to "
+                "rebuild it"
+            )
         return self.folder / name
 
 
 def commit(work: Path, final: Path, *, stage: str, key: str, inputs: dict[str, str] | None = None, **stats: Any) -> Manifest:
-    """Makes the folder `work` the committed folder `final`; if `final` was committed meanwhile, keeps that one."""
-    with full_disk_named(final):
+    """Commits the folder `work` by renaming it to `final`.
+
+    If another writer committed `final` in the meantime with the same key, that folder is kept and `work` is removed.
+    IntegrityError if it was committed with another key, ResourceError if the disk refuses a write.
+    """
+    with report_disk_errors(final):
         files = {}
         for path in sorted(work.rglob("*")):
             if path.is_file() and path != work / MANIFEST:
@@ -63,7 +72,7 @@ def commit(work: Path, final: Path, *, stage: str, key: str, inputs: dict[str, s
                 raise
             if existing.key != key:
                 raise IntegrityError(
-                    f"{final}: was committed meanwhile by another writer from other inputs and stays as it is; "
+                    f"{final}: another writer committed it meanwhile from other inputs, and it was not changed; "
                     "submit the same command again"
                 ) from None
             shutil.rmtree(work, ignore_errors=True)
@@ -73,36 +82,41 @@ def commit(work: Path, final: Path, *, stage: str, key: str, inputs: dict[str, s
 
 
 def read_manifest(folder: Path, *, verify: bool = False) -> Manifest | None:
-    """The manifest of a committed folder, or None if nothing is committed there; `verify` also checks every hash."""
+    """Returns the manifest of a committed folder, or None if the folder is not committed; `verify` also checks every hash.
+
+    IntegrityError if the manifest is damaged or, with `verify`, if a file does not match its hash.
+    """
     try:
         manifest = parse_manifest(folder, json.loads((folder / MANIFEST).read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, RecursionError, IsADirectoryError):
-        raise IntegrityError(f"{folder / MANIFEST}: is damaged; delete {folder} and submit again to rebuild it") from None
+        raise IntegrityError(
+            f"{folder / MANIFEST}: is damaged; delete {folder} and submit the same command again to rebuild it"
+        ) from None
     if verify:
-        for fault in file_faults(manifest):
-            raise IntegrityError(f"{fault}; delete {folder} and submit the same command again to rebuild it")
+        for message in file_faults(manifest):
+            raise IntegrityError(f"{message}; delete {folder} and submit the same command again to rebuild it")
     return manifest
 
 
 def parse_manifest(folder: Path, body: Any) -> Manifest:
-    """The manifest that `commit` wrote; ValueError, KeyError or TypeError for anything else."""
+    """Returns the manifest in `body`, the JSON that `commit` wrote; ValueError, KeyError or TypeError for anything else."""
     for name in ("files", "inputs", "stats"):
         if not isinstance(body[name], dict):
-            raise TypeError(f"{name} is no table")
+            raise TypeError(f"{name} is not a table")
     files, inputs = body["files"], body["inputs"]
     texts = [body["stage"], body["key"], *inputs.values(), *(file["sha256"] for file in files.values())]
     outside = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name]
     if outside or not all(isinstance(text, str) for text in texts):
-        raise ValueError("no manifest of ours")
+        raise ValueError("not a manifest of this package")
     return Manifest(folder, body["stage"], body["key"], files, inputs, body["stats"])
 
 
 def file_faults(manifest: Manifest) -> Iterator[str]:
-    """Each file of a committed folder that is not what the manifest says, with both hashes."""
+    """Yields a message with both hashes for each file that is missing or does not match the manifest."""
     for name, expected in manifest.files.items():
-        if name == CARD:  # older manifests hold it
+        if name == CARD:  # older manifests list it
             continue
         path = manifest.folder / name
         actual = sha256_file(path) if path.is_file() else "missing"

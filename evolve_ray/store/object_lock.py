@@ -1,4 +1,4 @@
-"""The lock of a run in an object store: who works there, with a heartbeat, and taken over from a driver that lost its own."""
+"""The lock of a run in an object store: it names the driver, has a heartbeat, and is taken over when the heartbeat stops."""
 
 import contextlib
 import json
@@ -16,19 +16,20 @@ from evolve_ray.store.object_store import Store
 from evolve_ray.store.run import now, submission_id
 
 BEAT_S = 20.0
-STALE_S = 300.0  # a lock without a heartbeat for so long is taken over
+STALE_S = 300.0  # a lock without a heartbeat for this long is taken over
 
 
 class Lease:
-    """The lock of a run in a store: the object with the highest number under LOCK/, each written only if it is not there.
+    """The lock of a run in a store: the object with the highest number under LOCK/.
 
-    Numbers only grow, so whoever takes over from a driver that only slept is seen by it before its next manifest.
+    A driver writes a lock object only if none of that number exists. Numbers only grow, so a driver that was suspended sees
+    before its next manifest that another driver has taken over.
     """
 
     def __init__(self, store: Store, folder: Path, beat_s: float = BEAT_S, stale_s: float = STALE_S):
         self.store, self.folder, self.beat_s, self.stale_s = store, folder, beat_s, stale_s
-        self.number, self.beaten, self.checked, self.writing = 0, 0.0, 0.0, threading.Lock()
-        self.own: dict[str, Any] = {
+        self.number, self.last_beat, self.last_check, self.writing = 0, 0.0, 0.0, threading.Lock()
+        self.holder: dict[str, Any] = {
             "host": socket.gethostname(), "pid": os.getpid(), "job": submission_id(), "start": now(), "folder": str(folder),
             "boot": boot_id(), "released": False,
         }  # fmt: skip
@@ -37,88 +38,97 @@ class Lease:
         return f"LOCK/{number:06d}.json"
 
     def numbers(self) -> list[int]:
+        """Returns the numbers of all lock objects in the store."""
         return [int(name[5:11]) for name in self.store.names("LOCK") if re.fullmatch(r"LOCK/\d{6}\.json", name)]
 
     def record(self) -> bytes:
-        return json.dumps({**self.own, "beat": time.time()}, indent=1).encode()
+        """Returns the content of the lock object, with the time of this heartbeat."""
+        return json.dumps({**self.holder, "beat": time.time()}, indent=1).encode()
 
     def take(self) -> int:
-        """The number of the holder before, 0 if there was none; LockedError names a holder that may be alive.
+        """Takes the lock; returns the number of the previous lock, 0 if there was none. LockedError names a holder that may be
+        alive.
 
-        The driver has the lock of its folder already: a holder in the same folder on the same machine is dead.
+        This driver already has the lock of its folder, so a holder in the same folder on the same machine is dead.
         """
-        before = max(self.numbers(), default=0)
-        held = self.store.read(self.name(before)) if before else None
-        if held is not None:
-            holder = self.parse(before, held)
-            here = all(holder.get(name) == self.own[name] for name in ("host", "boot", "folder"))
-            if not holder["released"] and not here and time.time() - holder["beat"] < self.stale_s:
-                raise self.locked(held)
+        previous = max(self.numbers(), default=0)
+        stored = self.store.read(self.name(previous)) if previous else None
+        if stored is not None:
+            holder = self.parse(previous, stored)
+            same_folder = all(holder.get(name) == self.holder[name] for name in ("host", "boot", "folder"))
+            if not holder["released"] and not same_folder and time.time() - holder["beat"] < self.stale_s:
+                raise self.locked(stored)
         data = self.record()
-        held = self.store.put_new(self.name(before + 1), data)
-        if held != data:
-            raise self.locked(held)
-        self.number, self.beaten = before + 1, time.monotonic()
+        stored = self.store.put_if_absent(self.name(previous + 1), data)
+        if stored != data:
+            raise self.locked(stored)
+        self.number, self.last_beat = previous + 1, time.monotonic()
         self.store.remove([self.name(number) for number in self.numbers() if number < self.number])
-        return before
+        return previous
 
     def parse(self, number: int, data: bytes) -> dict[str, Any]:
+        """Returns the holder in the bytes of a lock object; IntegrityError if they are damaged."""
         try:
             holder = json.loads(data)
             return {**holder, "beat": float(holder["beat"]), "released": bool(holder["released"])}
         except (ValueError, KeyError, TypeError):
             where = f"{self.store.uri}/{self.name(number)}"
-            raise IntegrityError(f"{where}: is damaged; delete it if no driver works on this run, then submit again") from None
+            raise IntegrityError(
+                f"{where}: is damaged; delete it if no driver works on this run, then submit the same command again"
+            ) from None
 
-    def locked(self, held: bytes) -> LockedError:
-        holder = " ".join(held.decode("utf-8", "replace").split())
+    def locked(self, record: bytes) -> LockedError:
+        """Returns the error that names the holder in the lock object with the bytes `record`."""
+        holder = " ".join(record.decode("utf-8", "replace").split())
         return LockedError(
-            f"{self.store.uri}: another driver works on this run: {holder}; wait for it or end it; if it is dead, submit again "
-            f"{self.stale_s:g} s after its last `beat`"
+            f"{self.store.uri}: another driver works on this run: {holder}; wait for it or stop it; if it is dead, submit the "
+            f"same command again {self.stale_s:g} s after its last `beat`"
         )
 
     def check(self, within_s: float = 0.0) -> None:
-        """LockedError if somebody took over, or might have: no heartbeat arrived for as long as makes a lock stale.
+        """Raises LockedError if another driver took over the lock, or could have because it had no heartbeat for `stale_s`.
 
-        An answer of the last `within_s` seconds will do.
+        Asks the store only if the last check is older than `within_s` seconds.
         """
-        if time.monotonic() - self.checked < within_s:
+        if time.monotonic() - self.last_check < within_s:
             return
         last = max(self.numbers(), default=self.number)
         if last != self.number:
-            raise self.locked(self.store.read(self.name(last)) or b"an unnamed process")
-        if time.monotonic() - self.beaten > self.stale_s:
+            raise self.locked(self.store.read(self.name(last)) or b"an unknown process")
+        if time.monotonic() - self.last_beat > self.stale_s:
             raise LockedError(
-                f"{self.store.uri}: this driver was out of touch for {self.stale_s:g} s; submit the same command again"
+                f"{self.store.uri}: this driver sent no heartbeat for {self.stale_s:g} s, so another driver may have taken over; "
+                "submit the same command again"
             )
-        self.checked = time.monotonic()
+        self.last_check = time.monotonic()
 
     def beat(self) -> None:
+        """Writes a heartbeat; LockedError as in `check`."""
         self.check()
         with self.writing:
             started = time.monotonic()
             self.store.put(self.name(self.number), self.record())
-            self.beaten = started
+            self.last_beat = started
 
     def release(self) -> None:
-        """The next driver need not wait. A heartbeat that comes later says so too."""
-        self.own["released"] = True
+        """Marks the lock as released, so that the next driver need not wait; a later heartbeat keeps the mark."""
+        self.holder["released"] = True
         with self.writing:
             self.store.put(self.name(self.number), self.record())
 
     @contextlib.contextmanager
     def beating(self, fail: Callable[[Exception], None]) -> Iterator[None]:
-        """Heartbeats until the block ends; `fail` is told, once, when the lock is lost or the store stays away."""
+        """Writes heartbeats until the block ends; calls `fail` once if the lock is lost or the store does not answer."""
         done = threading.Event()
 
-        def work() -> None:
+        def keep_beating() -> None:
             while not done.wait(self.beat_s):
                 try:
                     self.beat()
                 except Exception as error:
                     return fail(error)
 
-        thread = threading.Thread(target=work, name="lock of the object store", daemon=True)
+        thread = threading.Thread(target=keep_beating, name="lock of the object store", daemon=True)
         thread.start()
         try:
             yield
@@ -128,7 +138,7 @@ class Lease:
 
 
 def boot_id() -> str:
-    """This start of this machine's kernel."""
+    """Returns the id of the current boot of this machine, "" if the kernel gives none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -1,6 +1,6 @@
 """The rows that stages exchange: schemas, content ids, seeds, and typed Parquet.
 
-Ids are content hashes and seeds derive from (run seed, iteration, row id): never from order, process or `hash()`.
+Ids are content hashes, and seeds derive from (run seed, iteration, row id). Neither depends on order, process or `hash()`.
 """
 
 import hashlib
@@ -16,29 +16,29 @@ PROMPT = pa.schema(
     [
         ("prompt_id", pa.string()),  # content hash of the prompt, or the user's id
         ("prompt", pa.string()),
-        ("answer", pa.string()),  # null where there is no checkable answer
+        ("answer", pa.string()),  # the gold answer; null if no answer can be checked
         ("split", pa.string()),  # "train" or the name of an evaluation split
         ("file", pa.string()),
         ("line", pa.int64()),  # 1-based line (JSONL) or row (other formats)
-        ("num_tokens", pa.int64()),  # tokens of the first ask, the template's included
+        ("num_tokens", pa.int64()),  # tokens of the first ask, including the template's
     ]
 )
-PROMPT_WITH_DRAFT = PROMPT.append(pa.field("draft", pa.string()))  # a first draft that is not the model's own
+PROMPT_WITH_DRAFT = PROMPT.append(pa.field("draft", pa.string()))  # a first draft that the model did not write itself
 GENERATION = pa.schema(
     [
         ("draft_id", pa.string()),
         ("prompt_id", pa.string()),
         ("split", pa.string()),
-        ("sample", pa.int64()),  # which independent sample or chain, from 0
-        ("round", pa.int64()),  # y1 is round 1
-        ("kind", pa.string()),  # "answer", "critique" for a step on the way to one, "skipped" for a round that was left out
-        ("parent_id", pa.string()),  # the draft that this one refines, or that ended its chain; null in round 1
-        ("text", pa.string()),  # empty where the round was left out
-        ("finish_reason", pa.string()),  # "stop", "length" for a cut answer; "unchanged" or "right" where it was left out
+        ("sample", pa.int64()),  # number of the independent sample or chain, from 0
+        ("round", pa.int64()),  # the first draft, y1, is round 1
+        ("kind", pa.string()),  # "answer"; "critique" for a text that helps to write one; "skipped" for a round that was left out
+        ("parent_id", pa.string()),  # the draft that this one refines, or after which the chain ended; null in round 1
+        ("text", pa.string()),  # empty if the round was left out
+        ("finish_reason", pa.string()),  # "stop"; "length" if it was cut; "unchanged" or "right" if the round was left out
         ("num_prompt_tokens", pa.int64()),
         ("num_tokens", pa.int64()),
-        ("seed", pa.int64()),  # null for a draft that came with its prompt, and for a round that was left out
-        ("model", pa.string()),  # content hash of the model that wrote it; null likewise
+        ("seed", pa.int64()),  # null if the draft came with its prompt, and if the round was left out
+        ("model", pa.string()),  # content hash of the model that wrote it; null in the same cases
     ]
 )
 SCORE = pa.schema(
@@ -46,7 +46,7 @@ SCORE = pa.schema(
         ("draft_id", pa.string()),
         ("prompt_id", pa.string()),
         ("score", pa.float64()),
-        ("correct", pa.float64()),  # the verifier's value, 1.0 = exactly right; null without a verifier
+        ("correct", pa.float64()),  # value of the verifier, 1.0 = exactly right; null without a verifier
     ]
 )
 PAIR = pa.schema(
@@ -56,9 +56,9 @@ PAIR = pa.schema(
         ("prompt", pa.string()),
         ("chosen", pa.string()),
         ("rejected", pa.string()),
-        ("chosen_finished", pa.bool_()),  # false: cut by length, so no end token is trained
+        ("chosen_finished", pa.bool_()),  # false: it was cut at the token limit, so no end token is trained
         ("rejected_finished", pa.bool_()),
-        ("chosen_id", pa.string()),  # drafts; null for given pairs
+        ("chosen_id", pa.string()),  # draft ids; null for pairs that the user gave
         ("rejected_id", pa.string()),
         ("chosen_round", pa.int64()),
         ("rejected_round", pa.int64()),
@@ -67,7 +67,7 @@ PAIR = pa.schema(
     ]
 )
 
-# Sums of log-probabilities over response tokens under the reference policy; null where the objective needs none.
+# Sums of the log-probabilities of response tokens under the reference policy; null if the objective does not need them.
 REFERENCE = pa.schema(
     [("pair_id", pa.string())]
     + [
@@ -85,29 +85,29 @@ REFERENCE = pa.schema(
 
 
 def canonical(value: Any) -> bytes:
-    """One JSON spelling for one value: sorted keys, no spaces, UTF-8."""
+    """Returns the canonical JSON of `value`: sorted keys, no spaces, UTF-8; ValueError for a number that is not finite."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode(
         "utf-8", "surrogatepass"
     )
 
 
 def digest(value: Any) -> str:
-    """sha256 of the canonical JSON of `value`, in hex."""
+    """Returns the sha256 of the canonical JSON of `value`, in hex."""
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
 def content_id(*parts: Any) -> str:
-    """A 16-digit id from content alone."""
+    """Returns a 16-digit hex id that depends only on `parts`."""
     return digest(list(parts))[:16]
 
 
 def derive_seed(*parts: Any) -> int:
-    """A seed in [0, 2**31) from content alone; vLLM and NumPy take it as it is."""
+    """Returns a seed in [0, 2**31) that depends only on `parts`; vLLM and NumPy accept that range."""
     return int(digest(list(parts))[:12], 16) % 2**31
 
 
 def write_table(path: Path, rows: list[dict] | pa.Table, schema: pa.Schema, *, group_rows: int | None = None) -> None:
-    """Writes `rows` as one Parquet file, in row groups of `group_rows`; the same rows give the same bytes."""
+    """Writes `rows` to one Parquet file, in row groups of `group_rows`; the same rows give the same bytes."""
     if not isinstance(rows, pa.Table):
         names = set(schema.names)
         for row in rows[:1]:
@@ -117,26 +117,27 @@ def write_table(path: Path, rows: list[dict] | pa.Table, schema: pa.Schema, *, g
 
 
 def read_table(path: Path) -> list[dict]:
-    """All rows of one Parquet file, in the file's order."""
+    """Returns all rows of one Parquet file, in the order of the file."""
     return pq.read_table(path).to_pylist()
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> int:
-    """Writes one line a row, as they come; returns their number."""
+    """Writes one line per row, while the rows are produced; returns the number of rows."""
     number = 0
     with open(path, "wb") as file:
-        for number, row in enumerate(rows, start=1):  # noqa: B007 (the last one is what counts)
+        for number, row in enumerate(rows, start=1):  # noqa: B007 (the last number is returned)
             file.write(canonical(row) + b"\n")
     return number
 
 
 def read_jsonl(path: Path) -> list[dict]:
+    """Returns all rows of one JSONL file, in the order of the file."""
     with open(path, "rb") as file:
         return [json.loads(line) for line in file]
 
 
 def reject(row: dict, stage: str, reason: str, **more: Any) -> dict:
-    """The record of an input row that is not used; goes to `rejected.jsonl`."""
+    """Returns the rejected row of an input row that is not used, as `rejected.jsonl` holds it."""
     return {
         "id": row.get("prompt_id") or row.get("id"),
         "file": row.get("file"),

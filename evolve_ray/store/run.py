@@ -1,8 +1,8 @@
-"""The run directory: what is committed stays, and a stage that is committed for these inputs is never computed again.
+"""The run directory: committed folders are never changed, and a stage that is committed for its inputs is not computed again.
 
-Commit: files in a working folder on the same file system -> fsync -> MANIFEST.json (sizes, sha256, key) written and
-synced last -> rename to the final name -> fsync of the parent. Renaming onto a folder that exists fails, which fences a
-late writer. Reading goes through manifests only.
+A commit takes these steps: write the files to a working folder on the same file system; fsync them; write and fsync
+MANIFEST.json (sizes, sha256, key) last; rename the folder to its final name; fsync the parent folder. A rename onto an existing
+folder fails, so a late writer cannot replace a committed folder. Committed files are read only through their manifest.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from evolve_ray.errors import LockedError, UserError
-from evolve_ray.store.files import full_disk_named
+from evolve_ray.store.files import report_disk_errors
 from evolve_ray.store.manifest import Manifest, commit, read_manifest
 from evolve_ray.store.rows import write_jsonl
 
 
 class Stage:
-    """One folder of the run: committed at `final`, or in the making at `work`, which belongs to this key alone."""
+    """One stage of the run: its folder is `final` when it is committed, and `work` before that; each key has its own `work`."""
 
     def __init__(self, final: Path, name: str, key: str, inputs: dict[str, str] | None = None):
         self.final = final
@@ -34,7 +34,10 @@ class Stage:
         self.work = final.parent / f".{final.name}-{key[:12]}"
 
     def committed(self) -> Manifest | None:
-        """The manifest if the stage is committed for this key. A folder of another key is an error, not a cache miss."""
+        """Returns the manifest if the stage is committed with this key, None if it is not committed.
+
+        UserError if it is committed with another key, IntegrityError if a file is damaged.
+        """
         manifest = read_manifest(self.final, verify=True)
         if manifest is not None and manifest.key != self.key:
             raise UserError(
@@ -44,12 +47,12 @@ class Stage:
         return manifest
 
     def superseded(self) -> Manifest | None:
-        """The committed manifest of another key, if there is one."""
+        """Returns the manifest if the stage is committed with another key, else None."""
         manifest = read_manifest(self.final)
         return manifest if manifest is not None and manifest.key != self.key else None
 
     def put_aside(self) -> Path:
-        """Moves a committed folder of another key away, to a name that no stage uses."""
+        """Renames a folder that is committed with another key to a name that no stage uses; returns the new path."""
         old = self.superseded()
         assert old is not None
         aside = self.final.parent / f".superseded-{self.final.name}-{old.key[:12]}"
@@ -59,22 +62,25 @@ class Stage:
         return aside
 
     def start(self) -> Path:
-        """The empty working folder."""
+        """Creates and returns an empty working folder."""
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
         return self.work
 
     def resume(self) -> Path:
-        """The working folder with what earlier attempts committed in it, and nothing half-written."""
+        """Returns the working folder with the shards and steps that are committed in it; removes unfinished ones."""
         self.work.mkdir(parents=True, exist_ok=True)
         for path in self.work.glob(".*"):
             shutil.rmtree(path, ignore_errors=True)
         return self.work
 
     def commit(self, rejected: Iterable[dict] = (), **stats: Any) -> Manifest:
-        """Writes rejected.jsonl and commits; `num_rejected` among the counts says that the caller has written that file."""
+        """Writes `rejected` to rejected.jsonl and commits the stage with the counts `stats`.
+
+        A caller that passes `num_rejected` has written rejected.jsonl itself.
+        """
         if "num_rejected" not in stats:
-            with full_disk_named(self.work):
+            with report_disk_errors(self.work):
                 stats["num_rejected"] = write_jsonl(self.work / "rejected.jsonl", rejected)
         return commit(self.work, self.final, stage=self.name, key=self.key, inputs=self.inputs, **stats)
 
@@ -86,31 +92,35 @@ class Run:
         self.root = root
 
     def iteration(self, number: int) -> Path:
+        """Returns the folder of an iteration."""
         return self.root / f"iteration-{number:02d}"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds RUN/LOCK; a second driver is told who holds it. The kernel frees it when the holder dies."""
+        """Holds the lock RUN/LOCK for the block; the kernel frees it when this process dies.
+
+        LockedError if another driver holds it, with host and process of that driver; UserError if it cannot be written.
+        """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.root / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise UserError(f"{self.root}: cannot be made or written ({error.strerror}); choose another --run") from None
+            raise UserError(f"{self.root}: cannot be created or written ({error.strerror}); choose another --run") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            holder = os.read(descriptor, 4096).decode("utf-8", "replace").strip() or "an unnamed process"
+            other_driver = os.read(descriptor, 4096).decode("utf-8", "replace").strip() or "an unknown process"
             os.close(descriptor)
-            raise LockedError(f"{self.root}: another driver works on this run: {holder}; wait for it or end it") from None
+            raise LockedError(f"{self.root}: another driver works on this run: {other_driver}; wait for it or stop it") from None
         try:
-            own = {
+            holder = {
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
                 "job": submission_id(),
                 "start": now(),
             }
             os.ftruncate(descriptor, 0)
-            os.write(descriptor, json.dumps(own).encode())
+            os.write(descriptor, json.dumps(holder).encode())
             yield
         finally:
             os.close(descriptor)
@@ -119,12 +129,12 @@ class Run:
         """Appends one line to events.jsonl in a single write."""
         line = json.dumps({"time": now(), "event": kind, **fields}, ensure_ascii=False, default=str) + "\n"
         path = self.root / "events.jsonl"
-        with full_disk_named(path), open(path, "ab", buffering=0) as file:
+        with report_disk_errors(path), open(path, "ab", buffering=0) as file:
             file.write(line.encode("utf-8", "replace"))
 
     @contextlib.contextmanager
     def timed(self, stage: str, iteration: int | None) -> Iterator[None]:
-        """Events at the start and the end of a stage that has work to do."""
+        """Appends an event at the start and, if the block succeeds, at the end of a stage that has work to do."""
         start = time.monotonic()
         self.event("stage_start", stage=stage, iteration=iteration)
         yield
@@ -132,7 +142,7 @@ class Run:
 
 
 def submission_id() -> str | None:
-    """The id of the Ray job that this driver is, from what Ray hands to a job's entry point; None outside of one."""
+    """Returns the submission id of the Ray job that runs this driver, from the environment; None outside of a job."""
     try:
         return json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])["metadata"]["job_submission_id"]
     except (KeyError, TypeError, ValueError):
@@ -140,4 +150,5 @@ def submission_id() -> str | None:
 
 
 def now() -> str:
+    """Returns the current time, UTC, in ISO format with milliseconds."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

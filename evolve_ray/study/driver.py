@@ -18,7 +18,7 @@ from evolve_ray.config.options import Config, texts_in_view
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import UserError, run_command
 from evolve_ray.inputs.prompts import HELD_OUT
-from evolve_ray.store.files import full_disk_named, write_atomic
+from evolve_ray.store.files import report_disk_errors, write_atomic
 from evolve_ray.store.manifest import read_manifest
 from evolve_ray.store.rows import read_jsonl
 from evolve_ray.store.run import Run
@@ -174,7 +174,7 @@ def share_iteration_zero(config: Config, root: Path) -> str:
         return ""
     aside = root / ".iteration-00"
     shutil.rmtree(aside, ignore_errors=True)
-    with full_disk_named(target):
+    with report_disk_errors(target):
         for name in names:
             shutil.copytree(source / name, aside / name, copy_function=link)
         os.rename(aside, target)

@@ -1,6 +1,6 @@
-"""Looking at a run from outside: trackers, Prometheus metrics, status, the pulse of the cluster, the terminal.
+"""Shows a run from outside: trackers, Prometheus metrics, status, a check that the cluster is alive, the terminal.
 
 In: events and committed stages.
-Out: points, gauges and lines; a failing tracker ends no run.
-Never imports: what it looks at: no stage, engine or trainer.
+Out: points, gauges and lines; a tracker that fails does not stop the run.
+Never imports: the code that it watches: stages, engines, trainers.
 """

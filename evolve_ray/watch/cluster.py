@@ -1,6 +1,7 @@
-"""Ends a driver whose Ray is lost, with a sentence; Ray itself aborts without one.
+"""Ends a driver that has lost its Ray cluster, with a clear error.
 
-It does so a minute after it has lost its head, and at the driver's next use of a raylet that is gone.
+Without this, Ray aborts the process without one: a minute after it has lost the head node, or at the driver's next call after the
+raylet of its node has died.
 """
 
 import contextlib
@@ -16,12 +17,12 @@ import psutil
 from evolve_ray.errors import ResourceError
 
 TICK_S = 3.0
-FAILURES = 10  # in a row, so that a driver that was asleep itself does not take that for its head's death
-AGENT = re.compile(r"dashboard/agent\.py|runtime_env/agent/main\.py|ray::(Dashboard|RuntimeEnv)Agent")  # as a title tells them
+FAILURES = 10  # failures in a row: a driver that was suspended itself must not conclude that the head node is dead
+AGENT = re.compile(r"dashboard/agent\.py|runtime_env/agent/main\.py|ray::(Dashboard|RuntimeEnv)Agent")  # in a process title
 
 
 class HeadWatch:
-    """A thread that connects to the head's port again and again."""
+    """A thread that connects to the port of the head node every `TICK_S` seconds, and ends the process if that keeps failing."""
 
     def __init__(self, address: str):
         self.address = address
@@ -32,6 +33,7 @@ class HeadWatch:
         self._done.set()
 
     def answers(self) -> bool:
+        """Whether the head node accepts a connection."""
         host, _, port = self.address.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=TICK_S).close()
@@ -47,13 +49,14 @@ class HeadWatch:
                 self.end()
 
     def end(self) -> None:
-        end(f"the head node at {self.address} is lost: no answer for {FAILURES * TICK_S:.0f} s")
+        """Ends the process with the reason on stderr."""
+        exit_process(f"the head node at {self.address} is lost: no answer for {FAILURES * TICK_S:.0f} s")
 
 
 class RayletWatch(HeadWatch):
-    """A thread that waits for the end of the raylet of the driver's own node, or of an agent of it, with which it ends.
+    """A thread that ends the process when the raylet of this node, or one of its agents, ends; a raylet ends with its agents.
 
-    Ray aborts a driver some milliseconds after that. A raylet whose process is not seen from here is not watched.
+    Ray would abort the driver some milliseconds later. A raylet whose process is not visible from here is not watched.
     """
 
     def __init__(self, address: str, socket_name: str, head: HeadWatch):
@@ -61,13 +64,13 @@ class RayletWatch(HeadWatch):
         super().__init__(address)
 
     def _watch(self) -> None:
-        ends, files = select.poll(), []
-        with contextlib.suppress(OSError, psutil.Error):  # gone already, or not to be watched here
-            for pid in fate_of(self.socket_name):
+        poll, files = select.poll(), []
+        with contextlib.suppress(OSError, psutil.Error):  # a process has ended already, or may not be watched
+            for pid in raylet_processes(self.socket_name):
                 files.append(os.pidfd_open(pid))
-                ends.register(files[-1], select.POLLIN)
+                poll.register(files[-1], select.POLLIN)
         while files and not self._done.is_set():
-            if ends.poll(TICK_S * 1000) and not self._done.is_set():
+            if poll.poll(TICK_S * 1000) and not self._done.is_set():
                 self.end()
                 break
         for file in files:
@@ -75,13 +78,13 @@ class RayletWatch(HeadWatch):
 
     def end(self) -> None:
         if self.head.answers():
-            end(f"the raylet of this node at {self.address} is gone, and with it all that ran here")
+            exit_process(f"the raylet of this node at {self.address} is gone, with all processes that it ran on this node")
         else:
-            end(f"the head node at {self.head.address} is lost, and the raylet of this node with it")
+            exit_process(f"the head node at {self.head.address} is lost, and the raylet of this node too")
 
 
-def fate_of(socket_name: str) -> list[int]:
-    """The processes of this machine with whose end that raylet is gone: its own, and its two agents."""
+def raylet_processes(socket_name: str) -> list[int]:
+    """Returns the process ids of a raylet and its two agents, [] if it is not visible; if one of these ends, the raylet ends."""
     for process in psutil.process_iter(["cmdline"]):
         if f"--raylet_socket_name={socket_name}" in (process.info["cmdline"] or ()):
             return [process.pid, *(child.pid for child in process.children() if AGENT.search(title(child)))]
@@ -89,16 +92,16 @@ def fate_of(socket_name: str) -> list[int]:
 
 
 def title(process: psutil.Process) -> str:
-    """What a process calls itself; "" where it is gone: workers of a busy node come and go."""
+    """Returns the command line of a process, "" if it has ended: workers of a busy node start and end all the time."""
     with contextlib.suppress(psutil.Error):
         return " ".join(process.cmdline())
     return ""
 
 
-def end(what: str) -> None:
-    """Nothing can be asked of Ray any more, so the process ends at once; what is committed stays."""
+def exit_process(reason: str) -> None:
+    """Prints the reason and ends the process at once, because no call to Ray would return; committed work is kept."""
     print(
-        f"error: ray: {what}; when a cluster is there again, submit the same command again: it continues from what is committed",
+        f"error: ray: {reason}; when the cluster is up again, submit the same command again: it resumes from the committed work",
         file=sys.stderr,
         flush=True,
     )

@@ -1,11 +1,12 @@
-"""Lines on the terminal."""
+"""Prints lines on the terminal."""
 
 
 def say(line: str) -> None:
+    """Prints a line at once."""
     print(line, flush=True)
 
 
-def tell_stages(line: str) -> None:
-    """Without --verbose: lines below a stage's own, which are indented by four, are not printed. All is in events.jsonl."""
+def print_stages(line: str) -> None:
+    """Prints a line, except details of a stage, which are indented by four spaces; used without --verbose."""
     if not line.startswith("    "):
         say(line)

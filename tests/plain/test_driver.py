@@ -18,7 +18,7 @@ from evolve_ray.plan.plan import check_space
 from evolve_ray.pools.session import join_ray
 from evolve_ray.store.places import run_folder
 from evolve_ray.store.run import Run
-from evolve_ray.watch.terminal import tell_stages
+from evolve_ray.watch.terminal import print_stages
 from tests.plain.processes import ROOT, run_python
 
 HEAVY = ("ray", "torch", "vllm", "transformers", "deepspeed")
@@ -48,9 +48,9 @@ def test_nothing_heavy_is_imported_before_the_recipe_is_valid(recipe):
         (["training.bta=1"], "command line: training.bta: unknown option; did you mean 'beta'?"),
         (["--iterations", "-1"], "command line: iterations: is -1, but must be at least 0"),
         (["seed"], "command line: 'seed': must have the form key=value, for example training.beta=0.2"),
-        (["--run", "s3://bucket"], "s3://bucket: names no place for a run; give s3://BUCKET/PREFIX"),
+        (["--run", "s3://bucket"], "s3://bucket: must name a bucket and a prefix without . or ..; give s3://BUCKET/PREFIX"),
         (["--run", "ftp://host/run"], "ftp://host/run: ftp:// is not supported; give a folder, s3://BUCKET/PREFIX or gs://"),
-        (["--work", "folder"], "--work folder: is for runs of an object store only; give the folder as --run"),
+        (["--work", "folder"], "--work folder: is only for runs in an object store; give the folder as --run"),
         (["--plan"], "prompts.jsonl: no such file"),
     ],
 )
@@ -96,7 +96,7 @@ def test_run_folder_is_absolute(name, folder):
 
 def test_the_log_is_a_line_a_stage_and_verbose_adds_the_lines_below_it(capsys):
     for line in ("  iteration 1: generations", "    1 of 4 shards", "", "table"):
-        tell_stages(line)
+        print_stages(line)
     assert capsys.readouterr().out == "  iteration 1: generations\n\ntable\n"
     assert parse(["recipe.toml"]).verbose is False
     assert parse(["recipe.toml", "--verbose"]).verbose is True
@@ -152,7 +152,7 @@ def test_sigterm_ends_the_command_with_one_sentence_and_its_own_code(where):
     )
     assert process.stdout.readline() == "working\n"
     process.terminate()
-    assert process.communicate(timeout=20)[1] == "ended by SIGTERM; what is committed stays; continue with: the same command\n"
+    assert process.communicate(timeout=20)[1] == "ended by SIGTERM; committed work is kept; continue with: the same command\n"
     assert process.returncode == 143
 
 
@@ -197,4 +197,4 @@ def test_sigterm_while_ray_starts_is_told_like_any_other(monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=lambda **_: sys.exit(15)))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert run_command(join_ray, "python jobs/iterate.py x") == 143
-    assert "ended by SIGTERM; what is committed stays; continue with: python jobs/iterate.py x" in capfd.readouterr().err
+    assert "ended by SIGTERM; committed work is kept; continue with: python jobs/iterate.py x" in capfd.readouterr().err

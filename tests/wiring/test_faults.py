@@ -134,7 +134,7 @@ def those_that_hand_out(run, hit):
         while not list(run.glob("iteration-01/.generations-*/shard-*")):
             time.sleep(0.05)
         for process in psutil.Process().children(recursive=True):
-            if "MapBatches(AskPool)" in title(process):
+            if "MapBatches(ShardDispatcher)" in title(process):
                 hit(process)
                 found.append(process)
 
@@ -153,7 +153,7 @@ def test_what_hands_out_shards_ends_the_run_where_it_hangs(local_ray, folder, tm
     context = make_context(folder, tmp_path / "run", "engine.name=tests.fakes:SlowEngine", *patient)
     with those_that_hand_out(tmp_path / "run", psutil.Process.suspend) as stopped:
         try:
-            with pytest.raises(StalledError, match=r"^generations: made no progress for 30 s; what hands out its shards hangs"):
+            with pytest.raises(StalledError, match=r"^generations: made no progress for 30 s; the shard dispatcher hangs"):
                 draft(context)
         finally:
             for process in stopped:

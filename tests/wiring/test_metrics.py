@@ -43,7 +43,7 @@ def test_actors_and_driver_are_seen_by_prometheus(ray_port, tmp_path):
     follower = Follower(run, "watched", Metrics())
     run.event("stage_start", stage="checkpoint", iteration=1)
     run.event("training", iteration=1, step=1, num_steps=2, num_pairs=4, loss=0.75)
-    follower.look()
+    follower.poll()
     wanted = {
         'ray_evolve_tokens_total{kind="generated"}': 100.0,
         'ray_evolve_rows_total{kind="rejected",pool="engines"}': 2.0,

@@ -9,7 +9,7 @@ import pytest
 from evolve_ray.config.load import load
 from evolve_ray.errors import StalledError
 from evolve_ray.inputs.context import Context, Policy
-from evolve_ray.pools.retries import Beats, signs_of_life
+from evolve_ray.pools.retries import Heartbeat, heartbeats
 from evolve_ray.refine.template import load_template
 from evolve_ray.store.run import Run
 
@@ -58,9 +58,9 @@ def test_interrupt_of_a_stage_that_is_not_stalled_stays_one(context):
 
 @pytest.mark.parametrize("sign", ["event", "beat"])
 def test_stage_that_gets_on_is_left_alone(context, tmp_path, sign):
-    beats = Beats(tmp_path, 0)
+    beats = Heartbeat(tmp_path, 0)
     beats.start(0)
-    with deadline(context, 2.0, lambda: signs_of_life(tmp_path)):
+    with deadline(context, 2.0, lambda: heartbeats(tmp_path)):
         for _ in range(12):
             time.sleep(0.25)
             if sign == "event":
@@ -70,7 +70,7 @@ def test_stage_that_gets_on_is_left_alone(context, tmp_path, sign):
 
 
 def test_signs_of_a_stage_that_nobody_works_at_are_none(tmp_path):
-    assert signs_of_life(tmp_path) == []
+    assert heartbeats(tmp_path) == []
 
 
 def test_deadline_is_gone_after_its_stage(context):

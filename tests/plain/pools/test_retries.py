@@ -4,7 +4,7 @@ import pytest
 
 from evolve_ray.errors import ResourceError
 from evolve_ray.pools import retries
-from evolve_ray.pools.retries import Attempts, Beats, Builds, mark_of
+from evolve_ray.pools.retries import Attempts, Heartbeat, StartCount, hang_mark
 
 PROMPTS = [{"prompt_id": f"p{number}"} for number in range(10)]
 
@@ -40,7 +40,7 @@ def test_rows_that_kill_are_found_and_no_other(tmp_path, fatal, limit):
     assert sorted(killers) == sorted(fatal)
     assert made == [p["prompt_id"] for p in PROMPTS if p["prompt_id"] not in fatal]
     for name in fatal:
-        assert log.count([name]) >= retries.ALONE, "a row was condemned without having killed alone twice"
+        assert log.count([name]) >= retries.MAX_DEATHS_ALONE, "a row was condemned without having killed alone twice"
     assert len(log) <= limit + 16 * len(fatal), "halving is not what was done"
 
 
@@ -62,12 +62,12 @@ def test_kills_from_outside_reject_nothing(tmp_path, kills):
 
 @pytest.mark.parametrize("limit", [0, 1, 3])
 def test_worker_that_dies_of_the_whole_shard_and_of_no_row_ends_the_stage(tmp_path, limit):
-    with pytest.raises(ResourceError, match=f"engines: the worker died {limit + 1} times on shard 0, and on none of its rows"):
+    with pytest.raises(ResourceError, match=f"engines: the worker died {limit + 1} times on shard 0, but on none of its rows"):
         live(tmp_path, lambda ids: len(ids) == len(PROMPTS), limit)
 
 
 def test_worker_that_dies_of_every_row_ends_the_stage(tmp_path):
-    with pytest.raises(ResourceError, match="so it is not the rows"):
+    with pytest.raises(ResourceError, match="so the rows are not the cause"):
         live(tmp_path, lambda _: True)
 
 
@@ -75,7 +75,7 @@ def test_hang_that_was_ended_from_outside_is_no_death(tmp_path):
     for _ in range(9):
         with pytest.raises(Died):
             Attempts(tmp_path, 0, 1, "engines").process(PROMPTS, die)
-        mark_of(tmp_path, 0).touch()
+        hang_mark(tmp_path, 0).touch()
     made, killers, _ = live(tmp_path, lambda _: False, 1)
     assert (len(made), killers) == (10, [])
 
@@ -95,10 +95,10 @@ def test_shards_do_not_share_their_deaths(tmp_path):
 def test_beats_change_with_progress_and_name_the_shard(tmp_path, monkeypatch):
     now = [10.0]
     monkeypatch.setattr(retries.time, "monotonic", lambda: now[0])
-    beats = Beats(tmp_path, 2)
+    beats = Heartbeat(tmp_path, 2)
     assert beats.read() == (-1, "")
     beats.start(7)
-    first = Beats(tmp_path, 2).read()
+    first = Heartbeat(tmp_path, 2).read()
     assert first[0] == 7
     beats()
     assert beats.read() == first, "the disk is written more than once a second"
@@ -108,17 +108,17 @@ def test_beats_change_with_progress_and_name_the_shard(tmp_path, monkeypatch):
 
 
 def test_beats_into_a_folder_that_is_gone_are_no_fault(tmp_path):
-    Beats(tmp_path / "gone", 0)()
+    Heartbeat(tmp_path / "gone", 0)()
 
 
 def test_actor_that_never_starts_is_not_started_for_ever(tmp_path):
     for _ in range(4):
-        Builds(tmp_path, 0, 3, "engines").begin()
+        StartCount(tmp_path, 0, 3, "engines").begin()
     with pytest.raises(ResourceError, match="engines: the actor died 4 times while it started"):
-        Builds(tmp_path, 0, 3, "engines").begin()
+        StartCount(tmp_path, 0, 3, "engines").begin()
 
 
 def test_start_that_succeeds_clears_the_count(tmp_path):
     for _ in range(9):
-        Builds(tmp_path, 0, 1, "engines").begin()
-        Builds(tmp_path, 0, 1, "engines").done()
+        StartCount(tmp_path, 0, 1, "engines").begin()
+        StartCount(tmp_path, 0, 1, "engines").reset()

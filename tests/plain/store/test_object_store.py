@@ -286,15 +286,17 @@ def test_other_bytes_or_inputs_from_another_driver_are_refused_and_theirs_count(
     mirror(at(place), tmp_path / "theirs").sync()
     run = tmp_path / "run"
     make(run, key=key, text=text)
-    what = "the same inputs with another outcome" if key == "key" else "other inputs"
-    with pytest.raises(IntegrityError, match=f"was committed meanwhile by another writer from {what} and stays as it is"):
+    what = "the same inputs with another result" if key == "key" else "other inputs"
+    with pytest.raises(IntegrityError, match=f"another writer committed it meanwhile from {what}, and it was not changed"):
         mirror(at(place), run).sync()
     assert fetched(at(place), tmp_path / "fresh") == {PAIRS: theirs.identity}
     if key == "key":  # submitted again
         mirror(at(place), run).restore(alone=False)
         assert identities(run) == {PAIRS: theirs.identity}
     else:
-        with pytest.raises(IntegrityError, match=rf"was made from other inputs or options than s3://.*; delete {run / PAIRS} to"):
+        with pytest.raises(
+            IntegrityError, match=rf"was made from other inputs or options than s3://.*; delete {run / PAIRS} and submit"
+        ):
             mirror(at(place), run).restore(alone=False)
 
 

@@ -19,7 +19,7 @@ from evolve_ray.store.object_lock import Lease
 from evolve_ray.store.object_store import Store
 from evolve_ray.store.places import check_uri, is_uri, places, run_folder
 from evolve_ray.store.run import Run
-from evolve_ray.store.sync import kept
+from evolve_ray.store.sync import mirrored
 from evolve_ray.watch import status
 from tests.plain.audit.test_verify import run as sound_run
 from tests.plain.processes import run_python
@@ -32,7 +32,7 @@ __all__ = ["at", "place", "proxy", "server", "sound_run", "way"]
 
 @pytest.fixture
 def quick(at, monkeypatch):
-    """`kept` with the shared client, short patience, and a look at the run every tenth of a second."""
+    """`mirrored` with the shared client, short patience, and a look at the run every tenth of a second."""
     monkeypatch.setattr(sync, "Store", lambda uri: at(uri, patience_s=0.5))
     monkeypatch.setattr(sync, "POLL_S", 0.1)
     before = signal.signal(signal.SIGTERM, on_sigterm)
@@ -43,14 +43,14 @@ def quick(at, monkeypatch):
 @contextlib.contextmanager
 def working(uri, run):
     """What a driver holds while it works."""
-    with run.locked(), kept(uri, run):
+    with run.locked(), mirrored(uri, run):
         yield
 
 
 def lease(store, folder, **own):
     """The lock as a driver of another host sees it; `own` says what it writes of itself."""
     found = Lease(store, folder)
-    found.own |= {"host": "elsewhere"} | own
+    found.holder |= {"host": "elsewhere"} | own
     return found
 
 
@@ -76,14 +76,14 @@ def test_second_driver_is_told_who_holds_the_lock(at, place, tmp_path):
 def test_lock_without_a_heartbeat_is_taken_over_and_its_holder_finds_out_before_it_writes(proxy, at, place, tmp_path):
     make(tmp_path / "run")
     sleeper = mirror(at(place), tmp_path / "run")
-    sleeper.lease.own["host"] = "elsewhere"
+    sleeper.lease.holder["host"] = "elsewhere"
     sleeper.lease.beat()
     second = Lease(at(place), tmp_path)
     with pytest.raises(LockedError):
         second.take()
     second.stale_s = 0.0
     assert second.take() == 1
-    sleeper.lease.checked -= 60.0  # it slept
+    sleeper.lease.last_check -= 60.0  # it slept
     proxy.requests.clear()
     for act in (sleeper.sync, sleeper.lease.beat, lambda: sleeper.withdraw("iteration-01/pairs")):
         with pytest.raises(LockedError, match="another driver works on this run"):
@@ -119,8 +119,8 @@ def test_of_drivers_that_start_at_once_one_gets_the_lock(at, place, tmp_path):
 
 def test_driver_that_was_out_of_touch_for_too_long_writes_nothing_more(at, place, tmp_path):
     driver = mirror(at(place), tmp_path)
-    driver.lease.beaten -= 61.0
-    with pytest.raises(LockedError, match="out of touch for 60 s"):
+    driver.lease.last_beat -= 61.0
+    with pytest.raises(LockedError, match="sent no heartbeat for 60 s"):
         driver.lease.check()
 
 
@@ -229,7 +229,7 @@ def test_files_without_a_manifest_follow_whoever_worked_last(at, place, tmp_path
 
 def test_credentials_that_are_refused_are_a_fault_of_the_user_at_once(proxy, at, place, tmp_path):
     proxy.fault = lambda method, path: "403"
-    with pytest.raises(UserError, match="the store refuses: PermissionError") as caught:
+    with pytest.raises(UserError, match="the store refuses access: PermissionError") as caught:
         mirror(at(place, patience_s=600), tmp_path)
     assert "canary" not in str(caught.value)
 
@@ -255,9 +255,9 @@ def test_no_credential_gets_into_the_run_or_the_store(quick, proxy, at, place, t
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("s3://bucket", "names no place for a run; give s3://BUCKET/PREFIX"),
-        ("s3:///prefix", "names no place for a run"),
-        ("s3://bucket/../x", "names no place for a run"),
+        ("s3://bucket", "must name a bucket and a prefix without . or ..; give s3://BUCKET/PREFIX"),
+        ("s3:///prefix", "must name a bucket and a prefix without . or .."),
+        ("s3://bucket/../x", "must name a bucket and a prefix without . or .."),
         ("s3://key:secret@bucket/run", "must hold no credentials"),
         ("s3://bucket/run?token=secret", "must hold no credentials"),
         ("ftp://host/run", "ftp:// is not supported; give a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"),
@@ -273,14 +273,14 @@ def test_uri_names_a_folder_for_its_working_copy():
     assert check_uri("s3://bucket/a//b/") == ("s3://bucket/a/b", "s3/bucket/a/b")
     assert places("s3://bucket/a", None) == (run_folder("runs/s3/bucket/a"), "s3://bucket/a")
     assert places("s3://bucket/a", "/shared/a") == (run_folder("/shared/a"), "s3://bucket/a")
-    with pytest.raises(UserError, match="--work /shared/a: is for runs of an object store only"):
+    with pytest.raises(UserError, match="--work /shared/a: is only for runs in an object store"):
         places("runs/a", "/shared/a")
 
 
 @pytest.mark.parametrize(("uri", "package"), [("s3://bucket/run", "s3fs"), ("gs://bucket/run", "gcsfs")])
 def test_package_that_is_not_installed_is_named_with_the_command_that_installs_it(monkeypatch, uri, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"{uri}: needs the package {package}: pip install "):
+    with pytest.raises(UserError, match=rf"{uri}: needs the package {package}; run: pip install "):
         Store(uri)
 
 
@@ -302,7 +302,7 @@ def test_driver_ends_with_exit_code_three_where_another_one_works_and_two_where_
     assert main([str(recipe()), "--run", "s3://nowhere/run", "--work", str(tmp_path / "work")]) == 2
     said = capsys.readouterr().err.splitlines()
     assert ("4711" in said[0], len(said)) == (True, 2)
-    assert said[1].startswith("error: s3://nowhere/run: there is no such bucket")
+    assert said[1].startswith("error: s3://nowhere/run: the bucket does not exist")
     assert not (tmp_path / "work/events.jsonl").exists()
 
 

@@ -392,7 +392,7 @@ def test_interrupt_waits_for_the_run_to_end(jobs, capsys, monkeypatch):
     monkeypatch.setattr(driver.subprocess, "Popen", Process)
     assert driver.main(["--quick", "--out", str(jobs.out)], jobs.folder) == 130
     assert len(waits) == 2
-    assert "interrupted; what is committed stays; continue with: python jobs/study.py --quick" in capsys.readouterr().err
+    assert "interrupted; committed work is kept; continue with: python jobs/study.py --quick" in capsys.readouterr().err
 
 
 def test_study_imports_nothing_heavy_before_it_needs_it():

@@ -110,7 +110,7 @@ def test_process_that_is_gone_has_no_title_and_hinders_no_watch():
 
 
 def test_raylet_that_is_not_among_the_processes_of_this_machine_is_not_watched():
-    assert cluster.fate_of("/another/raylet") == []
+    assert cluster.raylet_processes("/another/raylet") == []
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -64,9 +64,13 @@ def follower(tmp_path):
 
 
 def test_figures_of_a_training_are_not_those_of_the_next(follower):
-    follower.take([{"event": "stage_start", "stage": "checkpoint", "iteration": 0}, {"event": "training", "loss_direct": 2.0}])
+    follower.apply_events(
+        [{"event": "stage_start", "stage": "checkpoint", "iteration": 0}, {"event": "training", "loss_direct": 2.0}]
+    )
     assert follower.metrics["evolve_training", "r", "loss_direct"] == 2.0
-    follower.take([{"event": "stage_start", "stage": "checkpoint", "iteration": 1}, {"event": "training", "loss_dpo": 0.5}])
+    follower.apply_events(
+        [{"event": "stage_start", "stage": "checkpoint", "iteration": 1}, {"event": "training", "loss_dpo": 0.5}]
+    )
     assert [key for key in follower.metrics if key[0] == "evolve_training"] == [("evolve_training", "r", "loss_dpo")]
 
 
@@ -74,14 +78,14 @@ def test_stages_shards_and_steps_become_gauges(follower):
     run, told = follower.run, follower.metrics
     run.event("stage_start", stage="generations", iteration=2)
     run.event("shard", stage="generations", iteration=2, shard=0, num_shards=4)
-    follower.look()
+    follower.poll()
     assert told["evolve_iteration", "r"] == 2
     assert told["evolve_stage", "r", "generations"] == 1
     assert (told["evolve_shards", "r", "done"], told["evolve_shards", "r", "waiting"]) == (1, 3)
     run.event("stage_end", stage="generations", iteration=2, seconds=1.0)
     run.event("stage_start", stage="checkpoint", iteration=2)
     run.event("training", iteration=2, key="a1b2", num_steps=9, step=3, num_pairs=8, loss=0.5, loss_dpo=0.25, learning_rate=1e-6)
-    follower.look()
+    follower.poll()
     assert told["evolve_stage", "r", "generations"] == 0
     assert told["evolve_stage", "r", "checkpoint"] == 1
     assert (told["evolve_shards", "r", "done"], told["evolve_shards", "r", "waiting"]) == (0, 0)
@@ -93,11 +97,11 @@ def test_half_a_line_waits_for_its_end(follower):
     path = follower.run.root / "events.jsonl"
     with open(path, "ab") as file:
         file.write(b'{"event": "stage_start", "stage": "pairs", ')
-    follower.look()
+    follower.poll()
     assert follower.metrics == {}
     with open(path, "ab") as file:
         file.write(b'"iteration": 1}\n')
-    follower.look()
+    follower.poll()
     assert follower.metrics["evolve_stage", "r", "pairs"] == 1
 
 
@@ -108,13 +112,13 @@ def test_committed_evaluations_are_shown_once_also_those_of_an_earlier_driver(fo
         stage = Stage(follower.run.iteration(iteration) / name, "evaluation", "key")
         rows.write_jsonl(stage.start() / "summary.jsonl", [summary])
         stage.commit()
-    follower.look()
+    follower.poll()
     told = follower.metrics
     assert {key[2] for key in told} == {"base", "activation", "iteration 2"}
     assert told["evolve_evaluation", "r", "iteration 2", "held", "2", "gain_reward"] == 0.125
     assert told["evolve_evaluation", "r", "base", "held", "1", "exact_match"] == 0.25
     told.clear()
-    follower.look()
+    follower.poll()
     assert told == {}
 
 
@@ -129,8 +133,10 @@ def test_the_thread_takes_what_is_written_before_it_is_stopped(follower):
 def test_an_actor_counts_its_rows_tokens_and_idle_seconds():
     told = Told()
     work = Work("engines", told)
-    work.did(10.0, 14.0, {"num_rows": 8, "num_rejected": 1, "num_tokens": 80, "num_prompt_tokens": 40, "num_cached_tokens": 30})
-    work.did(15.0, 16.0, None)
+    work.record_call(
+        10.0, 14.0, {"num_rows": 8, "num_rejected": 1, "num_tokens": 80, "num_prompt_tokens": 40, "num_cached_tokens": 30}
+    )
+    work.record_call(15.0, 16.0, None)
     assert told["evolve_actor_seconds", "engines", "busy"] == 5.0
     assert told["evolve_actor_seconds", "engines", "idle"] == 1.0
     assert (told["evolve_rows", "engines", "committed"], told["evolve_rows", "engines", "rejected"]) == (8, 1)
@@ -138,7 +144,7 @@ def test_an_actor_counts_its_rows_tokens_and_idle_seconds():
 
 
 def test_outside_of_ray_nothing_is_made():
-    Work("engines").did(0.0, 1.0, {"num_rows": 1})
+    Work("engines").record_call(0.0, 1.0, {"num_rows": 1})
 
 
 def queries():

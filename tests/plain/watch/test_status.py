@@ -68,8 +68,8 @@ def test_running_generations_tell_shards_tokens_and_the_holder(run):
     assert found["engine"] == {"num_tokens": 600, "tokens_per_engine_s": 200.0, "cache_hit_rate": 0.25}
     text = describe(found)
     assert "iteration 1 of 3: generations, generations 2 of 3 shards, scores 1 of 3 shards" in text
-    assert "600 tokens generated, 200.0 a second and engine, 25% of the prompts' tokens from the cache" in text
-    assert text.endswith("next       nothing: it is at work")
+    assert "600 tokens generated, 200.0 per second and engine, 25% of the prompt tokens from the cache" in text
+    assert text.endswith("next       nothing: the driver is running")
 
 
 def test_an_evaluation_counts_the_shards_of_its_chains_and_of_its_parallel_samples(run):
@@ -124,7 +124,7 @@ def test_a_finished_run_names_rejected_rows_and_the_last_decision(run):
 def test_another_hosts_driver_is_unknown_while_its_events_are_fresh(run):
     hold(run, "elsewhere")
     assert status(run)["state"] == "unknown"
-    assert "ask host elsewhere whether process 1 is alive; if not: python" in describe(status(run))
+    assert "check on host elsewhere whether process 1 is alive; if not: python" in describe(status(run))
     later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=600)
     assert status(run, later)["state"] == "dead"
 
@@ -149,10 +149,10 @@ def test_looking_changes_nothing(run):
 
 
 def test_a_folder_that_is_no_run_is_refused_by_the_command(tmp_path, capsys):
-    with pytest.raises(UserError, match="is no run directory"):
+    with pytest.raises(UserError, match="is not a run directory"):
         status(Run(tmp_path))
     assert main([str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: is no run directory")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: is not a run directory")
 
 
 def test_the_command_prints_json(run):

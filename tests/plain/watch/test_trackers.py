@@ -60,12 +60,12 @@ class Loop:
         self.run.event("driver_start", pid=1)
         tracked = Trackers(config, self.run, self.said.append)
         tracked.start()
-        calls = [lambda: tracked.evaluated(model("base", 0, 0.25))]
+        calls = [lambda: tracked.log_evaluation(model("base", 0, 0.25))]
         for iteration, name in ((0, "activation"), (1, "iteration 1"), (2, "iteration 2")):
             if live:
-                calls.append(lambda n=iteration: tracked.training(f"key{n}", n, "checkpoint", steps_of(n)[:-1]))
-            calls.append(lambda n=iteration: tracked.trained(commit_training(self.run, n), n))
-            calls.append(lambda n=iteration, name=name: tracked.evaluated(model(name, n, 0.5 + n / 8)))
+                calls.append(lambda n=iteration: tracked.log_steps(f"key{n}", n, "checkpoint", steps_of(n)[:-1]))
+            calls.append(lambda n=iteration: tracked.log_training(commit_training(self.run, n), n))
+            calls.append(lambda n=iteration, name=name: tracked.log_evaluation(model(name, n, 0.5 + n / 8)))
         for call in calls[:until]:
             call()
         if until == 99:
@@ -139,18 +139,18 @@ def test_steps_of_an_earlier_driver_are_told_before_those_to_come(loop, recipe):
     loop.run.event("training", key="key1", iteration=1, steps=steps_of(1)[:2])
     loop.run.event("training", key="other", iteration=1, steps=steps_of(1))
     tracked = loop.go(until=0)
-    tracked.begins("key1", 1, "checkpoint")
-    tracked.training("key1", 1, "checkpoint", steps_of(1, first=1, tag=9.0))  # a step again, and what follows
+    tracked.replay_steps("key1", 1, "checkpoint")
+    tracked.log_steps("key1", 1, "checkpoint", steps_of(1, first=1, tag=9.0))  # a step again, and what follows
     assert [row.step for row in tracked.rows] == [1, 2, 3, 4]
     assert [row.values["training/loss"] for row in tracked.rows][:2] == [2.0, 1.5]
-    tracked.training("key2", 2, "checkpoint", steps_of(2, first=1))  # a gap waits for the committed log
+    tracked.log_steps("key2", 2, "checkpoint", steps_of(2, first=1))  # a gap waits for the committed log
     assert len(tracked.rows) == 4
 
 
 def test_a_reward_model_that_is_trained_again_has_its_own_axis(loop):
     tracked = loop.go(until=0)
-    tracked.training("r", 1, "reward_model", [{"step": 0, "loss": 0.5}])
-    tracked.training("k", 1, "checkpoint", [{"step": 0, "loss": 0.25}])
+    tracked.log_steps("r", 1, "reward_model", [{"step": 0, "loss": 0.5}])
+    tracked.log_steps("k", 1, "checkpoint", [{"step": 0, "loss": 0.25}])
     assert [(row.axis, row.step) for row in tracked.rows] == [("reward_model/updates", 1), ("updates", 1)]
     assert tracked.rows[0].values == {"reward_model/loss": 0.5, "reward_model/iteration": 1.0}
 
@@ -263,7 +263,7 @@ def test_a_tracker_that_fails_is_told_once_and_the_others_go_on(loop, monkeypatc
     monkeypatch.setitem(tracker_clients.TRACKERS, "mlflow", Broken)
     loop.go('trackers.use=["mlflow", "tensorboard"]')
     (line,) = loop.said
-    assert line.startswith("warning: tracker mlflow: ConnectionError: no route; the run goes on without it")
+    assert line.startswith("warning: tracker mlflow: ConnectionError: no route; the run continues without it")
     events = [event for event in rows.read_jsonl(loop.run.root / "events.jsonl") if event["event"] == "tracker_failed"]
     assert [(event["tracker"], event["error"]) for event in events] == [("mlflow", "ConnectionError: no route")]
     check_tensorboard(loop.run.root)
