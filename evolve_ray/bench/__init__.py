@@ -1,4 +1,4 @@
-"""Measures speed and memory: both sides of each claim in one process, in turns. One file a subcommand.
+"""Measures speed and memory: both sides of each claim in one process, in turns. One file per subcommand.
 
 In: sizes and repeats from the command line.
 Out: rows with median, range and counts.

@@ -213,7 +213,7 @@ class Bench:
         return {(row["prompt_id"], row["round"]): row["text"] for row in drafts}, stats
 
     def barriers(self) -> tuple[dict[tuple[str, int], str], dict[str, int]]:
-        """Calls `LLM.generate` once a round."""
+        """Calls `LLM.generate` once per round."""
         texts: dict[tuple[str, int], str] = {}
         stats = dict.fromkeys((*CHECKED, "num_cached_tokens"), 0)
         for round_number in range(1, self.args.rounds + 1):
@@ -295,6 +295,6 @@ def least_turn_steps(turn: Turn, seats: int) -> int:
 
 
 def least_steps(lengths: list[list[int]], seats: int) -> int:
-    """Returns the least engine steps of any schedule: a seat writes one token a step, and drafts of a chain come one by one."""
+    """Returns the least engine steps of any schedule: a seat writes one token per step, and drafts of a chain come one by one."""
     total = sum(itertools.chain.from_iterable(lengths))
     return max(math.ceil(total / seats), max(map(sum, lengths)))

@@ -10,7 +10,7 @@ TEXTS = ("yes", "no")
 
 
 class NullEngine:
-    """Answers one request a step, after `engine.args.service_s` seconds, with one of two texts that the seed selects."""
+    """Answers one request per step, after `engine.args.service_s` seconds, with one of two texts that the seed selects."""
 
     def __init__(self, spec: GenerateSpec, chat: Chat):
         self.waiting: deque[tuple[str, list[int], int]] = deque()

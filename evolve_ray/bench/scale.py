@@ -1,10 +1,10 @@
 """Measures cost by size: prompts -> drafts -> scores -> pairs -> report with the null engine, and all else as in a run.
 
-* `scale_time_growth`: seconds a prompt at the largest size over the least seconds a prompt of the smaller sizes;
+* `scale_time_growth`: seconds per prompt at the largest size over the least seconds per prompt of the smaller sizes;
 * `scale_driver_mib`: peak memory of the driver over all sizes, minus its memory before the first size;
 * `scale_report_s`: seconds of the report at the largest size;
 * `scale_files_per_shard`: files of the largest run, per shard;
-* `scale_bytes_growth`: bytes a prompt of the largest run over those of the smallest;
+* `scale_bytes_growth`: bytes per prompt of the largest run over those of the smallest;
 * `scale_8_actors`: requests/s of 8 engines over 8 times those of one; each request is a fixed sleep, each engine has the same
   work.
 """
@@ -80,14 +80,14 @@ class RunCost:
 
     @property
     def each(self) -> float:
-        """Returns seconds a prompt."""
+        """Returns seconds per prompt."""
         return sum(self.seconds.values()) / self.prompts
 
     def summary(self) -> str:
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
         driver = 1000 * self.driver_cpu_s / self.prompts
         return (
-            f"{1000 * self.each:.2f} ms a prompt ({parts} s), driver CPU {driver:.2f} ms a prompt, "
+            f"{1000 * self.each:.2f} ms per prompt ({parts} s), driver CPU {driver:.2f} ms per prompt, "
             f"driver memory +{self.peak_mib:.0f} MiB, {self.files} files of {self.num_bytes / 2**20:.1f} MiB, the largest "
             f"{self.largest / 2**20:.1f} MiB, {self.pairs} pairs, {self.shards} shards"
         )
@@ -118,7 +118,7 @@ def recipe(root: Path, bench_args: argparse.Namespace, prompts: int, **engine: A
         "engine": {"name": "evolve_ray.bench.null:NullEngine", "cpus_per_actor": 0.5, **engine},
         "scorer": {"name": "verifier", "cpus_per_actor": 0.1},
         "verifier": {"name": "exact"},
-        # Logical CPUs: engines that sleep need none. Ray ends idle processes above this number; each step has two an engine.
+        # Logical CPUs: engines that sleep need none. Ray ends idle processes above this number; each step has two per engine.
         "ray": {"num_cpus": 4 * max(8, *bench_args.actors), "dashboard": False},
     }
     return build(values, "scale", "", ())

@@ -21,7 +21,7 @@ def as_json(row: Row) -> dict[str, Any]:
 
 
 def as_text(rows: list[Row]) -> str:
-    """Returns one line a row with median and range, followed by its counts."""
+    """Returns one line per row with median and range, followed by its counts."""
     width = max(len(row.name) for row in rows)
     lines = []
     for row in rows:

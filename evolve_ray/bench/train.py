@@ -149,7 +149,7 @@ def random_model(args: argparse.Namespace, vocabulary: int, layers: int) -> Any:
 
 
 def evolve(args: argparse.Namespace) -> Row:
-    """Returns the row of `evolve`: six sequences a pair as in the `conversation` layout, of random tokens."""
+    """Returns the row of `evolve`: six sequences per pair as in the `conversation` layout, of random tokens."""
     model = random_model(args, args.vocabulary, args.layers)
     policy = Policy(args, options_of.Training(objective="evolve"), model, SIX)
     generator = random.Random(0)

@@ -54,7 +54,7 @@ def read_evaluation(folder: Path, split: str | None) -> tuple[list[Answers], str
 
 
 def model_answers(folder: Path, model: str, name: str, prompts: dict[str, str]) -> list[Answers]:
-    """Returns one `Answers` a round from the complete chains of a model."""
+    """Returns one `Answers` per round from the complete chains of a model."""
     manifest = read_committed(folder)
     chains: dict[str, dict[int, dict]] = {prompt_id: {} for prompt_id in prompts}
     for draft in read_rows(manifest):

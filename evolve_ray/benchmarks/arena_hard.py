@@ -1,4 +1,4 @@
-"""Arena-Hard (arXiv 2406.11939): two games a question with positions swapped, verdicts, win rates.
+"""Arena-Hard (arXiv 2406.11939): two games per question with positions swapped, verdicts, win rates.
 
 This module writes question.jsonl, model_answer/NAME.jsonl and model_judgment/JUDGE/NAME.jsonl in the format of arena-hard-auto
 v2, so that its show_result.py can read them. The judge's prompt is our own wording; `--judge-prompt` replaces it.

@@ -144,6 +144,6 @@ def disk(config: Config, shape: Shape) -> list[str]:
     bytes_each = BYTES[config.model.dtype]
     weights, step = bytes_each * shape.parameters / GIB, (bytes_each + 12) * shape.parameters / GIB
     return [
-        f"  disk             checkpoint {weights:,.0f} GiB an iteration; during training up to {2 * step:,.0f} GiB more, for two "
-        "stored steps"
+        f"  disk             checkpoint {weights:,.0f} GiB per iteration; during training up to {2 * step:,.0f} GiB more, for "
+        "two stored steps"
     ]

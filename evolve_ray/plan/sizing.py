@@ -11,7 +11,7 @@ from evolve_ray.train.tree import CHUNK_TOKENS
 
 GIB = 2.0**30
 BYTES = {"float32": 4, "bfloat16": 2}
-STATES = {"float32": 20, "bfloat16": 18}  # bytes a parameter: weight, gradient, AdamW's two moments, float32 copies
+STATES = {"float32": 20, "bfloat16": 18}  # bytes per parameter: weight, gradient, AdamW's two moments, float32 copies
 
 # Defaults of DeepSpeed's zero_optimization, in elements.
 MAX_LIVE, REDUCE_BUCKET, SUB_GROUP = 10**9, 5 * 10**8, 10**9

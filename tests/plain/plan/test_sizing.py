@@ -144,7 +144,7 @@ def test_the_recipe_fits_and_its_table_tells_hours_and_disk(load, cluster, state
     assert re.search(rf"training +[\d.]+ +80\.0   states {states}", text)
     assert f"{cluster.num_gpus} of {cluster.num_gpus} GPUs, taking turns with {cluster.num_gpus} ZeRO-3 workers" in text
     assert re.search(r"H100 +\d", text)
-    assert "checkpoint 15 GiB an iteration" in text
+    assert "checkpoint 15 GiB per iteration" in text
 
 
 @pytest.mark.parametrize(

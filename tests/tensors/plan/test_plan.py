@@ -26,7 +26,7 @@ def config(recipe, tmp_path):
 
 def test_plan_names_prompts_drafts_tokens_and_pairs(config, tmp_path):
     text, _ = plan(config("strategy.rounds=3"), Run(tmp_path / "run"))
-    assert "50 rows; 10 new prompts an iteration" in text
+    assert "50 rows; 10 new prompts per iteration" in text
     assert "prompts 10   drafts 30   generated tokens 3,000   pairs 10" in text
     assert "evaluation: 7 prompts, 28 drafts, 2,800 generated tokens" in text
 
