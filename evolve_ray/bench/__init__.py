@@ -1,6 +1,6 @@
-"""How fast it is: both sides of each claim measured in one process, in turns. One subcommand of `jobs/bench.py` a file.
+"""Measures speed and memory: both sides of each claim in one process, in turns. One file per subcommand.
 
 In: sizes and repeats from the command line.
 Out: rows with median, range and counts.
-Never imports: a test, or a fast path of its own: it measures what users run.
+Never imports: a test, or a fast path of its own, because it measures what users run.
 """

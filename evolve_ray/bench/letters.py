@@ -1,4 +1,4 @@
-"""The tokenizer of the tiny world, a token a letter: so that lengths in tokens can be chosen."""
+"""The tokenizer of the tiny world: one token for each letter, so that a benchmark can choose lengths in tokens."""
 
 import functools
 import tempfile

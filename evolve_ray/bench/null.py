@@ -1,4 +1,4 @@
-"""The null engine: fixed answers and no model, to measure what is around an engine. `engine.name` of a benchmark names it."""
+"""The null engine: fixed responses without a model, to measure all that is around an engine. `engine.name` refers to it."""
 
 import time
 from collections import deque
@@ -10,7 +10,7 @@ TEXTS = ("yes", "no")
 
 
 class NullEngine:
-    """Answers one request a step with one of two texts, which its seed decides, `engine.args.service_s` seconds later."""
+    """Answers one request per step, after `engine.args.service_s` seconds, with one of two texts that the seed selects."""
 
     def __init__(self, spec: GenerateSpec, chat: Chat):
         self.waiting: deque[tuple[str, list[int], int]] = deque()

@@ -1,10 +1,12 @@
-"""Cost against size: prompts -> drafts -> scores -> pairs -> report with the null engine, everything around it as in a run.
+"""Measures cost by size: prompts -> drafts -> scores -> pairs -> report with the null engine, and all else as in a run.
 
-* `scale_time_growth`: seconds a prompt at the largest size over the least of the smaller sizes;
-* `scale_driver_mib`: the most memory that the driver took at any size beyond what it had before the first one;
+* `scale_time_growth`: seconds per prompt at the largest size over the least seconds per prompt of the smaller sizes;
+* `scale_driver_mib`: peak memory of the driver over all sizes, minus its memory before the first size;
 * `scale_report_s`: seconds of the report at the largest size;
-* `scale_files_per_shard`, `scale_bytes_growth`: files of the largest run, and its bytes a prompt over those of the smallest;
-* `scale_8_actors`: requests/s of 8 engines over 8 times those of one, each request a fixed sleep, each engine the same work.
+* `scale_files_per_shard`: files of the largest run, per shard;
+* `scale_bytes_growth`: bytes per prompt of the largest run over those of the smallest;
+* `scale_8_actors`: requests/s of 8 engines over 8 times those of one; each request is a fixed sleep, each engine has the same
+  work.
 """
 
 import argparse
@@ -33,37 +35,37 @@ PARTS = ("sizes", "actors")
 ROUNDS = 4
 DIGITS, FILLER = "abcdefghijklmnopqrstuvwxy", "z"
 PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / 2**20
-LOOK_S = 0.02  # between two looks at the driver's memory
+LOOK_S = 0.02  # interval between two readings of the driver's memory
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[10**3, 10**4, 10**5], help="prompts")
-    parser.add_argument("--repeats", type=int, default=1, help="of everything")
-    parser.add_argument("--engines", type=int, default=2, help="null engines of the sizes")
-    parser.add_argument("--shard", type=int, default=256, help="prompts of a shard of the sizes")
-    parser.add_argument("--actors", nargs="+", type=int, default=[1, 2, 8], help="null engines side by side")
-    parser.add_argument("--service-ms", type=float, default=20.0, help="sleep of a request where engines are side by side")
-    parser.add_argument("--shards-each", type=int, default=16, help="shards of 16 prompts for each of these engines")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[10**3, 10**4, 10**5], help="numbers of prompts")
+    parser.add_argument("--repeats", type=int, default=1, help="repeats of every measurement")
+    parser.add_argument("--engines", type=int, default=2, help="null engines of the part sizes")
+    parser.add_argument("--shard", type=int, default=256, help="prompts of a shard of the part sizes")
+    parser.add_argument("--actors", nargs="+", type=int, default=[1, 2, 8], help="null engines side by side, of the part actors")
+    parser.add_argument("--service-ms", type=float, default=20.0, help="sleep of a request, of the part actors")
+    parser.add_argument("--shards-each", type=int, default=16, help="shards of 16 prompts for each engine, of the part actors")
 
 
-def rows(given: argparse.Namespace) -> list[Row]:
+def rows(args: argparse.Namespace) -> list[Row]:
     from evolve_ray.pools.session import stop_ray
 
-    given.sizes, given.actors = sorted(set(given.sizes)), sorted(set(given.actors))
+    args.sizes, args.actors = sorted(set(args.sizes)), sorted(set(args.actors))
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         model_folder(root / "model")
         try:
-            made = growth_rows(given, root) if "sizes" in given.only else []
-            return made + (actor_rows(given, root) if "actors" in given.only else [])
+            rows = growth_rows(args, root) if "sizes" in args.only else []
+            return rows + (actor_rows(args, root) if "actors" in args.only else [])
         finally:
             stop_ray()
 
 
 @dataclass
-class Spent:
-    """What one run took: seconds by part, and what it left behind."""
+class RunCost:
+    """The cost of one run: seconds by part, memory, and the files that it wrote."""
 
     prompts: int
     seconds: dict[str, float] = field(default_factory=dict)
@@ -74,25 +76,25 @@ class Spent:
     pairs: int = 0
     shards: int = 0
     peak_mib: float = 0.0
-    first_s: float = 0.0  # until the first shard was done
+    first_s: float = 0.0  # seconds until the first shard was done
 
     @property
     def each(self) -> float:
-        """Seconds a prompt."""
+        """Returns seconds per prompt."""
         return sum(self.seconds.values()) / self.prompts
 
-    def told(self) -> str:
+    def summary(self) -> str:
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
         driver = 1000 * self.driver_cpu_s / self.prompts
         return (
-            f"{1000 * self.each:.2f} ms a prompt ({parts} s), driver CPU {driver:.2f} ms a prompt, "
+            f"{1000 * self.each:.2f} ms per prompt ({parts} s), driver CPU {driver:.2f} ms per prompt, "
             f"driver memory +{self.peak_mib:.0f} MiB, {self.files} files of {self.num_bytes / 2**20:.1f} MiB, the largest "
             f"{self.largest / 2**20:.1f} MiB, {self.pairs} pairs, {self.shards} shards"
         )
 
 
 def model_folder(folder: Path) -> None:
-    """What a run asks of a model before its engine starts: a tokenizer, a shape and weights, which nothing reads here."""
+    """Writes what a run needs of a model before its engine starts: tokenizer, shape, and weights that nothing reads here."""
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -103,9 +105,9 @@ def model_folder(folder: Path) -> None:
     save_file({"weight": np.zeros(1)}, folder / "model.safetensors")
 
 
-def recipe(root: Path, given: argparse.Namespace, prompts: int, **engine: Any) -> Config:
-    """A run of one iteration on as many prompts with the null engine, scored by the verifier."""
-    tree = {
+def recipe(root: Path, bench_args: argparse.Namespace, prompts: int, **engine: Any) -> Config:
+    """Returns the configuration of a run: one iteration on `prompts` prompts, the null engine, scores from the verifier."""
+    values = {
         "name": "scale",
         "iterations": 1,
         "model": {"path": str(root / "model"), "context_tokens": 200},
@@ -116,14 +118,14 @@ def recipe(root: Path, given: argparse.Namespace, prompts: int, **engine: Any) -
         "engine": {"name": "evolve_ray.bench.null:NullEngine", "cpus_per_actor": 0.5, **engine},
         "scorer": {"name": "verifier", "cpus_per_actor": 0.1},
         "verifier": {"name": "exact"},
-        # Logical CPUs: engines that sleep need none. Ray ends idle processes beyond this number, and each step has two an engine.
-        "ray": {"num_cpus": 4 * max(8, *given.actors), "dashboard": False},
+        # Logical CPUs: engines that sleep need none. Ray ends idle processes above this number; each step has two per engine.
+        "ray": {"num_cpus": 4 * max(8, *bench_args.actors), "dashboard": False},
     }
-    return build(tree, "scale", "", ())
+    return build(values, "scale", "", ())
 
 
-def one_run(root: Path, config: Config, pools: Any) -> Spent:
-    """Everything of one iteration that is neither a model nor a training, in a run directory that is removed afterwards."""
+def one_run(root: Path, config: Config, pools: Any) -> RunCost:
+    """Runs one iteration without model and training, in a run directory that is deleted afterwards; returns its cost."""
     from evolve_ray.inputs.prepare import prepare
     from evolve_ray.pools import session
     from evolve_ray.report import report
@@ -133,45 +135,45 @@ def one_run(root: Path, config: Config, pools: Any) -> Spent:
 
     prompts = config.prompts.per_iteration
     tables.write_jsonl(root / "prompts.jsonl", ({"prompt": letters(number), "answer": "yes"} for number in range(prompts)))
-    run, spent, cpu = Run(root / "run"), Spent(prompts), time.process_time()
+    run, cost, cpu = Run(root / "run"), RunCost(prompts), time.process_time()
     run.root.mkdir()
-    quiet = functools.partial(prepare, config, run, lambda line: None, functools.partial(session.start_ray, config))
+    prepare_quietly = functools.partial(prepare, config, run, lambda line: None, functools.partial(session.start_ray, config))
     with watched_memory() as memory:
-        with timed(spent, "prompts"):
-            context = quiet(rerun_changed=False)
+        with timed(cost, "prompts"):
+            context = prepare_quietly(rerun_changed=False)
         context.pools = pools
         models = [evaluate(context, 0, context.policy, "base", folder="base_evaluation")]
-        asked = generations.GenerationJob(
+        job = generations.GenerationJob(
             1, "generations", context.policy, context.prompts[1], config.strategy, config.sampling, 1, context.reward_models
         )
-        with timed(spent, "drafts and scores"):
-            drafts, scores = generations.generate_and_score(context, asked, run.iteration(1))
-        with timed(spent, "pairs"):
-            chosen = select(context, 1, drafts, scores)
+        with timed(cost, "drafts and scores"):
+            drafts, scores = generations.generate_and_score(context, job, run.iteration(1))
+        with timed(cost, "pairs"):
+            pairs = select(context, 1, drafts, scores)
             context.collect_rejected(1)
-        with timed(spent, "drift"):
+        with timed(cost, "drift"):
             models.append(models[0] | {"name": "iteration 1", "iteration": 1})
-            models[-1]["drift"] = measures.measure_drift(context, 1, drafts, scores, chosen, None, models[:1])
-        with timed(spent, "report"):
+            models[-1]["drift"] = measures.measure_drift(context, 1, drafts, scores, pairs, None, models[:1])
+        with timed(cost, "report"):
             report.write(run, resolved(config), models)
-    spent.first_s = first_shard_s(tables.read_jsonl(run.root / "events.jsonl"))
+    cost.first_s = first_shard_s(tables.read_jsonl(run.root / "events.jsonl"))
     sizes = [path.stat().st_size for path in run.root.rglob("*") if path.is_file()]
-    spent.files, spent.num_bytes, spent.largest = len(sizes), sum(sizes), max(sizes)
-    spent.driver_cpu_s, spent.peak_mib = time.process_time() - cpu, memory[0]
-    spent.pairs, spent.shards = chosen.stats["num_rows"], drafts.stats["num_shards"]
+    cost.files, cost.num_bytes, cost.largest = len(sizes), sum(sizes), max(sizes)
+    cost.driver_cpu_s, cost.peak_mib = time.process_time() - cpu, memory[0]
+    cost.pairs, cost.shards = pairs.stats["num_rows"], drafts.stats["num_shards"]
     shutil.rmtree(run.root)
-    return spent
+    return cost
 
 
 def first_shard_s(events: list[dict[str, Any]]) -> float:
-    """Seconds from the start of the pipeline until its first shard was done: what it takes to get under way."""
+    """Returns seconds from the start of the pipeline until its first shard was done."""
     started = next(event["time"] for event in events if event["event"] == "stage_start")
     done = next(event["time"] for event in events if event["event"] == "shard")
     return (datetime.datetime.fromisoformat(done) - datetime.datetime.fromisoformat(started)).total_seconds()
 
 
 def letters(number: int) -> str:
-    """A prompt of 40 letters for each number."""
+    """Returns a prompt of 40 letters, a different one for each number."""
     text = ""
     while number:
         number, digit = divmod(number, len(DIGITS))
@@ -180,22 +182,22 @@ def letters(number: int) -> str:
 
 
 @contextlib.contextmanager
-def timed(spent: Spent, name: str) -> Iterator[None]:
+def timed(cost: RunCost, name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
-    spent.seconds[name] = time.perf_counter() - started
+    cost.seconds[name] = time.perf_counter() - started
 
 
 @contextlib.contextmanager
 def watched_memory() -> Iterator[list[float]]:
-    """Gives a list whose only member becomes the most memory (MiB) that this process had inside."""
+    """Yields a list; its only member becomes the peak memory of this process (MiB) inside the block."""
     peak, done = [resident_mib()], threading.Event()
 
-    def look() -> None:
+    def read_memory() -> None:
         while not done.wait(LOOK_S):
             peak[0] = max(peak[0], resident_mib())
 
-    thread = threading.Thread(target=look, daemon=True)
+    thread = threading.Thread(target=read_memory, daemon=True)
     thread.start()
     try:
         yield peak
@@ -206,77 +208,77 @@ def watched_memory() -> Iterator[list[float]]:
 
 
 def resident_mib() -> float:
-    """Memory of this process that is its own: shared pages are Ray's object store, which has a bound of its own."""
+    """Returns the private memory of this process: shared pages belong to Ray's object store, which has its own limit."""
     _, resident, shared = Path("/proc/self/statm").read_text().split()[:3]
     return (int(resident) - int(shared)) * PAGE_MIB
 
 
-def growth_rows(given: argparse.Namespace, root: Path) -> list[Row]:
+def growth_rows(args: argparse.Namespace, root: Path) -> list[Row]:
     from evolve_ray.pools.actors import Pools
 
-    engine = {"actors": given.engines, "shard_prompts": given.shard, "args": {"service_s": 0.0}}
+    engine = {"actors": args.engines, "shard_prompts": args.shard, "args": {"service_s": 0.0}}
     pools = Pools()
-    one_run(root, recipe(root, given, 4 * given.shard, **engine), pools)  # starts Ray, actors, imports
-    start = resident_mib()
-    found: list[list[Spent]] = []
-    for _ in range(given.repeats):
-        found.append([one_run(root, recipe(root, given, size, **engine), pools) for size in given.sizes])
-        for spent in found[-1]:
-            spent.peak_mib -= start
+    one_run(root, recipe(root, args, 4 * args.shard, **engine), pools)  # starts Ray and the actors, imports modules
+    start_mib = resident_mib()
+    costs: list[list[RunCost]] = []
+    for _ in range(args.repeats):
+        costs.append([one_run(root, recipe(root, args, size, **engine), pools) for size in args.sizes])
+        for cost in costs[-1]:
+            cost.peak_mib -= start_mib
     for name in ("engines", "scorers"):
         pools.close(name)
-    return growth(found, start)
+    return growth(costs, start_mib)
 
 
-def growth(found: list[list[Spent]], start_mib: float) -> list[Row]:
-    """The rows of the repeats; in each the sizes in ascending order."""
-    counts = {f"{spent.prompts:,} prompts": spent.told() for spent in found[-1]}
-    last = [sizes[-1] for sizes in found]
-    times = [sizes[-1].each / min(spent.each for spent in sizes[:-1] or sizes) for sizes in found]
-    memory = [max(spent.peak_mib for spent in sizes) for sizes in found]
-    bytes_each = [(sizes[-1].num_bytes / sizes[-1].prompts) / (sizes[0].num_bytes / sizes[0].prompts) for sizes in found]
+def growth(repeats: list[list[RunCost]], start_mib: float) -> list[Row]:
+    """Returns the rows; each repeat has the sizes in ascending order."""
+    counts = {f"{cost.prompts:,} prompts": cost.summary() for cost in repeats[-1]}
+    largest = [costs[-1] for costs in repeats]
+    growths = [costs[-1].each / min(cost.each for cost in costs[:-1] or costs) for costs in repeats]
+    memory = [max(cost.peak_mib for cost in costs) for costs in repeats]
+    bytes_each = [(costs[-1].num_bytes / costs[-1].prompts) / (costs[0].num_bytes / costs[0].prompts) for costs in repeats]
     return [
-        Row("scale_time_growth", "x", times, counts),
+        Row("scale_time_growth", "x", growths, counts),
         Row("scale_driver_mib", "MiB", memory, {"driver at its start, MiB": round(start_mib, 1)}),
-        Row("scale_report_s", "s", [spent.seconds["report"] for spent in last]),
-        Row("scale_files_per_shard", "files", [spent.files / spent.shards for spent in last], {"shards": last[-1].shards}),
-        Row("scale_bytes_growth", "x", bytes_each, {"largest file, bytes": last[-1].largest}),
+        Row("scale_report_s", "s", [cost.seconds["report"] for cost in largest]),
+        Row("scale_files_per_shard", "files", [cost.files / cost.shards for cost in largest], {"shards": largest[-1].shards}),
+        Row("scale_bytes_growth", "x", bytes_each, {"largest file, bytes": largest[-1].largest}),
     ]
 
 
-def actor_rows(given: argparse.Namespace, root: Path) -> list[Row]:
-    """Each number of engines after the other, so that no two compete; their start is left out."""
+def actor_rows(args: argparse.Namespace, root: Path) -> list[Row]:
+    """Measures one number of engines after the other, so that they do not compete; their start is not measured."""
     from evolve_ray.pools.actors import Pools
 
-    size, service_s = 16, given.service_ms / 1000
-    took: dict[int, list[Spent]] = {number: [] for number in given.actors}
-    for number in given.actors:
+    size, service_s = 16, args.service_ms / 1000
+    costs: dict[int, list[RunCost]] = {number: [] for number in args.actors}
+    for number in args.actors:
         engine = {"actors": number, "shard_prompts": size, "args": {"service_s": service_s}}
         pools = Pools()
-        one_run(root, recipe(root, given, 2 * number * size, **engine), pools)
-        for _ in range(given.repeats):
-            took[number].append(one_run(root, recipe(root, given, number * given.shards_each * size, **engine), pools))
+        one_run(root, recipe(root, args, 2 * number * size, **engine), pools)
+        for _ in range(args.repeats):
+            costs[number].append(one_run(root, recipe(root, args, number * args.shards_each * size, **engine), pools))
         for name in ("engines", "scorers"):
             pools.close(name)
-    return side_by_side(took, size * ROUNDS * given.shards_each, service_s)
+    return side_by_side(costs, size * ROUNDS * args.shards_each, service_s)
 
 
-def side_by_side(took: dict[int, list[Spent]], requests_each: int, service_s: float) -> list[Row]:
-    """Each engine has the same work, so its seconds alone over those of many side by side are the share of the ideal."""
-    seconds = {number: [spent.seconds["drafts and scores"] for spent in runs] for number, runs in took.items()}
-    alone = statistics.median(seconds[min(took)])
-    made = []
-    for number, runs in took.items():
-        each = statistics.median(seconds[number])
+def side_by_side(costs: dict[int, list[RunCost]], requests_each: int, service_s: float) -> list[Row]:
+    """Returns the rows: seconds of one engine alone over those of many side by side. The ideal is 1: each has the same work."""
+    seconds = {number: [cost.seconds["drafts and scores"] for cost in runs] for number, runs in costs.items()}
+    alone = statistics.median(seconds[min(costs)])
+    rows = []
+    for number, runs in costs.items():
+        median_s = statistics.median(seconds[number])
         counts = {
             "requests of an engine": requests_each,
-            "requests/s": round(number * requests_each / each, 2),
-            "seconds": round(each, 2),
+            "requests/s": round(number * requests_each / median_s, 2),
+            "seconds": round(median_s, 2),
             "of these serving": round(requests_each * service_s, 2),
-            "until the first shard was done": round(statistics.median(spent.first_s for spent in runs), 2),
+            "until the first shard was done": round(statistics.median(cost.first_s for cost in runs), 2),
             "of these serving it": round(requests_each * service_s * number / runs[0].shards, 2),
-            "driver CPU": round(statistics.median(spent.driver_cpu_s for spent in runs), 2),
+            "driver CPU": round(statistics.median(cost.driver_cpu_s for cost in runs), 2),
         }
-        unit = f"of {number} times {min(took)}" if number > min(took) else "of itself"
-        made.append(Row(f"scale_{number}_actors", unit, [alone / value for value in seconds[number]], counts))
-    return made
+        unit = f"of {number} times {min(costs)}" if number > min(costs) else "of itself"
+        rows.append(Row(f"scale_{number}_actors", unit, [alone / value for value in seconds[number]], counts))
+    return rows

@@ -1,4 +1,4 @@
-"""Rows of a benchmark: a figure with its range, and the counts that explain it."""
+"""Rows of a benchmark: a figure with its range, and counts that explain it."""
 
 import statistics
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """`values` are the repeats of one figure; `counts` hold what was done beside how long it took."""
+    """One figure. `values` are its repeats; `counts` hold the amount of work that was done."""
 
     name: str
     unit: str
@@ -20,11 +20,11 @@ def as_json(row: Row) -> dict[str, Any]:
     return {"name": row.name, **figures, "unit": row.unit, "repeats": len(row.values), "counts": row.counts}
 
 
-def as_text(made: list[Row]) -> str:
-    """One line a row with median and range, then its counts."""
-    width = max(len(row.name) for row in made)
+def as_text(rows: list[Row]) -> str:
+    """Returns one line per row with median and range, followed by its counts."""
+    width = max(len(row.name) for row in rows)
     lines = []
-    for row in made:
+    for row in rows:
         figures = as_json(row)
         shown = f"{figures['median']:.3g} {row.unit} [{figures['low']:.3g}, {figures['high']:.3g}] of {len(row.values)}"
         lines.append(f"{row.name:{width}}  {shown}")

@@ -1,9 +1,9 @@
-"""Training steps (forward, backward, AdamW) of a random Llama in plain PyTorch, with the log-probabilities of the product.
+"""Measures training steps (forward, backward, AdamW) of a random Llama in PyTorch, with the log-probabilities of a real run.
 
 * `evolve_tree_vs_separate`: pairs/s of objective `evolve`, trees over a padded row for each of the six sequences;
-* `dpo_vs_trl`: pairs/s of objective `dpo`, trees over TRL's DPOTrainer with a precomputed reference, the same pairs;
-* `memory_vs_trl` and `memory_vs_full_logits`: what a step allocates at its peak beside weights and optimiser, over the same
-  of TRL, and of trees whose logits are all made at once.
+* `dpo_vs_trl`: pairs/s of objective `dpo`, trees over TRL's DPOTrainer with a precomputed reference, on the same pairs;
+* `memory_vs_trl`: peak memory that a step allocates, without weights and optimiser, over that of TRL;
+* `memory_vs_full_logits`: the same over that of trees with all logits in memory at once.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from evolve_ray.train.tree import Forward, Sequence, pack
 
 NAMES = ("evolve_tree_vs_separate", "dpo_vs_trl", "memory_vs_trl", "memory_vs_full_logits")
 SIX = tuple(REFERENCE.names[1:])
-Spent = tuple[float, float]  # wall and CPU seconds
+Seconds = tuple[float, float]  # wall and CPU seconds
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -37,9 +37,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dpo-pairs", type=int, default=8, help="pairs of a step of dpo")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--instruction", type=int, default=32, help="tokens of the refinement instruction")
-    parser.add_argument("--answer", type=int, default=256, help="tokens of an answer; for dpo the most, the least is a quarter")
+    parser.add_argument("--answer", type=int, default=256, help="tokens of an answer; dpo draws from a quarter of it to all")
     parser.add_argument(
-        "--model", metavar="FOLDER_OR_NAME", help="has the shape that is initialised at random, in place of these"
+        "--model", metavar="FOLDER_OR_NAME", help="a model whose shape replaces the options below; its weights are random"
     )
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
@@ -49,70 +49,70 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=16384, help="tokens of a forward")
 
 
-def rows(given: argparse.Namespace) -> list[Row]:
+def rows(args: argparse.Namespace) -> list[Row]:
     import torch
 
-    if given.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: is cuda, but torch finds no GPU here; leave it out")
-    measured = [evolve(given)] if "evolve_tree_vs_separate" in given.only else []
-    if "dpo_vs_trl" in given.only:
-        measured.append(against_trl(given, given.vocabulary, given.layers, memory=False))
-    if "memory_vs_trl" in given.only:
-        measured.append(against_trl(given, given.memory_vocabulary, given.memory_layers, memory=True))
-    if "memory_vs_full_logits" in given.only:
-        measured.append(full_logits(given))
-    return measured
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: is cuda, but torch finds no GPU; use --device cpu")
+    rows = [evolve(args)] if "evolve_tree_vs_separate" in args.only else []
+    if "dpo_vs_trl" in args.only:
+        rows.append(against_trl(args, args.vocabulary, args.layers, memory=False))
+    if "memory_vs_trl" in args.only:
+        rows.append(against_trl(args, args.memory_vocabulary, args.memory_layers, memory=True))
+    if "memory_vs_full_logits" in args.only:
+        rows.append(full_logits(args))
+    return rows
 
 
 class Policy:
-    """A random model with AdamW and the objective on given pairs; log-probabilities of the start are the reference."""
+    """A random model with AdamW and an objective. The reference is its own log-probabilities in the same step."""
 
-    def __init__(self, given: argparse.Namespace, training: options_of.Training, model: Any, names: tuple[str, ...]):
+    def __init__(self, args: argparse.Namespace, training: options_of.Training, model: Any, names: tuple[str, ...]):
         import torch
 
         from evolve_ray.train import objectives
         from evolve_ray.train.tree_check import tree_model
 
-        self.given, self.training, self.names, self.model = given, training, names, model
-        self.device = torch.device(given.device)
+        self.args, self.training, self.names, self.model = args, training, names, model
+        self.device = torch.device(args.device)
         self.tree = tree_model(model, self.device)
-        self.attention = model.config._attn_implementation  # that of trees; separate rows are read as always
+        self.attention = model.config._attn_implementation  # the attention of trees; separate rows use sdpa
         self.objective = objectives.find(training)
         self.optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
 
     def packed(self, groups: list[list[Sequence]]) -> list[Forward]:
-        limits = {"max_tokens": self.given.max_tokens, "max_groups": len(groups)}
+        limits = {"max_tokens": self.args.max_tokens, "max_groups": len(groups)}
         return pack(groups, keys=[str(n) for n in range(len(groups))], one_row=self.device.type == "cuda", **limits)
 
     def by_trees(self, groups: list[list[Sequence]], *, chunked: bool = True) -> dict[str, Any]:
-        """One step, packing included; gives back its counts."""
+        """Trains one step on trees, packing included; returns its counts."""
         from evolve_ray.train.logprobs import num_chunks, tree_logps
 
         self.model.set_attn_implementation(self.attention)
         forwards = self.packed(groups)
         for forward in forwards:
-            flat = tree_logps(self.tree, forward, self.device, num_chunks(forward) if chunked else 0)
-            self.backward(flat, [groups[group] for group in forward.groups], len(groups))
+            logps = tree_logps(self.tree, forward, self.device, num_chunks(forward) if chunked else 0)
+            self.backward(logps, [groups[group] for group in forward.groups], len(groups))
         self.update()
-        return counted(sum(f.num_tokens for f in forwards), sum(f.ids_RW.size for f in forwards), len(forwards))
+        return token_counts(sum(f.num_tokens for f in forwards), sum(f.ids_RW.size for f in forwards), len(forwards))
 
     def by_rows(self, groups: list[list[Sequence]]) -> dict[str, Any]:
-        """The same step from a padded row for each sequence."""
+        """Trains the same step on a padded row for each sequence; returns its counts."""
         from evolve_ray.train.logprobs import sequence_logps
 
         self.model.set_attn_implementation("sdpa")
-        flat = [sequence for group in groups for sequence in group]
-        self.backward(sequence_logps(self.model, flat, 0, self.device), groups, len(groups))
+        sequences = [sequence for group in groups for sequence in group]
+        self.backward(sequence_logps(self.model, sequences, 0, self.device), groups, len(groups))
         self.update()
-        lengths = [len(s.context) + len(s.response) for s in flat]
-        return counted(sum(lengths), len(flat) * max(lengths), 1)
+        lengths = [len(s.context) + len(s.response) for s in sequences]
+        return token_counts(sum(lengths), len(sequences) * max(lengths), 1)
 
-    def backward(self, flat: Any, groups: list[list[Sequence]], num_pairs: int) -> None:
+    def backward(self, logps: Any, groups: list[list[Sequence]], num_pairs: int) -> None:
         import torch
 
         from evolve_ray.train import objectives
 
-        values = dict(zip(self.names, flat.view(-1, len(self.names)).unbind(1), strict=True))
+        values = dict(zip(self.names, logps.view(-1, len(self.names)).unbind(1), strict=True))
         lengths = {
             name: torch.tensor([max(1, len(group[place].response)) for group in groups], device=self.device)
             for place, name in enumerate(self.names)
@@ -126,104 +126,108 @@ class Policy:
         self.optimiser.zero_grad(set_to_none=True)
 
 
-def counted(used: int, read: int, forwards: int) -> dict[str, Any]:
-    return {"tokens forwarded": read, "padding share": round(1 - used / read, 3), "forwards": forwards}
+def token_counts(num_used: int, num_read: int, forwards: int) -> dict[str, Any]:
+    return {"tokens forwarded": num_read, "padding share": round(1 - num_used / num_read, 3), "forwards": forwards}
 
 
-def random_model(given: argparse.Namespace, vocabulary: int, layers: int) -> Any:
-    """A Llama, or what `--model` has the shape of, with random weights."""
+def random_model(args: argparse.Namespace, vocabulary: int, layers: int) -> Any:
+    """Returns a Llama, or a model with the shape of `--model`, with random weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
-    heads = max(1, given.hidden // 64)
-    if given.model:
-        config = AutoConfig.from_pretrained(given.model, trust_remote_code=False)
+    heads = max(1, args.hidden // 64)
+    if args.model:
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
     else:
         config = LlamaConfig(
-            vocab_size=vocabulary, hidden_size=given.hidden, intermediate_size=given.hidden * 11 // 4, num_hidden_layers=layers,
+            vocab_size=vocabulary, hidden_size=args.hidden, intermediate_size=args.hidden * 11 // 4, num_hidden_layers=layers,
             num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=8192,
         )  # fmt: skip
-    with torch.device(given.device):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, given.dtype)).train()
+    with torch.device(args.device):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).train()
 
 
-def evolve(given: argparse.Namespace) -> Row:
-    """Six sequences a pair, as the `conversation` layout has them, of random tokens."""
-    model = random_model(given, given.vocabulary, given.layers)
-    policy = Policy(given, options_of.Training(objective="evolve"), model, SIX)
-    draw = random.Random(0)
+def evolve(args: argparse.Namespace) -> Row:
+    """Returns the row of `evolve`: six sequences per pair as in the `conversation` layout, of random tokens."""
+    model = random_model(args, args.vocabulary, args.layers)
+    policy = Policy(args, options_of.Training(objective="evolve"), model, SIX)
+    generator = random.Random(0)
 
     def tokens(length: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(model.config.vocab_size) for _ in range(length))
+        return tuple(generator.randrange(model.config.vocab_size) for _ in range(length))
 
     def group() -> list[Sequence]:
-        x, z, w, l = tokens(given.prompt), tokens(given.instruction), tokens(given.answer), tokens(given.answer)  # noqa: E741
+        x, z, w, l = tokens(args.prompt), tokens(args.instruction), tokens(args.answer), tokens(args.answer)  # noqa: E741
         return [Sequence(x, w), Sequence(x, l), *(Sequence(x + d + z, y) for d in (l, w) for y in (w, l))]
 
-    groups = [group() for _ in range(given.pairs)]
+    groups = [group() for _ in range(args.pairs)]
     sides = {"tree": lambda: policy.by_trees(groups), "separate": lambda: policy.by_rows(groups)}
-    read = model.num_parameters() - model.get_input_embeddings().weight.numel()  # weights that every token is multiplied with
-    return in_turns("evolve_tree_vs_separate", given, sides, given.pairs, {"parameters": model.num_parameters()}, read)
+    num_weights = model.num_parameters() - model.get_input_embeddings().weight.numel()  # weights that multiply every token
+    return in_turns("evolve_tree_vs_separate", args, sides, args.pairs, {"parameters": model.num_parameters()}, num_weights)
 
 
 def in_turns(
-    name: str, given: argparse.Namespace, sides: dict[str, Callable], pairs: int, counts: dict[str, Any], read: int
+    name: str, args: argparse.Namespace, sides: dict[str, Callable], pairs: int, counts: dict[str, Any], num_weights: int
 ) -> Row:  # fmt: skip
-    """Seconds of the second side over those of the first, step by step, after one step of each that is not timed.
+    """Returns seconds of the second side over those of the first, step by step, after a warm-up step of each side.
 
-    Model FLOPs, for the utilisation of a device of known speed: 6 a weight and token that is no padding; attention is left out.
+    The counts have model TFLOP/s, to compare with the peak of the device: 6 operations for each weight and each token that is
+    not padding; attention is not counted.
     """
     work = {side: step() for side, step in sides.items()}
-    spent: dict[str, list[Spent]] = {side: [] for side in sides}
-    for _ in range(given.repeats):
+    seconds: dict[str, list[Seconds]] = {side: [] for side in sides}
+    for _ in range(args.repeats):
         for side, step in sides.items():
-            with Watch(given) as watch:
+            with Watch(args) as watch:
                 step()
-            spent[side].append(watch.spent)
-    used = {side: done["tokens forwarded"] * (1 - done["padding share"]) for side, done in work.items()}
+            seconds[side].append(watch.spent)
+    tokens = {side: step["tokens forwarded"] * (1 - step["padding share"]) for side, step in work.items()}
     speed = {
-        f"{side}, model TFLOP/s": round(6e-12 * read * used[side] / statistics.median(wall for wall, _ in times), 4)
-        for side, times in spent.items()
+        f"{side}, model TFLOP/s": round(6e-12 * num_weights * tokens[side] / statistics.median(wall for wall, _ in times), 4)
+        for side, times in seconds.items()
     }
-    return ratio(name, spent, pairs, counts | work | speed)
+    return ratio(name, seconds, pairs, counts | work | speed)
 
 
-def ratio(name: str, spent: dict[str, list[Spent]], pairs: int, counts: dict[str, Any]) -> Row:
-    """Of wall seconds; that of CPU seconds, which a loaded machine disturbs less, is among the counts."""
-    ours, theirs = spent.values()
-    speeds = {f"{side}, pairs/s": round(pairs * len(times) / sum(wall for wall, _ in times), 3) for side, times in spent.items()}
-    on_cpu = [round(b / a, 3) for (_, a), (_, b) in zip(ours, theirs, strict=True)]
-    return Row(name, "x", [b / a for (a, _), (b, _) in zip(ours, theirs, strict=True)], speeds | {"CPU ratios": on_cpu} | counts)
+def ratio(name: str, seconds: dict[str, list[Seconds]], pairs: int, counts: dict[str, Any]) -> Row:
+    """Returns the ratio of wall seconds. The counts have the ratio of CPU seconds, which other load disturbs less."""
+    ours, theirs = seconds.values()
+    speeds = {
+        f"{side}, pairs/s": round(pairs * len(times) / sum(wall for wall, _ in times), 3) for side, times in seconds.items()
+    }
+    cpu_ratios = [round(b / a, 3) for (_, a), (_, b) in zip(ours, theirs, strict=True)]
+    wall_ratios = [b / a for (a, _), (b, _) in zip(ours, theirs, strict=True)]
+    return Row(name, "x", wall_ratios, speeds | {"CPU ratios": cpu_ratios} | counts)
 
 
 class Watch:
-    """`with Watch(given) as watch`: then `watch.spent` are the wall and CPU seconds inside."""
+    """`with Watch(args) as watch`: afterwards `watch.spent` has the wall and CPU seconds of the block."""
 
-    def __init__(self, given: argparse.Namespace):
-        self.given = given
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
 
     def __enter__(self) -> "Watch":
-        self.begun = (time.perf_counter(), time.process_time())
+        self.start = (time.perf_counter(), time.process_time())
         return self
 
     def __exit__(self, *error: Any) -> None:
-        synchronise(self.given)
-        self.spent: Spent = (time.perf_counter() - self.begun[0], time.process_time() - self.begun[1])
+        synchronise(self.args)
+        self.spent: Seconds = (time.perf_counter() - self.start[0], time.process_time() - self.start[1])
 
 
-def synchronise(given: argparse.Namespace) -> None:
+def synchronise(args: argparse.Namespace) -> None:
     import torch
 
-    if given.device == "cuda":
+    if args.device == "cuda":
         torch.cuda.synchronize()
 
 
 class Peak:
-    """`with Peak(given) as peak`: then `peak.bytes` is the most that was allocated inside beyond what was there before."""
+    """`with Peak(args) as peak`: afterwards `peak.bytes` is the peak memory that the block allocated in addition."""
 
-    def __init__(self, given: argparse.Namespace):
-        self.cuda, self.bytes = given.device == "cuda", 0
+    def __init__(self, args: argparse.Namespace):
+        self.cuda, self.bytes = args.device == "cuda", 0
 
     def __enter__(self) -> "Peak":
         import torch
@@ -255,22 +259,22 @@ class Peak:
             self.bytes = max(self.bytes, live)
 
 
-def full_logits(given: argparse.Namespace) -> Row:
-    """The peak of a step of dpo with chunked logits over that with all logits of the same trees."""
+def full_logits(args: argparse.Namespace) -> Row:
+    """Returns the peak of a step of dpo with chunked logits over the peak with all logits of the same trees."""
     policy = Policy(
-        given,
+        args,
         options_of.Training(objective="dpo"),
-        random_model(given, given.memory_vocabulary, given.memory_layers),
+        random_model(args, args.memory_vocabulary, args.memory_layers),
         ("chosen", "rejected"),
     )
-    groups = [group for _, group in preferences(given, given.dpo_pairs)]
+    groups = [group for _, group in preferences(args, args.dpo_pairs)]
     peaks: dict[bool, list[int]] = {True: [], False: []}
     policy.by_trees(groups)
-    for _ in range(max(1, min(2, given.repeats))):
-        for chunked, found in peaks.items():
-            with Peak(given) as peak:
+    for _ in range(max(1, min(2, args.repeats))):
+        for chunked, peaks_of_side in peaks.items():
+            with Peak(args) as peak:
                 work = policy.by_trees(groups, chunked=chunked)
-            found.append(peak.bytes)
+            peaks_of_side.append(peak.bytes)
     counts = {"chunked, peak MiB": mib(peaks[True]), "all logits, peak MiB": mib(peaks[False]), "both": work}
     return Row("memory_vs_full_logits", "x", [a / b for a, b in zip(peaks[True], peaks[False], strict=True)], counts)
 
@@ -279,55 +283,55 @@ def mib(peaks: list[int]) -> float:
     return round(max(peaks) / 2**20, 1)
 
 
-def preferences(given: argparse.Namespace, count: int) -> list[tuple[dict[str, str], list[Sequence]]]:
-    """Random letters as rows for TRL, and the sequences of the same tokens: prompts of one length, answers spread fourfold."""
+def preferences(args: argparse.Namespace, count: int) -> list[tuple[dict[str, str], list[Sequence]]]:
+    """Returns random pairs as rows for TRL and as sequences of the same tokens; prompts have one length, answers vary."""
     from evolve_ray.bench.letters import chat
 
-    draw, talk, made = random.Random(0), chat(), []
+    generator, letters_chat, pairs = random.Random(0), chat(), []
     for _ in range(count):
-        prompt = "".join(draw.choices(LETTERS, k=given.prompt))
-        answers = ["".join(draw.choices(LETTERS, k=draw.randint(given.answer // 4, given.answer))) for _ in range(2)]
-        context = tuple(talk.context_ids(({"role": "user", "content": prompt},)))
-        group = [Sequence(context, tuple(talk.response_ids(answer, finished=True))) for answer in answers]
-        made.append(({"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}, group))
-    return made
+        prompt = "".join(generator.choices(LETTERS, k=args.prompt))
+        answers = ["".join(generator.choices(LETTERS, k=generator.randint(args.answer // 4, args.answer))) for _ in range(2)]
+        context = tuple(letters_chat.context_ids(({"role": "user", "content": prompt},)))
+        group = [Sequence(context, tuple(letters_chat.response_ids(answer, finished=True))) for answer in answers]
+        pairs.append(({"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}, group))
+    return pairs
 
 
-def against_trl(given: argparse.Namespace, vocabulary: int, layers: int, *, memory: bool) -> Row:
-    """TRL's own loop; after each of its steps comes one of ours on the pairs of that step."""
+def against_trl(args: argparse.Namespace, vocabulary: int, layers: int, *, memory: bool) -> Row:
+    """Runs TRL's own loop; after each of its steps, one of our steps runs on the same pairs."""
     from evolve_ray.bench.trl_loop import steps_of_trl
 
-    pairs = preferences(given, given.dpo_pairs * (given.repeats + 1))
-    policy = Policy(given, options_of.Training(objective="dpo"), random_model(given, vocabulary, layers), ("chosen", "rejected"))
-    spent: dict[str, list[Spent]] = {"ours": [], "TRL": []}
+    pairs = preferences(args, args.dpo_pairs * (args.repeats + 1))
+    policy = Policy(args, options_of.Training(objective="dpo"), random_model(args, vocabulary, layers), ("chosen", "rejected"))
+    seconds: dict[str, list[Seconds]] = {"ours": [], "TRL": []}
     peaks: dict[str, list[int]] = {"ours": [], "TRL": []}
     work: list[dict[str, Any]] = []
 
-    def ours(step: int, took: Spent, peak: int) -> None:
-        batch = [group for _, group in pairs[step * given.dpo_pairs : (step + 1) * given.dpo_pairs]]
-        with Peak(given) if memory else NoPeak() as own, Watch(given) as watch:
+    def our_step(step: int, trl_seconds: Seconds, trl_peak: int) -> None:
+        batch = [group for _, group in pairs[step * args.dpo_pairs : (step + 1) * args.dpo_pairs]]
+        with Peak(args) if memory else NoPeak() as our_peak, Watch(args) as watch:
             work.append(policy.by_trees(batch))
-        if step:  # the first step of each side warms up
-            spent["ours"].append(watch.spent)
-            spent["TRL"].append(took)
-            peaks["ours"].append(own.bytes)
-            peaks["TRL"].append(peak)
+        if step:  # the first step of each side is a warm-up
+            seconds["ours"].append(watch.spent)
+            seconds["TRL"].append(trl_seconds)
+            peaks["ours"].append(our_peak.bytes)
+            peaks["TRL"].append(trl_peak)
 
     watches = (Watch, Peak if memory else NoPeak)
-    steps_of_trl(given, random_model(given, vocabulary, layers), [row for row, _ in pairs], ours, watches)
-    counts = {"parameters": policy.model.num_parameters(), "ours": work[-1], "TRL": padded(given, [g for _, g in pairs])}
+    steps_of_trl(args, random_model(args, vocabulary, layers), [row for row, _ in pairs], our_step, watches)
+    counts = {"parameters": policy.model.num_parameters(), "ours": work[-1], "TRL": padded(args, [g for _, g in pairs])}
     if not memory:
-        return ratio("dpo_vs_trl", spent, given.dpo_pairs, counts)
+        return ratio("dpo_vs_trl", seconds, args.dpo_pairs, counts)
     counts |= {"ours, peak MiB": mib(peaks["ours"]), "TRL, peak MiB": mib(peaks["TRL"])}
     return Row("memory_vs_trl", "x", [a / b for a, b in zip(peaks["ours"], peaks["TRL"], strict=True)], counts)
 
 
 class NoPeak:
-    """In the place of `Peak` where time is measured: the profiler would cost some."""
+    """Replaces `Peak` where time is measured, because the profiler costs time."""
 
     bytes = 0
 
-    def __init__(self, given: Any = None):
+    def __init__(self, args: Any = None):
         pass
 
     def __enter__(self) -> "NoPeak":
@@ -337,7 +341,7 @@ class NoPeak:
         pass
 
 
-def padded(given: argparse.Namespace, groups: list[list[Sequence]]) -> dict[str, Any]:
-    """What TRL reads in its last step: a row for each answer, as long as the longest."""
-    lengths = [len(s.context) + len(s.response) for group in groups[-given.dpo_pairs :] for s in group]
-    return counted(sum(lengths), len(lengths) * max(lengths), 1)
+def padded(args: argparse.Namespace, groups: list[list[Sequence]]) -> dict[str, Any]:
+    """Returns the counts of TRL's last step: a row for each answer, padded to the longest."""
+    lengths = [len(s.context) + len(s.response) for group in groups[-args.dpo_pairs :] for s in group]
+    return token_counts(sum(lengths), len(lengths) * max(lengths), 1)

@@ -1,7 +1,8 @@
-"""AlpacaEval 2 by the code of its own package `alpaca_eval`: raw and length-controlled win rates (arXiv 2404.04475).
+"""AlpacaEval 2, computed by its own package `alpaca_eval`: raw and length-controlled win rates (arXiv 2404.04475).
 
-Written are outputs/NAME.json and reference.json in its model-output format, and annotators/JUDGE/configs.yaml, with which
-its own command line judges the same files the same way. The default template is the one that the package ships for AlpacaEval 2.
+This module writes outputs/NAME.json and reference.json in the package's model-output format, and annotators/JUDGE/configs.yaml.
+With them the package's own command line judges the same files in the same way. The default template is the one that the
+package ships for AlpacaEval 2.
 """
 
 import contextlib
@@ -22,59 +23,63 @@ from evolve_ray.store.files import sha256_file, write_atomic
 from evolve_ray.store.rows import digest
 
 OFFICIAL_TEMPLATE = "alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
-OFFICIAL_SIZE = 805  # instructions, whose difficulty the hub's df_gamed.csv has
-FOLDS = 5  # of the cross-validation inside the length control
+OFFICIAL_SIZE = 805  # instructions; df_gamed.csv on the hub has their difficulties
+FOLDS = 5  # of the cross-validation in the length control
 
-# How the length-controlled win rate is made: with the fitted difficulty of AlpacaEval's instructions, or from lengths alone.
+# The model of the length control: v1 uses the fitted difficulty of AlpacaEval's instructions, minimal uses lengths alone.
 LENGTH_CONTROLS = {"v1": "length_controlled_v1", "minimal": "length_controlled_minimal", "none": None}
 
 
 def package() -> Any:
-    """The module `alpaca_eval`."""
+    """Returns the module `alpaca_eval`."""
     try:
         with quiet():
             import alpaca_eval
     except ImportError as error:
-        raise UserError(f"alpaca_eval: the package is missing ({error}); pip install -e '.[eval]'") from None
+        raise UserError(f"alpaca_eval: the package is not installed ({error}); pip install -e '.[eval]'") from None
     return alpaca_eval
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The package logs at every step, and each verdict that it cannot read with a traceback; figures say how many there were."""
+    """Silences the package: it logs every step, and a traceback for each verdict that it cannot parse.
+
+    The figures count those verdicts.
+    """
     level = logging.getLogger().level
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what later versions of its dependencies will change; pyproject.toml bounds them
+            warnings.simplefilter("ignore")  # deprecations in its dependencies, whose versions pyproject.toml limits
             yield
     finally:
         logging.disable(logging.NOTSET)
-        logging.getLogger().setLevel(level)  # the package sets it when imported
+        logging.getLogger().setLevel(level)  # importing the package changes it
 
 
 def read_reference(path: str) -> list[dict]:
-    """The reference's outputs, from a file or a `datasets` name (split "eval"): instruction, output, generator, dataset, index.
+    """Returns the reference outputs of a file or a `datasets` name (split "eval").
 
-    `index` is the place in the file: AlpacaEval knows an instruction's difficulty by it.
+    Rows have instruction, output, generator, dataset and index. `index` is the position in the file: AlpacaEval looks up the
+    difficulty of an instruction by it.
     """
-    faults: list[str] = []
-    found: list[dict] = []
-    for line, record in read.read_records(path, "eval", faults):
+    errors: list[str] = []
+    outputs: list[dict] = []
+    for line, record in read.read_records(path, "eval", errors):
         where = f"{path}:{line}"
-        row = {name: read.text_of(record, name, where, faults, empty=name == "output")
+        row = {name: read.text_of(record, name, where, errors, empty=name == "output")
                for name in ("instruction", "output", "generator")}  # fmt: skip
-        found.append({**row, "dataset": record.get("dataset", ""), "index": len(found)})
-    if faults:
-        raise read.show(path, faults)
-    names = {row["generator"] for row in found}
+        outputs.append({**row, "dataset": record.get("dataset", ""), "index": len(outputs)})
+    if errors:
+        raise read.show(path, errors)
+    names = {row["generator"] for row in outputs}
     if len(names) != 1:
-        raise UserError(f"--reference {path}: must hold the outputs of one generator, but has {len(names)}")
-    return found
+        raise UserError(f"--reference {path}: must hold the outputs of one generator, but has {len(names)} generators")
+    return outputs
 
 
-def template_of(path: str | None) -> str:
-    """The judge's prompt as a path that alpaca_eval finds wherever it runs."""
+def find_template(path: str | None) -> str:
+    """Returns the judge's prompt template as an absolute path, after checking its format."""
     shipped = Path(package().__file__).parent / "evaluators_configs" / OFFICIAL_TEMPLATE
     file = Path(path).resolve() if path else shipped
     try:
@@ -83,24 +88,25 @@ def template_of(path: str | None) -> str:
         raise UserError(f"--judge-prompt {path}: cannot be read: {error}") from None
     text = text.strip()
     if not (text.startswith("<|im_start|>") and text.endswith("<|im_end|>")):
-        raise UserError(f"--judge-prompt {path}: must be in ChatML, from <|im_start|> to <|im_end|>, as alpaca_eval reads it")
+        raise UserError(f"--judge-prompt {path}: must be in ChatML, from <|im_start|> to <|im_end|>, which alpaca_eval expects")
     for name in ("instruction", "output_1", "output_2"):
         if text.count("{" + name + "}") != 1:
-            raise UserError(f"--judge-prompt {path}: must have the field {{{name}}} once")
+            raise UserError(f"--judge-prompt {path}: must have the field {{{name}}} exactly once")
     return str(file)
 
 
 def write_annotator(root: Path, judge: Judge, template: str, top_logprobs: int) -> Path:
-    """The annotator's folder: AlpacaEval 2's way of judging, by the probabilities of the tokens `m` and `M`.
+    """Writes and returns the annotator's folder: it judges as AlpacaEval 2 does, by the probabilities of the tokens `m` and `M`.
 
-    alpaca_eval keeps its verdicts there and never asks for one twice, so a folder belongs to one judge, template and count.
+    alpaca_eval caches its verdicts in this folder and never requests one twice, so there is a folder for each judge, template
+    and number of top log-probabilities.
     """
     config = {
         "prompt_template": template,
         "fn_completions": "openai_completions",
         "completions_kwargs": {
             "model_name": judge.model, "max_tokens": 1, "temperature": 1, "logprobs": True, "top_logprobs": top_logprobs,
-            "requires_chatml": True,  # else a model with "instruct" in its name is asked as a plain completion
+            "requires_chatml": True,  # without it a model with "instruct" in its name gets a plain completion request
         },
         "fn_completion_parser": "logprob_parser",
         "completion_parser_kwargs": {"numerator_token": "m", "denominator_tokens": ["m", "M"], "is_binarize": False},
@@ -115,13 +121,13 @@ def write_annotator(root: Path, judge: Judge, template: str, top_logprobs: int) 
 
 
 def difficulty_table(control: str, gamed: str | None, reference: list[dict], root: Path) -> Path | None:
-    """The table from which the length control takes difficulties: given, from the hub, or with none for `minimal`.
+    """Returns the table of difficulties for the length control: `gamed`, the hub's, or an empty one for `minimal`.
 
-    It is found before the judge is asked, because verdicts cost money.
+    It is checked before the first request to the judge, because verdicts cost money.
     """
     if control == "none":
         return None
-    if control == "minimal":  # its formula reads no difficulty, but the package looks one up for every instruction
+    if control == "minimal":  # its formula uses no difficulty, but the package looks one up for every instruction
         path = root / "no-difficulty.csv"
         lines = ["model,index,instruction_difficulty", *(f"none,{row['index']},0.0" for row in reference)]
         write_atomic(path, ("\n".join(lines) + "\n").encode())
@@ -130,61 +136,61 @@ def difficulty_table(control: str, gamed: str | None, reference: list[dict], roo
         return check_table(Path(gamed), len(reference))
     if len(reference) != OFFICIAL_SIZE:
         raise UserError(
-            f"--length-control v1: needs the difficulty of every instruction, which is known for AlpacaEval's {OFFICIAL_SIZE}, "
-            f"but the reference has {len(reference)}; give --length-control minimal, or the difficulties with --gamed FILE"
+            f"--length-control v1: needs the difficulty of every instruction; only those of AlpacaEval's {OFFICIAL_SIZE} are "
+            f"published, but the reference has {len(reference)}; use --length-control minimal, or give them with --gamed FILE"
         )
     import huggingface_hub
 
     try:
-        found = huggingface_hub.hf_hub_download("tatsu-lab/alpaca_eval", "df_gamed.csv", repo_type="dataset")
-    except Exception as error:  # a dozen kinds, all of them about this file
+        downloaded = huggingface_hub.hf_hub_download("tatsu-lab/alpaca_eval", "df_gamed.csv", repo_type="dataset")
+    except Exception as error:  # the hub client raises many kinds; here all concern this file
         raise UserError(
-            f"--gamed: is missing, and df_gamed.csv of the dataset tatsu-lab/alpaca_eval cannot be had: {first_line(error)}; "
-            "give that file with --gamed, or --length-control minimal"
+            "--gamed: is missing, and df_gamed.csv of the dataset tatsu-lab/alpaca_eval cannot be downloaded: "
+            f"{first_line(error)}; give that file with --gamed, or use --length-control minimal"
         ) from None
-    return check_table(Path(found), len(reference))
+    return check_table(Path(downloaded), len(reference))
 
 
 def check_table(path: Path, size: int) -> Path:
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            places = list(dict.fromkeys(row["index"] for row in csv.DictReader(file)))
+            indexes = list(dict.fromkeys(row["index"] for row in csv.DictReader(file)))
     except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"--gamed {path}: is no table with a column index: {error}") from None
-    if places[:size] != [str(place) for place in range(size)]:
-        raise UserError(f"--gamed {path}: must begin with the instructions 0 to {size - 1} of the reference, in its order")
+        raise UserError(f"--gamed {path}: cannot be read as a CSV table with a column `index`: {error}") from None
+    if indexes[:size] != [str(index) for index in range(size)]:
+        raise UserError(f"--gamed {path}: must begin with the instructions 0 to {size - 1} of the reference, in the same order")
     return path
 
 
 @contextlib.contextmanager
 def difficulties_from(table: Path | None) -> Iterator[None]:
-    """The package downloads its table of difficulties at every call; this gives it the file that we have."""
+    """Makes the package read `table`; by default it downloads its table of difficulties at every call."""
     from alpaca_eval.metrics import glm_winrate
 
-    theirs = glm_winrate.hf_hub_download
+    download = glm_winrate.hf_hub_download
     glm_winrate.hf_hub_download = lambda **_: str(table)
     try:
         yield
     finally:
-        glm_winrate.hf_hub_download = theirs
+        glm_winrate.hf_hub_download = download
 
 
 def win_rates(annotations: list[dict], *, control: str | None, weights: Path) -> dict[str, Any]:
-    """The package's figures in %; the length-controlled ones are null with a reason where they cannot be made."""
+    """Returns the package's figures in %. Length-controlled figures that cannot be computed are null, with a reason."""
     import pandas
     from alpaca_eval import metrics
 
     frame = pandas.DataFrame(annotations)
-    judged = int(frame["preference"].notna().sum())
-    apart = (frame["output_1"].str.len() - frame["output_2"].str.len()).std()
+    num_judged = int(frame["preference"].notna().sum())
+    length_std = (frame["output_1"].str.len() - frame["output_2"].str.len()).std()
     figures: dict[str, Any] = {"length_controlled_winrate": None, "lc_standard_error": None, "no_length_control": None}
     if control is None:
         figures["no_length_control"] = "not asked for"
-    elif judged < FOLDS:
+    elif num_judged < FOLDS:
         figures["no_length_control"] = f"needs {FOLDS} verdicts"
-    elif not apart > 0:
+    elif not length_std > 0:
         figures["no_length_control"] = "the lengths differ nowhere"
-    if not judged:  # the package's own figures need a verdict
+    if not num_judged:  # the package cannot compute its figures without a verdict
         figures |= dict.fromkeys(("win_rate", "standard_error"), math.nan) | {"n_total": 0}
     elif figures["no_length_control"]:
         figures |= metrics.get_winrate(annotations)
@@ -192,19 +198,19 @@ def win_rates(annotations: list[dict], *, control: str | None, weights: Path) ->
         figures |= metrics.get_length_controlled_winrate(
             annotations, glm_name=control, save_weights_dir=weights, is_warn_extreme_changes=False
         )
-    return {**figures, "num_unparsable": len(frame) - judged}
+    return {**figures, "num_unparsable": len(frame) - num_judged}
 
 
 def judge_answers(answers: Answers, reference: list[dict], judge: Judge, annotator: Path, control: str | None,
                   root: Path, say: Callable[[str], None]) -> dict[str, Any]:  # fmt: skip
-    """Writes one model's outputs, lets alpaca_eval judge and count them; its leaderboard row is the result."""
+    """Writes the outputs of one model and lets alpaca_eval judge them; returns its row of the leaderboard."""
     import openai
 
-    asked = [row for row in reference if row["instruction"] in answers.drafts]
+    references = [row for row in reference if row["instruction"] in answers.drafts]
     outputs = [
         {"instruction": row["instruction"], "output": answers.drafts[row["instruction"]]["text"], "generator": answers.name,
          "dataset": row["dataset"]}
-        for row in asked
+        for row in references
     ]  # fmt: skip
     write_json(root / "outputs" / f"{answers.name}.json", outputs)
     say(f"  {answers.name}: {len(outputs)} instructions")
@@ -213,7 +219,7 @@ def judge_answers(answers: Answers, reference: list[dict], judge: Judge, annotat
         with quiet():
             leaderboard, _ = alpaca_eval.evaluate(
                 model_outputs=outputs,
-                reference_outputs=asked,
+                reference_outputs=references,
                 annotators_config=annotator,
                 name=answers.name,
                 output_path=root / "results" / answers.name,
@@ -224,23 +230,23 @@ def judge_answers(answers: Answers, reference: list[dict], judge: Judge, annotat
                 metric_kwargs={"control": control, "weights": root / "weights" / annotator.name},
                 sort_by="win_rate",
                 annotation_kwargs={
-                    "is_ordered": True,  # the same instruction may stand in the reference twice
+                    "is_ordered": True,  # the reference may have the same instruction twice
                     "num_procs": judge.concurrency,
                     "openai_api_keys": [judge.key],
                     "openai_api_base": judge.url,
                     "openai_organization_ids": [None],
-                    "client_config_path": root / "none",  # else a file in the user's home could name another server
+                    "client_config_path": root / "none",  # without it a file in the user's home could set another server
                     "client_kwargs": {"max_retries": RETRIES, "timeout": TIMEOUT_S},
-                    "n_retries": 1000,  # at its end the package would take a busy judge's silence for a verdict
+                    "n_retries": 1000,  # after the last retry the package would count a busy judge's missing reply as a verdict
                 },
             )
     except openai.OpenAIError as error:
         judge.fail(error)
-    return {name: plain(value) for name, value in leaderboard.loc[answers.name].to_dict().items()}
+    return {name: json_value(value) for name, value in leaderboard.loc[answers.name].to_dict().items()}
 
 
-def plain(value: Any) -> Any:
-    """A number of the leaderboard as JSON has it: null where there is none."""
+def json_value(value: Any) -> Any:
+    """Returns a value of the leaderboard as JSON can store it; NaN becomes null."""
     if value is None or isinstance(value, str):
         return value
     return None if value != value else value.item() if hasattr(value, "item") else value
@@ -253,15 +259,15 @@ def write_json(path: Path, rows: list[dict]) -> None:
 
 def run(all_answers: list[Answers], reference: list[dict], judge: Judge, root: Path, say: Callable[[str], None], *,
         template: str, top_logprobs: int, control: str, gamed: str | None) -> list[dict[str, Any]]:  # fmt: skip
-    """Judges every model and round against the reference; one dict of figures for each of them."""
+    """Judges every model and round against the reference; returns one dict of figures for each of them."""
     baseline = reference[0]["generator"]
     if baseline in {answers.name for answers in all_answers}:
-        raise UserError(f"--reference: its generator is called {baseline} as an evaluated one is; rename it in the file")
+        raise UserError(f"--reference: its generator has the name of an evaluated model, {baseline}; rename it in the file")
     texts = {row["instruction"] for row in reference}
     if not any(prompt in texts for prompt in all_answers[0].drafts):
         raise UserError(
-            "--reference: has none of the evaluation's prompts; give the reference outputs of the instructions that the "
-            "evaluation was made with"
+            "--reference: has none of the evaluation's prompts; give the reference outputs for the instructions that were "
+            "evaluated"
         )
     table = difficulty_table(control, gamed, reference, root)
     write_json(root / "reference.json", reference)

@@ -1,7 +1,7 @@
-"""Arena-Hard (arXiv 2406.11939) in its own file formats: two games a question with positions swapped, verdicts, win rates.
+"""Arena-Hard (arXiv 2406.11939): two games per question with positions swapped, verdicts, win rates.
 
-Written are question.jsonl, model_answer/NAME.jsonl and model_judgment/JUDGE/NAME.jsonl as arena-hard-auto v2 reads them, so
-that its own show_result.py takes them too. The wording of the judge's prompt is ours; `--judge-prompt` takes another.
+This module writes question.jsonl, model_answer/NAME.jsonl and model_judgment/JUDGE/NAME.jsonl in the format of arena-hard-auto
+v2, so that its show_result.py can read them. The judge's prompt is our own wording; `--judge-prompt` replaces it.
 """
 
 import collections
@@ -50,11 +50,11 @@ USER = """\
 {answer_b}
 </answer of assistant B>"""
 
-# Arena-Hard's numbers: a decisive verdict counts three times; 100 resamplings, 5th and 95th percentile.
+# The constants of Arena-Hard: a decisive verdict counts three times; 100 resamplings, 5th and 95th percentile.
 DECISIVE = 3
 SAMPLES = 100
 
-# What a verdict is worth to the answer at A: battles won.
+# The battles that a verdict gives to the answer at position A: 1 won, 0 lost, 0.5 tied.
 WORTH: dict[str, list[float]] = {
     "A>>B": [1.0] * DECISIVE, "A>B": [1.0], "A=B": [0.5], "A<B": [0.0], "A<<B": [0.0] * DECISIVE,
     "B>>A": [0.0] * DECISIVE, "B>A": [0.0], "B=A": [0.5], "B<A": [1.0], "B<<A": [1.0] * DECISIVE,
@@ -63,8 +63,8 @@ LABELS = (re.compile(r"\[\[([AB<>=]+)\]\]"), re.compile(r"\[([AB<>=]+)\]"))
 
 
 @dataclass(frozen=True)
-class Asking:
-    """How the judge is asked."""
+class JudgePrompt:
+    """The judge's prompt and sampling."""
 
     system: str
     user: str
@@ -72,61 +72,61 @@ class Asking:
     max_tokens: int
 
 
-def load_asking(path: str | None, temperature: float, max_tokens: int) -> Asking:
-    """The shipped prompt, or a TOML file with `system` and `user`; `user` has {question}, {answer_a}, {answer_b}."""
+def load_judge_prompt(path: str | None, temperature: float, max_tokens: int) -> JudgePrompt:
+    """Returns the shipped prompt, or that of a TOML file: `system`, and `user` with {question}, {answer_a}, {answer_b}."""
     if path is None:
-        return Asking(SYSTEM, USER, temperature, max_tokens)
+        return JudgePrompt(SYSTEM, USER, temperature, max_tokens)
     try:
-        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--judge-prompt {path}: cannot be read: {error}") from None
-    if set(tree) != {"system", "user"} or not all(isinstance(text, str) for text in tree.values()):
-        raise UserError(f"--judge-prompt {path}: must have the two texts `system` and `user`, no more")
+    if set(values) != {"system", "user"} or not all(isinstance(text, str) for text in values.values()):
+        raise UserError(f"--judge-prompt {path}: must have the two strings `system` and `user`, and nothing else")
     for name in ("question", "answer_a", "answer_b"):
-        if "{" + name + "}" not in tree["user"]:
-            raise UserError(f"--judge-prompt {path}: user: lacks the field {{{name}}}")
-    return Asking(tree["system"], tree["user"], temperature, max_tokens)
+        if "{" + name + "}" not in values["user"]:
+            raise UserError(f"--judge-prompt {path}: user: the field {{{name}}} is missing")
+    return JudgePrompt(values["system"], values["user"], temperature, max_tokens)
 
 
 def read_questions(path: str, category: str | None) -> dict[str, dict]:
-    """`{uid: question}` of a question.jsonl: uid, category, prompt."""
-    faults: list[str] = []
-    found: dict[str, dict] = {}
-    for line, record in read.read_records(path, "train", faults):
+    """Returns `{uid: question}` of a question.jsonl with the columns uid, category and prompt."""
+    errors: list[str] = []
+    questions: dict[str, dict] = {}
+    for line, record in read.read_records(path, "train", errors):
         where = f"{path}:{line}"
-        texts = [read.text_of(record, column, where, faults) for column in ("uid", "category", "prompt")]
-        if all(texts) and found.setdefault(str(texts[0]), record) is not record:
-            faults.append(f"{where}: uid {texts[0]} stands in the file twice")
-    if faults:
-        raise read.show(path, faults)
-    if category and category not in {record["category"] for record in found.values()}:
-        known = ", ".join(sorted({record["category"] for record in found.values()}))
-        raise UserError(f"--category {category}: {path} has no such question; its categories are {known}")
-    return {uid: record for uid, record in found.items() if category in (None, record["category"])}
+        texts = [read.text_of(record, column, where, errors) for column in ("uid", "category", "prompt")]
+        if all(texts) and questions.setdefault(str(texts[0]), record) is not record:
+            errors.append(f"{where}: uid {texts[0]} occurs twice in the file")
+    if errors:
+        raise read.show(path, errors)
+    if category and category not in {record["category"] for record in questions.values()}:
+        known = ", ".join(sorted({record["category"] for record in questions.values()}))
+        raise UserError(f"--category {category}: {path} has no question of this category; its categories are {known}")
+    return {uid: record for uid, record in questions.items() if category in (None, record["category"])}
 
 
 def read_baseline(path: str) -> tuple[str, dict[str, dict]]:
-    """The baseline's name and `{uid: row}` of its model_answer file."""
-    faults: list[str] = []
-    found: dict[str, dict] = {}
-    for line, record in read.read_records(path, "train", faults):
+    """Returns the baseline's name and `{uid: row}` of its model_answer file."""
+    errors: list[str] = []
+    rows_by_uid: dict[str, dict] = {}
+    for line, record in read.read_records(path, "train", errors):
         try:
             answer_text(record)
-            found[str(record["uid"])] = {**record, "model": str(record["model"])}
+            rows_by_uid[str(record["uid"])] = {**record, "model": str(record["model"])}
         except (KeyError, IndexError, TypeError) as error:
-            faults.append(f"{path}:{line}: is no row of a model_answer file: lacks {error}")
-    if faults:
-        raise read.show(path, faults)
-    names = sorted({row["model"] for row in found.values()})
+            errors.append(f"{path}:{line}: is not a row of a model_answer file: missing {error}")
+    if errors:
+        raise read.show(path, errors)
+    names = sorted({row["model"] for row in rows_by_uid.values()})
     if len(names) != 1:
         raise UserError(
             f"--reference {path}: must hold the answers of one model, but holds those of {', '.join(names) or 'none'}"
         )
-    return names[0], found
+    return names[0], rows_by_uid
 
 
 def answer_text(row: dict) -> str:
-    """The answer in a row of a model_answer file."""
+    """Returns the answer in a row of a model_answer file."""
     text = row["messages"][-1]["content"]["answer"]
     if not isinstance(text, str):
         raise TypeError("a text in messages[-1].content.answer")
@@ -134,20 +134,23 @@ def answer_text(row: dict) -> str:
 
 
 def answer_row(uid: str, prompt: str, answers: Answers) -> dict[str, Any]:
-    """A row of model_answer/NAME.jsonl. `token_len` counts tokens of the model's own tokenizer; Arena-Hard counts GPT-4o's."""
+    """Returns a row of model_answer/NAME.jsonl.
+
+    `token_len` counts tokens of the model's own tokenizer; Arena-Hard itself counts those of GPT-4o's.
+    """
     draft = answers.drafts[prompt]
-    said = [{"role": "user", "content": prompt}, {"role": "assistant", "content": {"answer": draft["text"]}}]
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": {"answer": draft["text"]}}]
     style = {"token_len": draft["num_tokens"], **markdown(draft["text"])}
-    return {"uid": uid, "ans_id": draft["draft_id"], "model": answers.name, "messages": said, "tstamp": answers.committed,
+    return {"uid": uid, "ans_id": draft["draft_id"], "model": answers.name, "messages": messages, "tstamp": answers.committed,
             "metadata": style}  # fmt: skip
 
 
 def markdown(text: str) -> dict[str, dict[str, int]]:
-    """Headings, list items and bold passages outside of code blocks, by kind: what Arena-Hard's style control looks at."""
-    plain = re.sub(r"```[^`]*```", "", text)
+    """Returns the counts that Arena-Hard's style control uses: headings, list items and bold text outside of code blocks."""
+    prose = re.sub(r"```[^`]*```", "", text)
 
     def count(pattern: str) -> int:
-        return len(re.findall(pattern, plain, re.MULTILINE))
+        return len(re.findall(pattern, prose, re.MULTILINE))
 
     return {
         "header_count": {f"h{level}": count(rf"^#{{{level}}}\s") for level in range(1, 7)},
@@ -157,140 +160,147 @@ def markdown(text: str) -> dict[str, dict[str, int]]:
 
 
 def verdict(text: str) -> str | None:
-    """The last label of a judgment; None where there is none that means something."""
+    """Returns the last label of a judgment; None if there is no valid label."""
     for pattern in LABELS:
-        found = pattern.findall(text.upper())
-        if found:
-            return found[-1] if found[-1] in WORTH else None
+        labels = pattern.findall(text.upper())
+        if labels:
+            return labels[-1] if labels[-1] in WORTH else None
     return None
 
 
-def games(judge: Judge, asking: Asking, question: str, baseline: str, answer: str) -> list[dict[str, Any]]:
-    """Two games: the baseline at A, then the model at A."""
-    found = []
+def play_games(judge: Judge, judge_prompt: JudgePrompt, question: str, baseline: str, answer: str) -> list[dict[str, Any]]:
+    """Plays two games: first the baseline is at position A, then the model."""
+    games = []
     for first, second in ((baseline, answer), (answer, baseline)):
-        user = fill(asking.user, question=question, answer_a=first, answer_b=second)
-        said = judge.answer(asking.system, user, temperature=asking.temperature, max_tokens=asking.max_tokens)
-        asked = [{"role": "system", "content": asking.system}, {"role": "user", "content": user}]
-        found.append({"score": verdict(said), "judgment": {"answer": said}, "prompt": asked})
-    return found
+        user = fill(judge_prompt.user, question=question, answer_a=first, answer_b=second)
+        reply = judge.answer(judge_prompt.system, user, temperature=judge_prompt.temperature, max_tokens=judge_prompt.max_tokens)
+        messages = [{"role": "system", "content": judge_prompt.system}, {"role": "user", "content": user}]
+        games.append({"score": verdict(reply), "judgment": {"answer": reply}, "prompt": messages})
+    return games
 
 
-def battles(both: list[dict[str, Any]]) -> list[float] | None:
-    """The model's battles of one question: 1 won, 0 lost, 0.5 tied; None unless both games have a verdict."""
-    first, second = (game and game["score"] for game in both)
+def battles(games: list[dict[str, Any]]) -> list[float] | None:
+    """Returns the model's battles of one question: 1 won, 0 lost, 0.5 tied; None unless both games have a verdict."""
+    first, second = (game and game["score"] for game in games)
     if first not in WORTH or second not in WORTH:
         return None
     return WORTH[second] + [1.0 - won for won in WORTH[first]]
 
 
 def figures(rows: list[dict], seed: int = 0) -> dict[str, Any]:
-    """The win rate of judged questions in %, as Arena-Hard counts: every battle of every question alike.
+    """Returns the win rate of the judged questions in %, as Arena-Hard counts it: every battle has the same weight.
 
     `low` and `high` are the 5th and 95th percentile of resampled battles. `num_unparsable` questions have a game without a
-    verdict and do not count; in `num_contradictory` the winner is another one when the answers change places.
+    verdict and do not count. In `num_contradictory` questions the winner changes when the answers swap positions.
     """
-    scored = [found for found in (battles(row["games"]) for row in rows) if found]
-    all_of = np.array([battle for found in scored for battle in found])
-    out: dict[str, Any] = {"n": len(scored), "num_unparsable": len(rows) - len(scored), "win_rate": None}
-    firsts = [1.0 - WORTH[row["games"][0]["score"]][0] for row in rows if battles(row["games"])]
-    out["num_contradictory"] = sum({found[0], first} == {0.0, 1.0} for found, first in zip(scored, firsts, strict=True))
+    scored = [battles_of_row for battles_of_row in (battles(row["games"]) for row in rows) if battles_of_row]
+    all_battles = np.array([battle for battles_of_row in scored for battle in battles_of_row])
+    results: dict[str, Any] = {"n": len(scored), "num_unparsable": len(rows) - len(scored), "win_rate": None}
+    first_results = [1.0 - WORTH[row["games"][0]["score"]][0] for row in rows if battles(row["games"])]
+    results["num_contradictory"] = sum(
+        {battles_of_row[0], first} == {0.0, 1.0} for battles_of_row, first in zip(scored, first_results, strict=True)
+    )
     if scored:
-        draws = np.random.default_rng(seed).integers(len(all_of), size=(SAMPLES, len(all_of)))
-        low, high = np.percentile(all_of[draws].mean(axis=1), [5, 95])
-        out |= {"win_rate": 100 * float(all_of.mean()), "low": 100 * float(low), "high": 100 * float(high)}
-    return out
+        draws = np.random.default_rng(seed).integers(len(all_battles), size=(SAMPLES, len(all_battles)))
+        low, high = np.percentile(all_battles[draws].mean(axis=1), [5, 95])
+        results |= {"win_rate": 100 * float(all_battles.mean()), "low": 100 * float(low), "high": 100 * float(high)}
+    return results
 
 
 def read_judged(path: Path, keys: dict[str, str]) -> list[dict]:
-    """The rows of a judgment file that are still what they were asked to be; a line that was cut by a kill is dropped."""
+    """Returns the rows of a judgment file if they belong to `keys`; drops a last line that was cut by a kill."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
         write_atomic(path, b"".join(lines))
     try:
-        found = [json.loads(line) for line in lines]
-        changed = any(keys.get(row["uid"]) != row["key"] for row in found)
+        rows = [json.loads(line) for line in lines]
+        changed = any(keys.get(row["uid"]) != row["key"] for row in rows)
     except (ValueError, KeyError, TypeError):
         raise IntegrityError(f"{path}: is damaged; delete it to judge again, or choose another --out") from None
     if changed:
-        raise UserError(f"{path}: was judged from other answers or in another way; choose another --out")
-    return found
+        raise UserError(f"{path}: was judged with other answers or settings; choose another --out")
+    return rows
 
 
-def judge_answers(answers: Answers, questions: dict[str, dict], baseline: dict[str, dict], judge: Judge, asking: Asking,
-                  root: Path, say: Callable[[str], None]) -> list[dict]:  # fmt: skip
-    """Writes one model's answers and judges what is not judged yet. Returns all of its judgments, in the questions' order."""
-    mine = {uid: question for uid, question in questions.items() if question["prompt"] in answers.drafts and uid in baseline}
-    lines = [json.dumps(answer_row(uid, row["prompt"], answers), ensure_ascii=False) + "\n" for uid, row in mine.items()]
-    write_atomic(made(root / "model_answer" / f"{answers.name}.jsonl"), "".join(lines).encode())
-    path = made(root / "model_judgment" / file_name(judge.model) / f"{answers.name}.jsonl")
-    texts = {uid: (row["prompt"], answer_text(baseline[uid]), answers.drafts[row["prompt"]]["text"]) for uid, row in mine.items()}
-    keys = {uid: digest([judge.model, asdict(asking), *parts])[:16] for uid, parts in texts.items()}
+def judge_answers(answers: Answers, questions: dict[str, dict], baseline: dict[str, dict], judge: Judge,
+                  judge_prompt: JudgePrompt, root: Path, say: Callable[[str], None]) -> list[dict]:  # fmt: skip
+    """Writes the answers of one model and judges the missing ones; returns all judgments in the order of the questions."""
+    own_questions = {
+        uid: question for uid, question in questions.items() if question["prompt"] in answers.drafts and uid in baseline
+    }
+    lines = [json.dumps(answer_row(uid, row["prompt"], answers), ensure_ascii=False) + "\n" for uid, row in own_questions.items()]
+    write_atomic(with_parent(root / "model_answer" / f"{answers.name}.jsonl"), "".join(lines).encode())
+    path = with_parent(root / "model_judgment" / file_name(judge.model) / f"{answers.name}.jsonl")
+    texts = {
+        uid: (row["prompt"], answer_text(baseline[uid]), answers.drafts[row["prompt"]]["text"])
+        for uid, row in own_questions.items()
+    }
+    keys = {uid: digest([judge.model, asdict(judge_prompt), *texts_of])[:16] for uid, texts_of in texts.items()}
     judged = read_judged(path, keys)
-    todo = [uid for uid in mine if uid not in {row["uid"] for row in judged}]
+    todo = [uid for uid in own_questions if uid not in {row["uid"] for row in judged}]
     if todo:
         say(f"  {answers.name}: {len(todo)} questions, {2 * len(todo)} games")
 
     def play(uid: str) -> dict[str, Any]:
-        both = games(judge, asking, *texts[uid])
-        return {"uid": uid, "category": mine[uid]["category"], "judge": judge.model, "model": answers.name,
-                "baseline": baseline[uid]["model"], "games": both, "key": keys[uid]}  # fmt: skip
+        games = play_games(judge, judge_prompt, *texts[uid])
+        return {"uid": uid, "category": own_questions[uid]["category"], "judge": judge.model, "model": answers.name,
+                "baseline": baseline[uid]["model"], "games": games, "key": keys[uid]}  # fmt: skip
 
-    fault: BaseException | None = None
+    failure: BaseException | None = None
     with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(judge.concurrency) as pool:
-        waiting: list[Future] = [pool.submit(play, uid) for uid in todo]
+        futures: list[Future] = [pool.submit(play, uid) for uid in todo]
         try:
-            for done in as_completed(waiting):
-                if done.cancelled():
+            for future in as_completed(futures):
+                if future.cancelled():
                     continue
-                if done.exception():
-                    fault = fault or done.exception()
-                    for one in waiting:  # games under way are paid for: they are kept
-                        one.cancel()
+                if future.exception():
+                    failure = failure or future.exception()
+                    for other in futures:  # requests in progress are paid for, so their results are kept
+                        other.cancel()
                     continue
-                file.write(json.dumps(done.result(), ensure_ascii=False) + "\n")
+                file.write(json.dumps(future.result(), ensure_ascii=False) + "\n")
                 file.flush()
-                judged.append(done.result())
+                judged.append(future.result())
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    if fault:
-        raise fault
-    order = {uid: place for place, uid in enumerate(mine)}
+    if failure:
+        raise failure
+    order = {uid: index for index, uid in enumerate(own_questions)}
     return sorted(judged, key=lambda row: order[row["uid"]])
 
 
-def made(path: Path) -> Path:
+def with_parent(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def run(all_answers: list[Answers], questions: dict[str, dict], baseline: tuple[str, dict[str, dict]], judge: Judge,
-        asking: Asking, root: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:  # fmt: skip
-    """Judges every model and round against the baseline; one dict of figures for each of them and each category."""
+        judge_prompt: JudgePrompt, root: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:  # fmt: skip
+    """Judges every model and round against the baseline; returns one dict of figures for each of them and each category."""
     name, rows = baseline
     if name in {answers.name for answers in all_answers}:
-        raise UserError(f"--reference: its model is called {name} as an evaluated one is; rename it in the file")
+        raise UserError(f"--reference: its model has the name of an evaluated model, {name}; rename it in the file")
     if not any(question["prompt"] in all_answers[0].drafts and uid in rows for uid, question in questions.items()):
         raise UserError(
-            "--reference: no question has both an answer of the evaluation and one of the reference; give the question.jsonl "
-            "that the evaluation was made with, and the baseline's model_answer file of it"
+            "--reference: no question has an answer both in the evaluation and in the reference; give the question.jsonl that "
+            "was evaluated, and the baseline's model_answer file for it"
         )
     write_lines(root / "question.jsonl", list(questions.values()))
     write_lines(root / "model_answer" / f"{file_name(name)}.jsonl", [rows[uid] for uid in questions if uid in rows])
     results = []
     for answers in all_answers:
-        judged = judge_answers(answers, questions, rows, judge, asking, root, say)
+        judged = judge_answers(answers, questions, rows, judge, judge_prompt, root, say)
         for category, size in collections.Counter(row["category"] for row in questions.values()).items():
-            here = [row for row in judged if row["category"] == category]
-            if here:
-                lengths = [answers.drafts[questions[row["uid"]]["prompt"]]["num_tokens"] for row in here]
+            category_rows = [row for row in judged if row["category"] == category]
+            if category_rows:
+                lengths = [answers.drafts[questions[row["uid"]]["prompt"]]["num_tokens"] for row in category_rows]
                 results.append({"model": answers.model, "round": answers.round, "name": answers.name, "category": category,
-                                "baseline": name, **figures(here), "num_missing": size - len(here),
+                                "baseline": name, **figures(category_rows), "num_missing": size - len(category_rows),
                                 "mean_tokens": float(np.mean(lengths))})  # fmt: skip
     return results
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
-    write_atomic(made(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    write_atomic(with_parent(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())

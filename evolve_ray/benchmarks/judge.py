@@ -1,4 +1,4 @@
-"""A language model as a judge, behind any server that speaks the OpenAI protocol."""
+"""A language model as judge, behind any server with the OpenAI API."""
 
 import os
 from dataclasses import dataclass, field
@@ -8,13 +8,13 @@ from urllib.parse import urlparse
 
 from evolve_ray.errors import UserError, first_line
 
-RETRIES = 5  # by the client itself, with growing pauses
+RETRIES = 5  # by the OpenAI client, with growing pauses
 TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Which model judges, where, and with how many requests at a time. The key stays in memory."""
+    """The judge: model, server and number of requests at a time. The key is never written to disk."""
 
     model: str
     url: str
@@ -28,38 +28,40 @@ class Judge:
         return openai.OpenAI(base_url=self.url, api_key=self.key, max_retries=RETRIES, timeout=TIMEOUT_S)
 
     def answer(self, system: str, user: str, *, temperature: float, max_tokens: int) -> str:
-        """What the judge says; UserError if it cannot be asked."""
+        """Returns the judge's reply; raises UserError if the request fails."""
         import openai
 
         messages: Any = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         try:
-            found = self.client.chat.completions.create(
+            completion = self.client.chat.completions.create(
                 model=self.model, messages=messages, temperature=temperature, max_tokens=max_tokens
             )
         except openai.OpenAIError as error:
             self.fail(error)
-        return (found.choices[0].message.content or "") if found.choices else ""
+        return (completion.choices[0].message.content or "") if completion.choices else ""
 
     def fail(self, error: Exception) -> NoReturn:
-        """One sentence in place of what the client raised; what is judged already stays."""
+        """Raises a UserError of one sentence for an error of the client; finished judgments stay on disk."""
         reason = first_line(error).rstrip(".")
         raise UserError(
-            f"--judge {self.model}: {self.url} does not judge: {reason}; mend that and submit the same command again, which "
+            f"--judge {self.model}: request to {self.url} failed: {reason}; fix that and submit the same command again, which "
             "continues"
         ) from None
 
 
 def make_judge(model: str, url: str, key_name: str | None, concurrency: int) -> Judge:
-    """A judge whose key is in the environment variable `key_name`; without a name none is sent."""
-    parts = urlparse(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise UserError(f"--judge-url {url}: is no http address; give the server's base, e.g. http://127.0.0.1:8000/v1")
-    if "@" in parts.netloc:  # results name the address
-        raise UserError("--judge-url: holds a password; put it into an environment variable and name that with --api-key-env")
+    """Returns the judge; its key comes from the environment variable `key_name`, and without a name no key is sent."""
+    address = urlparse(url)
+    if address.scheme not in ("http", "https") or not address.netloc:
+        raise UserError(f"--judge-url {url}: is not an http address; give the server's base URL, e.g. http://127.0.0.1:8000/v1")
+    if "@" in address.netloc:  # the address is stored in the results
+        raise UserError(
+            "--judge-url: contains a password; put it into an environment variable and name the variable with --api-key-env"
+        )
     if concurrency < 1:
         raise UserError(f"--concurrency {concurrency}: must be at least 1")
     if key_name is None:
         return Judge(model, url, concurrency)
     if not os.environ.get(key_name):
-        raise UserError(f"--api-key-env {key_name}: the environment has no such variable; export it first")
+        raise UserError(f"--api-key-env {key_name}: this environment variable is not set; export it first")
     return Judge(model, url, concurrency, os.environ[key_name])

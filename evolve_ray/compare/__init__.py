@@ -1,6 +1,6 @@
-"""Models side by side: the same prompts and seeds for all, and probes that tell refinement skill from luck.
+"""Compares models on the same prompts with the same seeds, and runs probes that separate refinement skill from luck.
 
-In: model folders or runs, a recipe, prompts.
-Out: evaluation.json, evaluation.html and tables.
+In: model folders or run directories, a recipe, prompts.
+Out: evaluation.json, evaluation.html and tables on the terminal.
 Never imports: a trainer.
 """

@@ -1,7 +1,7 @@
-"""Several models on the same prompts with the same seeds: chains of refinement, and probes that tell skill from luck.
+"""Runs several models on the same prompts with the same seeds: refinement chains, and probes that separate skill from luck.
 
-prompts -> for each model drafts and scores of its chain and of each probe -> figures. Every arrow is a stage as in a run:
-committed for these inputs -> returned as it is. The figures are made of the committed tables alone.
+prompts -> for each model drafts and scores of its chain and of each probe -> figures. Every arrow is a stage as in a run: a
+stage that is committed for the same inputs is reused. The figures are computed from the committed tables alone.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from evolve_ray.compare.figures import Rows, add_probes, every_two, model_figures
+from evolve_ray.compare.figures import Rows, add_probes, model_differences, model_figures
 from evolve_ray.config.options import Config, Evaluation, Strategy
 from evolve_ray.config.resolve import resolved
 from evolve_ray.data.prompts import read_prompts
@@ -33,13 +33,14 @@ from evolve_ray.store.manifest import Manifest
 from evolve_ray.store.run import Run
 from evolve_ray.watch.terminal import say
 
-INCIDENTAL = ("transformers_version", "_name_or_path")  # entries of a model's config.json that no engine computes with
+# Entries of a model's config.json that do not change what an engine computes.
+INCIDENTAL = ("transformers_version", "_name_or_path")
 USAGE = ("num_rows", "num_tokens", "num_prompt_tokens", "num_cached_tokens", "num_cut", "num_rejected")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared: the configuration, the models in their order, the probes, and where given drafts come from."""
+    """What to compare: the configuration, the models in order, the probes, and the source of the drafts to refine."""
 
     config: Config
     models: list[Named]
@@ -49,43 +50,44 @@ class Plan:
 
 
 def compare(plan: Plan, folder: Run, start_ray: Callable[[], None], *, rerun_changed: bool, changed: str = "") -> dict[str, Any]:
-    """Runs every model through its chain and the probes; returns what evaluation.json says."""
+    """Runs the chain and the probes of every model; returns the content of evaluation.json."""
     config = plan.config
     for model in [*plan.models, *([plan.foreign] if plan.foreign else [])]:
         check_policy(model.folder, config.model.context_tokens)
-    first = str(plan.models[0].folder)  # its tokenizer counts the prompts; what is too long for another model, that one rejects
-    context, toy = begin(config, folder, say, start_ray, rerun_changed=rerun_changed, changed=changed, model=first)
-    given = GivenDrafts(plan, toy)
+    tokenizer = str(plan.models[0].folder)  # it checks the prompt lengths; other models reject what is too long for them
+    context, toy = begin(config, folder, say, start_ray, rerun_changed=rerun_changed, changed=changed, model=tokenizer)
+    probe_drafts = ProbeDrafts(plan, toy)
     held_out = context.held_out = Prompter(context, toy).held_out(folder.root / "prompts")
     table = rows.read_table(held_out.path("prompts.parquet"))
-    ask = Asker(context)
-    shown = {}
-    if given.answers:
-        shown["keep"] = with_drafts(context, "keep", table, given.answers, {})
-    if given.drafts:
-        shown["foreign"] = with_drafts(context, "foreign", table, given.drafts, {})
-    elif given.writer:
-        drafts, _ = ask.chain(given.writer) if given.writer in plan.models else ask.chain(given.writer, "first", rounds=1)
+    runner = ModelRunner(context)
+    prompts_with_drafts = {}
+    if probe_drafts.gold_answers:
+        prompts_with_drafts["keep"] = with_drafts(context, "keep", table, probe_drafts.gold_answers, {})
+    if probe_drafts.drafts:
+        prompts_with_drafts["foreign"] = with_drafts(context, "foreign", table, probe_drafts.drafts, {})
+    elif probe_drafts.author:
+        author = probe_drafts.author
+        drafts, _ = runner.chain(author) if author in plan.models else runner.chain(author, "first", rounds=1)
         texts = {draft["prompt_id"]: draft["text"] for draft in shards.read_rows(drafts) if draft["round"] == 1}
-        shown["foreign"] = with_drafts(context, "foreign", table, texts, {"generations": drafts.identity})
+        prompts_with_drafts["foreign"] = with_drafts(context, "foreign", table, texts, {"generations": drafts.identity})
     models: list[dict[str, Any]] = []
     chains: dict[str, dict] = {}
     parts: dict[str, dict] = {}
     for model in plan.models:
-        tables = ask.everything(model, shown, plan.probes)
+        tables = runner.run_all(model, prompts_with_drafts, plan.probes)
         usage = {part: {name: drafts.stats[name] for name in USAGE} for part, (drafts, _) in tables.items()}
-        found = {part: read_both(*manifests) for part, manifests in tables.items()}
-        splits, chains[model.name] = model_figures(table, found.pop("chain"), seed=config.seed)
-        parts[model.name] = found
+        rows_by_part = {part: read_both(*manifests) for part, manifests in tables.items()}
+        splits, chains[model.name] = model_figures(table, rows_by_part.pop("chain"), seed=config.seed)
+        parts[model.name] = rows_by_part
         models.append({"name": model.name, "given": model.given, "model": model.hash, "path": str(model.folder),
                        "splits": splits, "usage": usage})  # fmt: skip
     figures = {model["name"]: model["splits"] for model in models}
-    same = same_answer(config.verifier)
-    add_probes(figures, chains, parts, table, plan.probes, same, seed=config.seed, longest=ask.longest())
+    same_answers = same_answer(config.verifier)
+    add_probes(figures, chains, parts, table, plan.probes, same_answers, seed=config.seed, longer_tokens=runner.longer_tokens())
     return {
         "models": models,
-        "differences": every_two(chains, seed=config.seed),
-        "foreign": given.told,
+        "differences": model_differences(chains, seed=config.seed),
+        "foreign": probe_drafts.source,
         "prompts": {"identity": held_out.identity, "num_rejected": held_out.stats["num_rejected"]},
         "reward_models": {name: model.hash for name, model in context.reward_models.items()},
         "template": context.template.hash,
@@ -97,87 +99,94 @@ def read_both(drafts: Manifest, scores: Manifest) -> Rows:
     return list(shards.read_rows(drafts)), list(shards.read_rows(scores))
 
 
-class GivenDrafts:
-    """Where the drafts of the probes come from: columns of the data by prompt id, or another model."""
+class ProbeDrafts:
+    """The drafts that the probes `foreign` and `keep` refine: columns of the data by prompt id, or first drafts of a model."""
 
     def __init__(self, plan: Plan, toy: dict[str, str]):
-        part = plan.config.evaluation
+        evaluation = plan.config.evaluation
         self.drafts: dict[str, str] = {}
-        self.answers: dict[str, str] = {}
-        self.writer: Named | None = None
+        self.gold_answers: dict[str, str] = {}
+        self.author: Named | None = None
         if "foreign" in plan.probes and plan.foreign is None:
-            for split, path in part.splits.items():
-                source = toy.get(path, path)
-                if plan.draft_column or has_column(source, "draft", part.split):
-                    self.drafts |= read_column(part, source, split, plan.draft_column or "draft")
+            for split, path in evaluation.splits.items():
+                source_path = toy.get(path, path)
+                if plan.draft_column or has_column(source_path, "draft", evaluation.split):
+                    self.drafts |= read_column(evaluation, source_path, split, plan.draft_column or "draft")
         if "foreign" in plan.probes and not self.drafts:
-            several = plan.models[0] if len(plan.models) > 1 else None  # a single model's own drafts tell nothing new
+            # A single model's chain refines its own first drafts already, so the probe would add nothing.
+            first_model = plan.models[0] if len(plan.models) > 1 else None
             foreign = plan.foreign
-            self.writer = next((model for model in plan.models if foreign and model.hash == foreign.hash), foreign or several)
-        if "keep" in plan.probes and part.answer_column:
-            for split, path in part.splits.items():
-                self.answers |= read_column(part, toy.get(path, path), split, part.answer_column)
+            self.author = next((model for model in plan.models if foreign and model.hash == foreign.hash), foreign or first_model)
+        if "keep" in plan.probes and evaluation.answer_column:
+            for split, path in evaluation.splits.items():
+                self.gold_answers |= read_column(evaluation, toy.get(path, path), split, evaluation.answer_column)
         column = f"column {plan.draft_column or 'draft'}"
-        self.told = column if self.drafts else f"y1 of {self.writer.name}" if self.writer else None
+        self.source = column if self.drafts else f"y1 of {self.author.name}" if self.author else None
 
 
-def read_column(part: Evaluation, path: str, split: str, column: str) -> dict[str, str]:
-    """`{prompt id of the evaluation: text in column}` of one split."""
-    found, _ = read_prompts(
-        path, prompt_column=part.prompt_column, answer_column=part.answer_column, answer_pattern=part.answer_pattern,
-        draft_column=column, source_split=part.split, split=split,
+def read_column(evaluation: Evaluation, path: str, split: str, column: str) -> dict[str, str]:
+    """Returns `{prompt id of the evaluation: text of the column}` of one split."""
+    prompts, _ = read_prompts(
+        path, prompt_column=evaluation.prompt_column, answer_column=evaluation.answer_column,
+        answer_pattern=evaluation.answer_pattern, draft_column=column, source_split=evaluation.split, split=split,
     )  # fmt: skip
-    return {evaluation_id(split, row["prompt_id"]): row["draft"] for row in found}
+    return {evaluation_id(split, row["prompt_id"]): row["draft"] for row in prompts}
 
 
-def with_drafts(context: Context, name: str, table: list[dict], texts: dict[str, str], inputs_of: dict[str, str]) -> Manifest:
-    """The prompts with a draft beside each, committed; a prompt without one is rejected."""
+def with_drafts(context: Context, name: str, table: list[dict], texts: dict[str, str], other_inputs: dict[str, str]) -> Manifest:
+    """Commits the prompts with their drafts in the column `draft`; a prompt without a draft is rejected."""
     assert context.held_out is not None
     key = {"drafts": rows.digest(texts)}
     stage = context.stage(
-        context.run.root / f"{name}_drafts", "prompts", key, {"prompts": context.held_out.identity, **inputs_of}
+        context.run.root / f"{name}_drafts", "prompts", key, {"prompts": context.held_out.identity, **other_inputs}
     )
     manifest = stage.committed()
     if manifest is None:
-        kept = [{**row, "draft": texts[row["prompt_id"]]} for row in table if row["prompt_id"] in texts]
-        lost = [rows.reject(row, name, "has no draft to refine") for row in table if row["prompt_id"] not in texts]
-        if not kept:
-            raise UserError(f"--probes {name}: no prompt has a draft; name another column with --draft-column, or leave it out")
-        rows.write_table(stage.start() / "prompts.parquet", kept, rows.PROMPT_WITH_DRAFT)
-        manifest = stage.commit(lost, num_in=len(table), num_rows=len(kept))
+        with_draft = [{**row, "draft": texts[row["prompt_id"]]} for row in table if row["prompt_id"] in texts]
+        rejected = [rows.reject(row, name, "has no draft to refine") for row in table if row["prompt_id"] not in texts]
+        if not with_draft:
+            raise UserError(
+                f"--probes {name}: no prompt has a draft; give another column with --draft-column, or leave this probe out"
+            )
+        rows.write_table(stage.start() / "prompts.parquet", with_draft, rows.PROMPT_WITH_DRAFT)
+        manifest = stage.commit(rejected, num_in=len(table), num_rows=len(with_draft))
     return manifest
 
 
-class Asker:
-    """Asks one model after the other; engines stay where the next model has the same shape, and take its weights in place."""
+class ModelRunner:
+    """Generates and scores with one model after the other.
+
+    If the next model has the same shape, the engines stay and load its weights in place.
+    """
 
     def __init__(self, context: Context):
         self.context = context
         self.shape: str | None = None
 
-    def everything(
-        self, model: Named, shown: dict[str, Manifest], wanted: tuple[str, ...]
+    def run_all(
+        self, model: Named, prompts_with_drafts: dict[str, Manifest], probe_names: tuple[str, ...]
     ) -> dict[str, tuple[Manifest, Manifest]]:
-        """Drafts and scores of the chain, of one refinement of each given draft, and of what is sampled beside the chain."""
+        """Returns drafts and scores of the chain, of one refinement of each prepared draft, and of the sampling probes."""
         config = self.context.config
-        found = {"chain": self.chain(model)}
-        for name, prompts_of in shown.items():
+        tables = {"chain": self.chain(model)}
+        for name, prompts in prompts_with_drafts.items():
             strategy = Strategy(name=REFINE_GIVEN, rounds=2)
-            found[name] = self.ask(model, name, prompts_of, strategy, scope=name)
-        if "parallel" in wanted:  # twice as many as the chain has rounds: short first drafts buy more of them at equal tokens
+            tables[name] = self.run_part(model, name, prompts, strategy, scope=name)
+        if "parallel" in probe_names:
+            # Twice the chain's rounds: first drafts are short, so the tokens of a chain pay for more of them.
             samples = max(config.evaluation.parallel, 2 * config.evaluation.rounds)
             strategy = Strategy(name="parallel", samples=samples)
-            found["parallel"] = self.ask(model, "parallel", self.held_out, strategy)
-        if "longer" in wanted:
+            tables["parallel"] = self.run_part(model, "parallel", self.held_out, strategy)
+        if "longer" in probe_names:
             strategy = Strategy(name="chain", rounds=1)
-            found["longer"] = self.ask(model, "longer", self.held_out, strategy, max_tokens=self.longest())
-        return found
+            tables["longer"] = self.run_part(model, "longer", self.held_out, strategy, max_tokens=self.longer_tokens())
+        return tables
 
-    def longest(self) -> int:
-        """Tokens of one answer that may have those of all rounds, as far as the context has room after every prompt."""
+    def longer_tokens(self) -> int:
+        """Returns the token limit of one answer: the limits of all rounds together, but no more than fits after every prompt."""
         config = self.context.config
-        prompts_of = pq.read_table(self.held_out.path("prompts.parquet"), columns=["num_tokens"])["num_tokens"].to_pylist()
-        room = config.model.context_tokens - max(prompts_of, default=0)
+        prompt_tokens = pq.read_table(self.held_out.path("prompts.parquet"), columns=["num_tokens"])["num_tokens"].to_pylist()
+        room = config.model.context_tokens - max(prompt_tokens, default=0)
         return min(config.evaluation.rounds * config.sampling.max_tokens, room)
 
     @property
@@ -186,16 +195,16 @@ class Asker:
         return self.context.held_out
 
     def chain(self, model: Named, part: str = "chain", rounds: int | None = None) -> tuple[Manifest, Manifest]:
-        """The very chain of a run's own evaluation: the same prompts and seeds."""
+        """Runs the same chain as the evaluation stage of a run: same prompts, same seeds."""
         config = self.context.config
         strategy = Strategy(name="chain", rounds=rounds or config.evaluation.rounds)
-        return self.ask(model, part, self.held_out, strategy)
+        return self.run_part(model, part, self.held_out, strategy)
 
-    def ask(
-        self, model: Named, part: str, prompts_of: Manifest, strategy: Strategy,
+    def run_part(
+        self, model: Named, part: str, prompts: Manifest, strategy: Strategy,
         scope: str = generations.EVALUATION_SCOPE, max_tokens: int | None = None,
     ) -> tuple[Manifest, Manifest]:  # fmt: skip
-        """Drafts and scores of one part, at the evaluation's temperature."""
+        """Returns drafts and scores of one part (the chain or a probe), sampled at the evaluation's temperature."""
         context = self.context
         sampling = dataclasses.replace(
             context.config.sampling,
@@ -204,7 +213,7 @@ class Asker:
         )
         policy = Policy(model.folder, model.hash)
         job = generations.GenerationJob(
-            None, f"{model.name}: {part}", policy, prompts_of, strategy, sampling, scope, context.reward_models
+            None, f"{model.name}: {part}", policy, prompts, strategy, sampling, scope, context.reward_models
         )
         shape = model_shape(model.folder)
         if self.shape not in (None, shape):
@@ -215,7 +224,7 @@ class Asker:
 
 
 def model_shape(folder: Path) -> str:
-    """Digest of configuration and tokenizer: engines hold both, and only weights are replaced in place."""
+    """Returns a digest of configuration and tokenizer: engines hold both, and can replace only weights in place."""
     config = json.loads((folder / "config.json").read_bytes())
     files = [folder / name for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")]
     hashes = [sha256_file(file) if file.is_file() else None for file in files]

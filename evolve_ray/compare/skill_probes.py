@@ -1,7 +1,7 @@
-"""Probes that tell refinement skill from luck: the same drafts for every model, correct drafts, fixed quality, equal cost.
+"""Probes that separate refinement skill from luck: equal drafts for all models, correct drafts, fixed quality, equal cost.
 
-Figures are pure functions of `{prompt id: {round: draft with its score}}` of one split, as `evaluate.whole_chains` gives it.
-A draft is right where the verifier gives it exactly 1.0.
+All figures are pure functions of the chains of one split, `{prompt id: {round: draft with its score}}`, as
+`evolve_ray.evaluate.figures.whole_chains` returns them. A draft is right if the verifier scores it exactly 1.0.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,7 +15,7 @@ from evolve_ray.evaluate.intervals import interval
 Chains = dict[str, dict[int, dict]]  # prompt id -> round -> draft with its score
 Same = Callable[[str, str], bool]  # whether two responses give the same answer
 PROBES = ("foreign", "keep", "quality", "majority", "parallel", "longer")
-LAST_ROUNDS = 3  # that vote
+LAST_ROUNDS = 3  # rounds that vote in the probe `majority`
 
 
 def is_right(draft: dict) -> bool:
@@ -23,12 +23,12 @@ def is_right(draft: dict) -> bool:
 
 
 def is_verified(chains: Chains) -> bool:
-    """Whether a verifier has graded these drafts."""
+    """Returns whether a verifier scored these drafts."""
     return any(draft["correct"] is not None for chain in chains.values() for draft in chain.values())
 
 
 def foreign(chains: Chains, seed: int) -> dict[str, Any]:
-    """What a model makes of drafts that are the same for every model: quality before and after one refinement."""
+    """Returns the quality before and after one refinement of drafts that are the same for every model."""
     pairs = [(chain[1], chain[max(chain)]) for chain in chains.values()]
     if not pairs:
         return {"n": 0}
@@ -38,7 +38,7 @@ def foreign(chains: Chains, seed: int) -> dict[str, Any]:
 
 
 def keep(chains: Chains, seed: int) -> dict[str, Any]:
-    """Whether correct drafts stay correct, and as they are. With a verifier only drafts count that it finds right."""
+    """Returns how often correct drafts stay correct, and stay unchanged. With a verifier, only right drafts count."""
     verified = is_verified(chains)
     pairs = [(chain[1], chain[max(chain)]) for chain in chains.values() if not verified or is_right(chain[1])]
     figures: dict[str, Any] = {"num_shown": len(chains), "n": len(pairs)}
@@ -51,16 +51,16 @@ def keep(chains: Chains, seed: int) -> dict[str, Any]:
 
 
 def tercile_bounds(rewards: Iterable[float]) -> tuple[float, float]:
-    """The two rewards that part all first drafts into thirds."""
+    """Returns the two rewards that split all first drafts into thirds."""
     low, high = np.quantile(list(rewards), [1 / 3, 2 / 3])
     return float(low), float(high)
 
 
 def quality(chains: Chains, bounds: tuple[float, float] | None, seed: int) -> list[dict[str, Any]]:
-    """The gain of the last round over the first among first drafts of like quality.
+    """Returns the gain from the first to the last round, grouped by the quality of the first draft.
 
-    With a verifier: first drafts that are wrong, and right. Without: thirds by reward, parted by `bounds`, which all models
-    share. Within a group of wrong drafts luck alone also lifts, so the same group of another model is what to compare with.
+    With a verifier the groups are wrong and right first drafts. Without one they are thirds by reward, split at `bounds`, which
+    are the same for all models. Luck alone also improves a group of wrong drafts: compare with the same group of another model.
     """
     groups: dict[str, list[tuple[dict, dict]]] = {}
     if is_verified(chains):
@@ -81,23 +81,23 @@ def quality(chains: Chains, bounds: tuple[float, float] | None, seed: int) -> li
     ]
 
 
-def vote(drafts: list[dict], same: Same) -> dict:
-    """The latest draft that gives the most frequent answer; of equally frequent answers the one given latest."""
+def vote(drafts: list[dict], same_answer: Same) -> dict:
+    """Returns the latest draft with the most frequent answer; if answers are equally frequent, the one that occurs latest."""
     groups: list[list[int]] = []
-    for place, draft in enumerate(drafts):
-        group = next((group for group in groups if same(drafts[group[0]]["text"], draft["text"])), None)
+    for index, draft in enumerate(drafts):
+        group = next((group for group in groups if same_answer(drafts[group[0]]["text"], draft["text"])), None)
         if group is None:
-            groups.append([place])
+            groups.append([index])
         else:
-            group.append(place)
+            group.append(index)
     return drafts[max(groups, key=lambda group: (len(group), group[-1]))[-1]]
 
 
-def majority(chains: Chains, same: Same, seed: int) -> dict[str, Any]:
-    """The vote of the last `LAST_ROUNDS` rounds against the last round; `difference` is vote minus last."""
+def majority(chains: Chains, same_answer: Same, seed: int) -> dict[str, Any]:
+    """Compares the vote of the last `LAST_ROUNDS` rounds with the last round; `difference` is vote minus last."""
     if not chains:
         return {"n": 0}
-    votes = [vote([chain[number] for number in sorted(chain)[-LAST_ROUNDS:]], same) for chain in chains.values()]
+    votes = [vote([chain[number] for number in sorted(chain)[-LAST_ROUNDS:]], same_answer) for chain in chains.values()]
     last = [chain[max(chain)] for chain in chains.values()]
     pairs = list(zip(last, votes, strict=True))
     return {
@@ -106,73 +106,83 @@ def majority(chains: Chains, same: Same, seed: int) -> dict[str, Any]:
         "vote": values_of(votes, seed),
         "last": values_of(last, seed),
         "difference": differences(pairs, seed),
-        "num_other_answer": sum(not same(one["text"], other["text"]) for one, other in pairs),
+        "num_other_answer": sum(not same_answer(last_draft["text"], vote_draft["text"]) for last_draft, vote_draft in pairs),
     }
 
 
-def parallel(chains: Chains, samples: dict[str, dict[int, dict]], same: Same, seed: int) -> dict[str, Any]:
-    """A chain against independent samples, at equal numbers of responses and at equal generated tokens.
+def parallel(chains: Chains, samples: dict[str, dict[int, dict]], same_answer: Same, seed: int) -> dict[str, Any]:
+    """Compares chains with independent samples, at equal numbers of responses and at equal generated tokens.
 
-    `samples`: prompt id -> sample number -> draft; prompts that lack one are left out. At equal tokens a prompt gets as many
-    samples as its chain's generated tokens pay for, at least one; `num_capped` prompts could have paid for more than there are.
-    Each side has the scorer's best (where the verifier is the scorer: right if any is) and what can be known without a scorer:
-    the chain's last round, the samples' vote. Differences are chain minus parallel.
+    `samples`: prompt id -> sample number -> draft; prompts with a missing sample are left out. At equal tokens a prompt gets as
+    many samples as the generated tokens of its chain pay for, at least one; `num_capped` counts the prompts whose chain could
+    pay for more samples than exist. Each side has the draft with the best score (if the verifier is the scorer: right if any
+    draft is right), and the choice that needs no scorer: the chain's last round, the vote of the samples. Differences are
+    chain minus parallel.
     """
-    most = max(map(len, samples.values()), default=0)
-    asked = [prompt_id for prompt_id in chains if len(samples.get(prompt_id, ())) == most and most]
-    figures: dict[str, Any] = {"n": len(asked)}
-    if not asked:
+    num_samples = max(map(len, samples.values()), default=0)
+    prompt_ids = [prompt_id for prompt_id in chains if len(samples.get(prompt_id, ())) == num_samples and num_samples]
+    figures: dict[str, Any] = {"n": len(prompt_ids)}
+    if not prompt_ids:
         return figures
-    sides = {prompt_id: ([chains[prompt_id][n] for n in sorted(chains[prompt_id])],
-                         [samples[prompt_id][n] for n in sorted(samples[prompt_id])]) for prompt_id in asked}  # fmt: skip
-    counts = {
-        "equal_samples": {prompt_id: min(len(chain), most) for prompt_id, (chain, _) in sides.items()},
-        "equal_tokens": {prompt_id: affordable(chain, drawn) for prompt_id, (chain, drawn) in sides.items()},
+    drafts_of = {
+        prompt_id: (
+            [chains[prompt_id][number] for number in sorted(chains[prompt_id])],
+            [samples[prompt_id][number] for number in sorted(samples[prompt_id])],
+        )
+        for prompt_id in prompt_ids
     }
-    for budget, sizes in counts.items():
-        chain = [sides[prompt_id][0] for prompt_id in asked]
-        drawn = [sides[prompt_id][1][: sizes[prompt_id]] for prompt_id in asked]
-        best = [(best_of(right), best_of(left)) for left, right in zip(chain, drawn, strict=True)]
-        known = [(vote(right, same), left[-1]) for left, right in zip(chain, drawn, strict=True)]
+    sample_counts = {
+        "equal_samples": {prompt_id: min(len(chain), num_samples) for prompt_id, (chain, _) in drafts_of.items()},
+        "equal_tokens": {prompt_id: affordable(chain, drawn) for prompt_id, (chain, drawn) in drafts_of.items()},
+    }
+    for budget, counts in sample_counts.items():
+        chain = [drafts_of[prompt_id][0] for prompt_id in prompt_ids]
+        drawn = [drafts_of[prompt_id][1][: counts[prompt_id]] for prompt_id in prompt_ids]
+        best = [(best_of(sample_drafts), best_of(chain_drafts)) for chain_drafts, sample_drafts in zip(chain, drawn, strict=True)]
+        without_scorer = [
+            (vote(sample_drafts, same_answer), chain_drafts[-1]) for chain_drafts, sample_drafts in zip(chain, drawn, strict=True)
+        ]
         figures[budget] = {
             "chain": {**cost(chain), "best": values_of([pair[1] for pair in best], seed),
-                      "last": values_of([pair[1] for pair in known], seed)},
+                      "last": values_of([pair[1] for pair in without_scorer], seed)},
             "parallel": {**cost(drawn), "best": values_of([pair[0] for pair in best], seed),
-                         "vote": values_of([pair[0] for pair in known], seed)},
-            "difference": {"best": differences(best, seed), "last_minus_vote": differences(known, seed)},
+                         "vote": values_of([pair[0] for pair in without_scorer], seed)},
+            "difference": {"best": differences(best, seed), "last_minus_vote": differences(without_scorer, seed)},
         }  # fmt: skip
-    spare = [tokens(chain) - tokens(drawn) for chain, drawn in sides.values()]
-    means = [tokens(drawn) / most for _, drawn in sides.values()]
-    figures["equal_tokens"]["num_capped"] = sum(left >= mean for left, mean in zip(spare, means, strict=True))
+    spare_tokens = [tokens(chain) - tokens(drawn) for chain, drawn in drafts_of.values()]
+    mean_costs = [tokens(drawn) / num_samples for _, drawn in drafts_of.values()]
+    figures["equal_tokens"]["num_capped"] = sum(
+        spare >= mean_cost for spare, mean_cost in zip(spare_tokens, mean_costs, strict=True)
+    )
     return figures
 
 
 def longer(chains: Chains, answers: Chains, max_tokens: int, seed: int) -> dict[str, Any]:
-    """A chain's last round against one direct answer that may have the tokens of all rounds; `difference` is chain minus answer.
+    """Compares the last round with one direct answer that may use the tokens of all rounds; `difference` is chain minus answer.
 
-    The answer has the prompt and seed of y1, so it is another one only where y1 was cut: `mean_tokens` tells what it used.
+    The answer has the prompt and seed of y1, so it differs from y1 only where y1 was cut. `mean_tokens` is what it really used.
     """
-    asked = [prompt_id for prompt_id in chains if prompt_id in answers]
-    if not asked:
+    prompt_ids = [prompt_id for prompt_id in chains if prompt_id in answers]
+    if not prompt_ids:
         return {"n": 0}
-    pairs = [(answers[prompt_id][1], chains[prompt_id][max(chains[prompt_id])]) for prompt_id in asked]
-    one, last = ([pair[place] for pair in pairs] for place in (0, 1))
+    pairs = [(answers[prompt_id][1], chains[prompt_id][max(chains[prompt_id])]) for prompt_id in prompt_ids]
+    direct, last = ([pair[side] for pair in pairs] for side in (0, 1))
     return {
-        "n": len(asked),
+        "n": len(prompt_ids),
         "max_tokens": max_tokens,
-        "num_cut": sum(draft["finish_reason"] == "length" for draft in one),
-        "answer": {**cost([[draft] for draft in one]), **values_of(one, seed)},
-        "chain": {**cost([list(chains[prompt_id].values()) for prompt_id in asked]), **values_of(last, seed)},
+        "num_cut": sum(draft["finish_reason"] == "length" for draft in direct),
+        "answer": {**cost([[draft] for draft in direct]), **values_of(direct, seed)},
+        "chain": {**cost([list(chains[prompt_id].values()) for prompt_id in prompt_ids]), **values_of(last, seed)},
         "difference": differences(pairs, seed),
     }
 
 
-def affordable(chain: list[dict], drawn: list[dict]) -> int:
-    """How many of `drawn`, in their order, cost no more generated tokens than `chain`; at least one."""
-    left, count = tokens(chain), 0
-    for draft in drawn:
-        left -= draft["num_tokens"]
-        if left < 0:
+def affordable(chain: list[dict], samples: list[dict]) -> int:
+    """Returns how many of `samples`, in order, cost no more generated tokens than `chain`; at least one."""
+    tokens_left, count = tokens(chain), 0
+    for draft in samples:
+        tokens_left -= draft["num_tokens"]
+        if tokens_left < 0:
             break
         count += 1
     return max(1, count)
@@ -183,12 +193,12 @@ def tokens(drafts: list[dict]) -> int:
 
 
 def best_of(drafts: list[dict]) -> dict:
-    """By the scorer; of equal scores the earliest."""
+    """Returns the draft with the highest score; if scores are equal, the earliest."""
     return max(drafts, key=lambda draft: draft["score"])
 
 
 def cost(groups: list[list[dict]]) -> dict[str, float]:
-    """Means per prompt: responses, generated tokens, and prompt tokens that were read for them (cached ones included)."""
+    """Returns means per prompt: responses, generated tokens, and prompt tokens read for them (cached ones included)."""
     return {
         "mean_responses": sum(map(len, groups)) / len(groups),
         "mean_tokens": sum(map(tokens, groups)) / len(groups),

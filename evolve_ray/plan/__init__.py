@@ -1,6 +1,6 @@
-"""What a run would take, without starting anything: stages, tokens, hours, disk, GPU memory.
+"""Estimates what a run needs, without starting anything: stages, tokens, hours, disk, GPU memory.
 
 In: a `Config`, a model's config.json, a cluster.
-Out: the text of `--plan`, and what does not fit with a way out that was tried.
+Out: the text of `--plan`, and for what does not fit a change of the recipe that was checked.
 Never imports: anything that loads a model.
 """

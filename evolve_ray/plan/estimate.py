@@ -1,13 +1,13 @@
-"""What an iteration takes at most: tokens, hours, disk; and the table that `--plan` prints of a cluster.
+"""Upper bounds for the hours and the disk of an iteration, and the table that `--plan` prints for a cluster.
 
-Hours are a roofline: every answer as long as `sampling.max_tokens`, the arithmetic of two well-known GPUs, and the efficiencies
-below, which are assumed, not measured. They leave out the start of engines and the reading of files.
+Hours are a roofline estimate: every response has `sampling.max_tokens` tokens, GPUs have the peaks of two well-known models, and
+the efficiencies below are assumed, not measured. The start of engines and the reading of files are not included.
 """
 
 from dataclasses import dataclass
 
 from evolve_ray.config.options import Config, Training
-from evolve_ray.plan.fitting import faults
+from evolve_ray.plan.fitting import fit_errors
 from evolve_ray.plan.shapes import Shape, read_shape
 from evolve_ray.plan.sizing import (
     BYTES,
@@ -23,13 +23,13 @@ from evolve_ray.plan.sizing import (
 )
 from evolve_ray.refine.strategies import responses_per_prompt
 
-PROMPT_TOKENS = 512  # of a prompt with its system text, where only loading tells
-COMPUTE, BANDWIDTH, TRAINING = 0.4, 0.6, 0.35  # of the peak: prefill and scoring, decoding, forward and backward together
+PROMPT_TOKENS = 512  # assumed length of a prompt with its system text: the real one is known only after loading
+COMPUTE, BANDWIDTH, TRAINING = 0.4, 0.6, 0.35  # assumed shares of the peak: prefill and scoring; decoding; forward and backward
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's peaks: dense bfloat16 operations and bytes of memory a second."""
+    """Peak speeds of a GPU: dense bfloat16 operations and bytes of memory bandwidth, each per second."""
 
     name: str
     flops: float
@@ -40,33 +40,33 @@ GPUS = (Gpu("H100", 989e12, 3.35e12), Gpu("A100", 312e12, 2.0e12))
 
 
 def report(config: Config, held_out: int, cluster: Cluster | None) -> tuple[list[str], list[str]]:
-    """(lines of the plan, what does not fit)."""
-    uses = config.trainer.use_gpu or config.engine.gpus_per_actor or config.scorer.gpus_per_actor
-    if not uses:
-        return (["memory     not sized: the recipe uses no GPU"] if cluster else []), []
+    """Returns (lines of the plan, errors for what does not fit)."""
+    uses_gpus = config.trainer.use_gpu or config.engine.gpus_per_actor or config.scorer.gpus_per_actor
+    if not uses_gpus:
+        return (["memory     not estimated: the recipe uses no GPU"] if cluster else []), []
     if cluster is None:
-        ask = "--nodes, --gpus-per-node and --gpu-memory-gib, or RAY_ADDRESS of a cluster with GPUs"
-        return [f"memory     not sized: give {ask}"], []
+        options = "--nodes, --gpus-per-node and --gpu-memory-gib, or RAY_ADDRESS of a cluster with GPUs"
+        return [f"memory     not estimated: give {options}"], []
     shape = read_shape(config.model.path, "model.path")
-    scorers = [read_shape(name, "scorer.model", classifier=True) for name in scorer_models(config)]
-    unknown = [found for found in (shape, *scorers) if isinstance(found, str)]
-    if isinstance(shape, str) or unknown:
-        return [f"memory     not sized: {why}" for why in unknown], []
-    known = [found for found in scorers if isinstance(found, Shape)]
+    scorers_or_reasons = [read_shape(name, "scorer.model", classifier=True) for name in scorer_models(config)]
+    reasons = [shape_or_reason for shape_or_reason in (shape, *scorers_or_reasons) if isinstance(shape_or_reason, str)]
+    if isinstance(shape, str) or reasons:
+        return [f"memory     not estimated: {reason}" for reason in reasons], []
+    scorer_shapes = [shape_or_reason for shape_or_reason in scorers_or_reasons if isinstance(shape_or_reason, Shape)]
     lines = [f"cluster    {describe(cluster)}; the model has {shape.parameters / 1e9:.2f}B parameters"]
-    lines += places(config, cluster)
-    lines += ["", f"  {'GiB of one GPU':<16} {'takes':>6} {'may':>6}   of it"]
-    for memory in memories(config, shape, known, cluster):
-        of_it = ", ".join(f"{what} {size:.1f}" for what, size in memory.parts)
-        lines += [f"  {memory.phase:<16} {memory.total_gib:>6.1f} {memory.limit_gib:>6.1f}   {of_it}"]
+    lines += placement(config, cluster)
+    lines += ["", f"  {'GiB of one GPU':<16} {'needs':>6} {'limit':>6}   parts"]
+    for memory in memories(config, shape, scorer_shapes, cluster):
+        parts = ", ".join(f"{part} {size:.1f}" for part, size in memory.parts)
+        lines += [f"  {memory.phase:<16} {memory.total_gib:>6.1f} {memory.limit_gib:>6.1f}   {parts}"]
     if config.engine.gpus_per_actor:
         tokens = cache_tokens(config, shape, engine_memory(config, shape, cluster))
         contexts = tokens / config.model.context_tokens
-        lines += [f"  an engine's cache holds {tokens:,} tokens: {contexts:.1f} whole contexts"]
-    found = faults(config, shape, known, cluster)
-    if not found:
-        lines += ["", *hours(config, shape, known, held_out, cluster), *disk(config, shape)]
-    return lines, found
+        lines += [f"  KV cache of an engine: {tokens:,} tokens, or {contexts:.1f} full contexts"]
+    errors = fit_errors(config, shape, scorer_shapes, cluster)
+    if not errors:
+        lines += ["", *hours(config, shape, scorer_shapes, held_out, cluster), *disk(config, shape)]
+    return lines, errors
 
 
 def scorer_models(config: Config) -> list[str]:
@@ -74,60 +74,65 @@ def scorer_models(config: Config) -> list[str]:
     return [config.scorer.model] if config.scorer.name == "reward_model" else members
 
 
-def places(config: Config, cluster: Cluster) -> list[str]:
+def placement(config: Config, cluster: Cluster) -> list[str]:
     engine, scorer, trainer = config.engine, config.scorer, config.trainer
     used = engine.actors * engine.gpus_per_actor + scorer.actors * scorer.gpus_per_actor * (scorer.name != "verifier")
-    turns = "in turns with" if engine.release_for_training else "beside"
+    relation = "taking turns with" if engine.release_for_training else "at the same time as"
     return [
-        f"places     {engine.actors} engines of {engine_gpus(config)} GPUs and {scorer.actors} scorers of "
-        f"{scorer.gpus_per_actor:g}: {used:g} of {cluster.num_gpus} GPUs; {turns} {trainer.workers} ZeRO-3 workers"
+        f"placement  {engine.actors} engines with {engine_gpus(config)} GPUs each, {scorer.actors} scorers with "
+        f"{scorer.gpus_per_actor:g} each: {used:g} of {cluster.num_gpus} GPUs, {relation} {trainer.workers} ZeRO-3 workers"
     ]
 
 
 def hours(config: Config, shape: Shape, scorers: list[Shape], held_out: int, cluster: Cluster) -> list[str]:
-    """One line a GPU: hours of an iteration by stage, at most."""
+    """Returns one line for each type of GPU: upper bounds for the hours of an iteration, by stage."""
     lines = [f"  hours at most    {'all':>6} {'drafts':>7} {'scores':>7} {'train':>7} {'eval':>7}"]
-    answers = held_out * (config.evaluation.rounds + config.evaluation.parallel)
+    evaluation_drafts = held_out * (config.evaluation.rounds + config.evaluation.parallel)
     drafts = config.prompts.per_iteration * responses_per_prompt(config.strategy)
     for gpu in GPUS:
         parts = [
             generation_s(config, shape, drafts, cluster, gpu),
             scoring_s(config, scorers, drafts, gpu),
             training_s(config, config.training, shape, gpu) if config.trainer.use_gpu else 0.0,
-            generation_s(config, shape, answers, cluster, gpu) + scoring_s(config, scorers, answers, gpu),
+            generation_s(config, shape, evaluation_drafts, cluster, gpu) + scoring_s(config, scorers, evaluation_drafts, gpu),
         ]
         lines += [f"  {gpu.name:<16} {sum(parts) / 3600:>6.2f} " + " ".join(f"{part / 3600:>7.2f}" for part in parts)]
     return lines
 
 
-def generation_s(config: Config, shape: Shape, answers: int, cluster: Cluster, gpu: Gpu) -> float:
-    """A step of an engine reads its weights and the cache of all its seats once, and writes a token in each seat.
+def generation_s(config: Config, shape: Shape, drafts: int, cluster: Cluster, gpu: Gpu) -> float:
+    """Returns seconds of generation.
 
-    An engine works on one shard at a time, so a shard's prompts are the seats that are filled.
+    A step of an engine reads the weights and the KV cache of all its sequences once, and writes a token for each sequence. An
+    engine works on one shard at a time, so the prompts of a shard limit the number of sequences.
     """
-    if not config.engine.gpus_per_actor or not answers:
+    if not config.engine.gpus_per_actor or not drafts:
         return 0.0
     context = min(config.model.context_tokens, PROMPT_TOKENS + 1.5 * config.sampling.max_tokens)
-    room = cache_tokens(config, shape, engine_memory(config, shape, cluster)) / context
-    at_once = config.engine.shard_prompts * (config.strategy.samples if config.strategy.name in ("parallel", "best_of") else 1)
-    seats = max(1.0, min(config.engine.max_num_seqs, room, at_once, answers / config.engine.actors))
-    split = engine_gpus(config)
-    read = BYTES[config.model.dtype] * shape.parameters / split + seats * context * cache_bytes(config, shape)
-    step = max(read / (BANDWIDTH * gpu.bandwidth), 2 * shape.parameters * seats / (split * COMPUTE * gpu.flops))
-    prefill = 2 * shape.parameters * context / (split * COMPUTE * gpu.flops)
-    return answers / config.engine.actors * (config.sampling.max_tokens * step / seats + prefill)
+    cache_contexts = cache_tokens(config, shape, engine_memory(config, shape, cluster)) / context
+    samples = config.strategy.samples if config.strategy.name in ("parallel", "best_of") else 1
+    shard_sequences = config.engine.shard_prompts * samples
+    num_sequences = max(1.0, min(config.engine.max_num_seqs, cache_contexts, shard_sequences, drafts / config.engine.actors))
+    num_gpus = engine_gpus(config)
+    bytes_read = BYTES[config.model.dtype] * shape.parameters / num_gpus + num_sequences * context * cache_bytes(config, shape)
+    step = max(bytes_read / (BANDWIDTH * gpu.bandwidth), 2 * shape.parameters * num_sequences / (num_gpus * COMPUTE * gpu.flops))
+    prefill = 2 * shape.parameters * context / (num_gpus * COMPUTE * gpu.flops)
+    return drafts / config.engine.actors * (config.sampling.max_tokens * step / num_sequences + prefill)
 
 
-def scoring_s(config: Config, scorers: list[Shape], answers: int, gpu: Gpu) -> float:
+def scoring_s(config: Config, scorers: list[Shape], drafts: int, gpu: Gpu) -> float:
     if not config.scorer.gpus_per_actor:
         return 0.0
-    tokens = answers * min(config.scorer.max_tokens, PROMPT_TOKENS + config.sampling.max_tokens)
+    tokens = drafts * min(config.scorer.max_tokens, PROMPT_TOKENS + config.sampling.max_tokens)
     speed = config.scorer.actors * min(1.0, config.scorer.gpus_per_actor) * COMPUTE * gpu.flops
     return sum(2 * shape.parameters * tokens / speed for shape in scorers)
 
 
 def training_s(config: Config, training: Training, shape: Shape, gpu: Gpu) -> float:
-    """Six operations a parameter and token, two more where activations are computed again, two for the reference."""
+    """Returns seconds of training: 6 operations for each parameter and token, plus 2 for recomputed activations.
+
+    The reference adds 2 operations for each parameter and token.
+    """
     lengths = [PROMPT_TOKENS + config.sampling.max_tokens * (2 if "_after_" in name else 1) for name in sequences(training)]
     tokens = config.prompts.per_iteration * config.selection.max_pairs * sum(min(n, config.model.context_tokens) for n in lengths)
     operations = training.epochs * (8 if config.trainer.gradient_checkpointing else 6) + 2 * (training.objective != "sft")
@@ -135,10 +140,10 @@ def training_s(config: Config, training: Training, shape: Shape, gpu: Gpu) -> fl
 
 
 def disk(config: Config, shape: Shape) -> list[str]:
-    """A step's folder holds the ZeRO-3 state; the one before goes when the next is committed."""
-    width = BYTES[config.model.dtype]
-    weights, step = width * shape.parameters / GIB, (width + 12) * shape.parameters / GIB
+    """Returns the line about disk. A stored step holds the ZeRO-3 state; it is deleted when the next one is committed."""
+    bytes_each = BYTES[config.model.dtype]
+    weights, step = bytes_each * shape.parameters / GIB, (bytes_each + 12) * shape.parameters / GIB
     return [
-        f"  disk             checkpoint {weights:,.0f} GiB an iteration; while training up to {2 * step:,.0f} GiB more, for two "
-        "of the steps that a resumed training starts from"
+        f"  disk             checkpoint {weights:,.0f} GiB per iteration; during training up to {2 * step:,.0f} GiB more, for "
+        "two stored steps"
     ]

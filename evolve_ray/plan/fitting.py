@@ -1,6 +1,6 @@
-"""Whether a recipe fits on a cluster, and what to change where it does not.
+"""Checks whether a recipe fits on a cluster, and finds a change that makes it fit.
 
-A way out is never guessed: one option at a time is changed, and the sum is done again.
+A suggestion is never a guess: one option at a time is changed, and the memory is computed again.
 """
 
 import dataclasses
@@ -12,78 +12,84 @@ from evolve_ray.plan.shapes import Shape
 from evolve_ray.plan.sizing import Cluster, describe, engine_gpus, memories
 
 
-def faults(config: Config, shape: Shape, scorers: list[Shape], cluster: Cluster) -> list[str]:
-    """What cannot be placed or does not fit, each with a way out that was checked."""
-    found = placement_faults(config, shape, cluster)
+def fit_errors(config: Config, shape: Shape, scorers: list[Shape], cluster: Cluster) -> list[str]:
+    """Returns an error for each phase that cannot be placed or does not fit; suggested changes of memory are checked."""
+    errors = placement_errors(config, shape, cluster)
     for memory in memories(config, shape, scorers, cluster):
         if not memory.fits:
             largest = max(memory.parts, key=lambda part: part[1])
-            found.append(
-                f"{memory.phase}: needs {memory.total_gib:.1f} GiB a GPU and may use {memory.limit_gib:.1f} (most of it: "
-                f"{largest[0]} {largest[1]:.1f}); {way_out(config, shape, scorers, cluster, memory.phase)}"
+            errors.append(
+                f"{memory.phase}: needs {memory.total_gib:.1f} GiB on each GPU, but the limit is {memory.limit_gib:.1f} "
+                f"(largest part: {largest[0]} {largest[1]:.1f}); {suggest_change(config, shape, scorers, cluster, memory.phase)}"
             )
-    return found
+    return errors
 
 
-def placement_faults(config: Config, shape: Shape, cluster: Cluster) -> list[str]:
-    engine, scorer, trainer, found = config.engine, config.scorer, config.trainer, []
+def placement_errors(config: Config, shape: Shape, cluster: Cluster) -> list[str]:
+    engine, scorer, trainer, errors = config.engine, config.scorer, config.trainer, []
     needed = engine_gpus(config)
     if engine.gpus_per_actor and engine.gpus_per_actor != needed:
-        found.append(
+        errors.append(
             f"engine.gpus_per_actor: is {engine.gpus_per_actor:g}, but engine.args splits an engine over {needed} GPUs; set it "
             f"to {needed}, or engine.args.tensor_parallel_size to {engine.gpus_per_actor:g}"
         )
     parallel = engine.args.get("tensor_parallel_size", 1)
     if shape.heads % parallel:
-        found.append(f"engine.args.tensor_parallel_size: is {parallel}, which does not divide the model's {shape.heads} heads")
+        errors.append(f"engine.args.tensor_parallel_size: is {parallel}, which does not divide the model's {shape.heads} heads")
     if engine.gpus_per_actor > cluster.gpus_per_node:
-        found.append(
+        errors.append(
             f"engine.gpus_per_actor: is {engine.gpus_per_actor:g}, but a node has {cluster.gpus_per_node} GPUs and an engine "
-            f"lives on one node; lower engine.args.tensor_parallel_size to at most {cluster.gpus_per_node}"
+            f"runs on one node; lower engine.args.tensor_parallel_size to at most {cluster.gpus_per_node}"
         )
-    elif not placed(config, cluster, engine.actors):
-        room = next((n for n in range(engine.actors - 1, 0, -1) if placed(config, cluster, n)), 0)
-        way = f"lower engine.actors to {room}" if room else "lower scorer.actors or add nodes"
-        found.append(
+    elif not can_place(config, cluster, engine.actors):
+        most_engines = next((n for n in range(engine.actors - 1, 0, -1) if can_place(config, cluster, n)), 0)
+        advice = f"lower engine.actors to {most_engines}" if most_engines else "lower scorer.actors or add nodes"
+        errors.append(
             f"engine.actors: {engine.actors} engines of {engine.gpus_per_actor:g} GPUs and {scorer.actors} scorers of "
-            f"{scorer.gpus_per_actor:g} do not find place on {describe(cluster)}; {way}"
+            f"{scorer.gpus_per_actor:g} do not fit on {describe(cluster)}; {advice}"
         )
-    kept = 0.0 if engine.release_for_training else engine.actors * engine.gpus_per_actor + scorer.actors * scorer.gpus_per_actor
-    if trainer.use_gpu and trainer.workers + kept > cluster.num_gpus:
-        free = int(cluster.num_gpus - kept)
-        also = " beside the engines that stay (engine.release_for_training)" if kept else ""
-        found.append(
-            f"trainer.workers: is {trainer.workers}, but {free} GPUs are there for them{also}; "
+    kept_gpus = (
+        0.0 if engine.release_for_training else engine.actors * engine.gpus_per_actor + scorer.actors * scorer.gpus_per_actor
+    )
+    if trainer.use_gpu and trainer.workers + kept_gpus > cluster.num_gpus:
+        free = int(cluster.num_gpus - kept_gpus)
+        reason = ": engines and scorers keep theirs (engine.release_for_training=false)" if kept_gpus else ""
+        errors.append(
+            f"trainer.workers: is {trainer.workers}, but only {free} GPUs are free for them{reason}; "
             f"set trainer.workers={max(free, 1)} or add nodes"
         )
-    return found
+    return errors
 
 
-def placed(config: Config, cluster: Cluster, engines: int) -> bool:
-    """Whether the actors find a node each, the larger ones first."""
+def can_place(config: Config, cluster: Cluster, engines: int) -> bool:
+    """Returns whether every actor fits on a node, if the larger actors are placed first."""
     free = [float(cluster.gpus_per_node)] * cluster.nodes
     scorers = config.scorer.actors if config.scorer.name != "verifier" else 0
     for size in sorted([config.engine.gpus_per_actor] * engines + [config.scorer.gpus_per_actor] * scorers, reverse=True):
-        node = next((place for place, room in enumerate(free) if room >= size - 1e-9), None)
+        node = next((number for number, free_gpus in enumerate(free) if free_gpus >= size - 1e-9), None)
         if node is None:
             return False
         free[node] -= size
     return True
 
 
-def way_out(config: Config, shape: Shape, scorers: list[Shape], cluster: Cluster, phase: str) -> str:
-    """The first single change of the recipe, or of the cluster, with which the phase fits."""
+def suggest_change(config: Config, shape: Shape, scorers: list[Shape], cluster: Cluster, phase: str) -> str:
+    """Returns the first single change of the recipe or the cluster that makes the phase fit."""
     tried = []
-    for name, other, where in changes(config, cluster, phase, shape):
-        memory = next((m for m in memories(other, shape, scorers, where) if m.phase == phase), None)
-        if memory and memory.fits and set(placement_faults(other, shape, where)) <= set(placement_faults(config, shape, cluster)):
-            return f"with {name} it takes {memory.total_gib:.1f}"
+    for name, changed, changed_cluster in changes(config, cluster, phase, shape):
+        memory = next((m for m in memories(changed, shape, scorers, changed_cluster) if m.phase == phase), None)
+        if (
+            memory
+            and memory.fits
+            and set(placement_errors(changed, shape, changed_cluster)) <= set(placement_errors(config, shape, cluster))
+        ):
+            return f"with {name} it needs {memory.total_gib:.1f}"
         tried.append(name)
-    return f"no single one of these is enough: {', '.join(tried)}; take a smaller model or larger GPUs"
+    return f"none of these changes alone is enough: {', '.join(tried)}; use a smaller model or larger GPUs"
 
 
 def changes(config: Config, cluster: Cluster, phase: str, shape: Shape) -> Iterator[tuple[str, Config, Cluster]]:
-    """(what is changed, the recipe, the cluster), the cheapest first."""
+    """Yields (name of the change, changed recipe, changed cluster), the cheapest change first."""
 
     def set_to(section: str, **values: Any) -> tuple[str, Config, Cluster]:
         part = dataclasses.replace(getattr(config, section), **values)
@@ -105,18 +111,18 @@ def changes(config: Config, cluster: Cluster, phase: str, shape: Shape) -> Itera
         yield from shorter(config, cluster)
         for nodes in (2, 4, 8):
             if nodes > cluster.nodes:
-                more = dataclasses.replace(cluster, nodes=nodes)
-                name, other, _ = set_to("trainer", workers=more.num_gpus)
-                yield f"{nodes} nodes and {name}", other, more
+                larger = dataclasses.replace(cluster, nodes=nodes)
+                name, changed, _ = set_to("trainer", workers=larger.num_gpus)
+                yield f"{nodes} nodes and {name}", changed, larger
     elif phase == "engine":
         for parallel in (2, 4, 8):
             if engine_gpus(config) < parallel <= cluster.gpus_per_node and not shape.heads % parallel:
                 args = {**config.engine.args, "tensor_parallel_size": parallel}
-                most = max(1, int(cluster.num_gpus - config.scorer.actors * config.scorer.gpus_per_actor) // parallel)
-                actors = min(config.engine.actors, most)
-                _, other, _ = set_to("engine", args=args, gpus_per_actor=float(parallel), actors=actors)
+                most_actors = max(1, int(cluster.num_gpus - config.scorer.actors * config.scorer.gpus_per_actor) // parallel)
+                actors = min(config.engine.actors, most_actors)
+                _, changed, _ = set_to("engine", args=args, gpus_per_actor=float(parallel), actors=actors)
                 name = f"engine.args.tensor_parallel_size={parallel}, engine.gpus_per_actor={parallel} and engine.actors={actors}"
-                yield name, other, cluster
+                yield name, changed, cluster
         args = {**config.engine.args, "gpu_memory_utilization": 0.92}
         yield "engine.args.gpu_memory_utilization=0.92", set_to("engine", args=args)[1], cluster
         yield from shorter(config, cluster)
@@ -130,7 +136,7 @@ def changes(config: Config, cluster: Cluster, phase: str, shape: Shape) -> Itera
 
 
 def shorter(config: Config, cluster: Cluster) -> Iterator[tuple[str, Config, Cluster]]:
-    """Shorter contexts, with shorter answers where they would not fit in."""
+    """Yields shorter contexts; shorter responses too, if the old ones would not fit into the context."""
     for tokens in lower(config.model.context_tokens):
         name, sampling = f"model.context_tokens={tokens}", config.sampling
         if texts_in_view(config.strategy) * sampling.max_tokens >= tokens:
@@ -141,5 +147,5 @@ def shorter(config: Config, cluster: Cluster) -> Iterator[tuple[str, Config, Clu
 
 
 def lower(value: int) -> list[int]:
-    """Halves of a number, down to an eighth."""
+    """Returns a half, a quarter and an eighth of a number, rounded down, without zeros."""
     return [value >> shift for shift in (1, 2, 3) if value >> shift]

@@ -1,4 +1,4 @@
-"""`--plan`: what would run, what is committed already, whether it fits, and what it would take, without starting anything."""
+"""The text of `--plan`: the stages, what is committed already, what the run needs, and whether it fits. Nothing is started."""
 
 import json
 import shutil
@@ -40,56 +40,58 @@ FIRST_STAGES = (
     "checkpoint",
     "evaluation",
 )
-STEP_BYTES = 3  # a stored step of training in model sizes: the weights and two moments
-CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English text; only for the estimate of disk
+STEP_BYTES = 3  # bytes of a stored step, in sizes of the model: the weights and two moments of AdamW
+CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English text, used only to estimate disk
 
 
 def plan(config: Config, run: Run, cluster: Cluster | None = None) -> tuple[str, ResourceError | None]:
-    """The plan as text, and what to raise after it where the recipe does not fit on the cluster.
+    """Returns the plan as text, and the error to raise after printing it if the recipe does not fit on the cluster.
 
-    Token counts are upper bounds: every answer as long as `sampling.max_tokens`.
+    Token counts are upper bounds: every response has `sampling.max_tokens` tokens.
     """
     load_template(config.template.name, config.template.layout, config.strategy.name)
     drafts = drafts_per_prompt(config.strategy)
-    prompts, longest = config.prompts.per_iteration, config.sampling.max_tokens
-    held_out, responses, answers = texts(config)
-    generated, evaluated = responses * longest, answers * longest
+    prompts, max_tokens = config.prompts.per_iteration, config.sampling.max_tokens
+    held_out, responses, evaluation_drafts = count_texts(config)
+    generated_tokens, evaluation_tokens = responses * max_tokens, evaluation_drafts * max_tokens
     weights = model_bytes(config)
     lines = [f"run {config.name} in {run.root}", ""]
     lines += [f"model      {config.model.path} ({config.model.dtype}, context {config.model.context_tokens} tokens)"]
-    lines += [f"prompts    {config.prompts.path}: {describe(training_rows(config))}; {prompts} fresh ones an iteration"]
-    lines += [f"held out   {name}: {describe(rows)}" for name, rows in splits(config).items()]
-    lines += [f"strategy   {config.strategy.name}, {drafts} drafts a prompt; scorer {config.scorer.name}"]
+    lines += [f"prompts    {config.prompts.path}: {describe_rows(training_rows(config))}; {prompts} new prompts per iteration"]
+    lines += [f"held out   {name}: {describe_rows(rows)}" for name, rows in rows_by_split(config).items()]
+    lines += [f"strategy   {config.strategy.name}, {drafts} drafts per prompt; scorer {config.scorer.name}"]
     lines += [f"engines    {config.engine.actors} x {config.engine.gpus_per_actor:g} GPU"]
     lines += [f"trainer    {config.trainer.workers} workers, ZeRO-3; objective {config.training.objective}", ""]
     lines += ["an iteration, at most:"]
-    lines += [
-        f"  prompts {prompts:,}   drafts {prompts * drafts:,}   generated tokens {generated:,}   pairs {pair_bound(config):,}"
-    ]
-    lines += [f"  evaluation: {held_out:,} prompts, {answers:,} drafts, {evaluated:,} generated tokens"]
-    disk = (generated + evaluated) * CHARACTERS_PER_TOKEN
+    num_drafts, num_pairs = prompts * drafts, pair_bound(config)
+    lines += [f"  prompts {prompts:,}   drafts {num_drafts:,}   generated tokens {generated_tokens:,}   pairs {num_pairs:,}"]
+    lines += [f"  evaluation: {held_out:,} prompts, {evaluation_drafts:,} drafts, {evaluation_tokens:,} generated tokens"]
+    characters = (generated_tokens + evaluation_tokens) * CHARACTERS_PER_TOKEN
     size = f"checkpoint {weights / 2**20:,.1f} MiB, " if weights else "a checkpoint the size of the model, "
-    lines += [f"  disk: {size}tables {disk / 2**20:,.1f} MiB", ""]
-    sized, faults = estimate.report(config, held_out, cluster)
-    lines += [*sized, ""] if sized else []
-    lines += [*(f"does not fit: {fault}" for fault in faults), ""] if faults else []
+    lines += [f"  disk: {size}tables {characters / 2**20:,.1f} MiB", ""]
+    estimate_lines, errors = estimate.report(config, held_out, cluster)
+    lines += [*estimate_lines, ""] if estimate_lines else []
+    lines += [*(f"does not fit: {error}" for error in errors), ""] if errors else []
     for iteration in range(config.iterations + 1):
-        lines += [f"iteration {iteration}: " + ", ".join(status(config, run, iteration))]
-    more = f" (and {len(faults) - 1} more, above)" if len(faults) > 1 else ""
-    return "\n".join(lines), ResourceError(f"the recipe does not fit: {faults[0]}{more}") if faults else None
+        lines += [f"iteration {iteration}: " + ", ".join(stage_states(config, run, iteration))]
+    more = f" (and {len(errors) - 1} more, above)" if len(errors) > 1 else ""
+    return "\n".join(lines), ResourceError(f"the recipe does not fit: {errors[0]}{more}") if errors else None
 
 
-def texts(config: Config) -> tuple[int, int, int]:
-    """(held-out prompts, responses that an iteration generates, answers of its evaluation); what only loading tells counts 0."""
-    held_out = sum(rows or 0 for rows in splits(config).values())
+def count_texts(config: Config) -> tuple[int, int, int]:
+    """Returns (held-out prompts, responses that an iteration generates, responses of its evaluation).
+
+    A dataset whose size is known only after loading counts as 0.
+    """
+    held_out = sum(rows or 0 for rows in rows_by_split(config).values())
     responses = config.prompts.per_iteration * responses_per_prompt(config.strategy)
     return held_out, responses, held_out * (config.evaluation.rounds + config.evaluation.parallel)
 
 
 def check_space(config: Config, run: Run) -> None:
-    """Refuses to start what would not fit on the disk: the tables and checkpoints to come, and one stored step of training."""
-    _, responses, answers = texts(config)
-    tables = (responses + answers) * config.sampling.max_tokens * CHARACTERS_PER_TOKEN
+    """Raises a ResourceError if the disk has no room for the tables and checkpoints to come and one stored step."""
+    _, responses, evaluation_drafts = count_texts(config)
+    tables = (responses + evaluation_drafts) * config.sampling.max_tokens * CHARACTERS_PER_TOKEN
     weights = model_bytes(config) or 0
     to_do = sum(not (run.iteration(number) / "checkpoint").exists() for number in range(1, config.iterations + 1))
     needed = to_do * (tables + weights) + (STEP_BYTES * weights if to_do else 0)
@@ -101,30 +103,30 @@ def check_space(config: Config, run: Run) -> None:
         )
 
 
-def status(config: Config, run: Run, iteration: int) -> list[str]:
-    """Each stage of an iteration with what stands in the run directory."""
+def stage_states(config: Config, run: Run, iteration: int) -> list[str]:
+    """Returns each stage of an iteration, with `committed` or `to do`."""
     names = stages(config, iteration)
     return [f"{name} ({'committed' if read_manifest(run.iteration(iteration) / name) else 'to do'})" for name in names]
 
 
 def stages(config: Config, iteration: int) -> list[str]:
-    """The stages of an iteration in the order of the data."""
-    given: dict[str, Any] = dict.fromkeys(("labels", "reward_pairs", "reward_model"), config.refresh)
-    given |= {"reference": config.training.objective not in ("sft", "reward"), "probe": config.probe.prompts}
-    names = [name for name in STAGES if given.get(name, True)]
+    """Returns the stages of an iteration in the order of the data."""
+    enabled: dict[str, Any] = dict.fromkeys(("labels", "reward_pairs", "reward_model"), config.refresh)
+    enabled |= {"reference": config.training.objective not in ("sft", "reward"), "probe": config.probe.prompts}
+    names = [name for name in STAGES if enabled.get(name, True)]
     if iteration == 0:
-        given = {"activation_pairs": config.activation, "offline_pairs": config.offline}
-        given |= {"reference": config.offline and config.offline.training.objective not in ("sft", "reward")}
-        given |= {"activation": config.activation and config.offline, "checkpoint": config.activation or config.offline}
-        given |= {"evaluation": given["checkpoint"]}
-        names = [name for name in FIRST_STAGES if given.get(name, True)]
+        enabled = {"activation_pairs": config.activation, "offline_pairs": config.offline}
+        enabled |= {"reference": config.offline and config.offline.training.objective not in ("sft", "reward")}
+        enabled |= {"activation": config.activation and config.offline, "checkpoint": config.activation or config.offline}
+        enabled |= {"evaluation": enabled["checkpoint"]}
+        names = [name for name in FIRST_STAGES if enabled.get(name, True)]
     if not config.evaluation.splits:
         names = [name for name in names if "evaluation" not in name and name != "held_out"]
     return names
 
 
-def describe(rows: int | None) -> str:
-    return "not counted before it is loaded" if rows is None else f"{rows:,} rows"
+def describe_rows(rows: int | None) -> str:
+    return "number of rows unknown until it is loaded" if rows is None else f"{rows:,} rows"
 
 
 def training_rows(config: Config) -> int | None:
@@ -133,8 +135,8 @@ def training_rows(config: Config) -> int | None:
     return count_rows(config.prompts.path)
 
 
-def splits(config: Config) -> dict[str, int | None]:
-    """Rows of each evaluation split that would be used, None where only loading tells."""
+def rows_by_split(config: Config) -> dict[str, int | None]:
+    """Returns the number of rows to use from each evaluation split; None if it is known only after loading."""
     counts: dict[str, int | None] = {}
     for name, path in config.evaluation.splits.items():
         if path.startswith("toy:") and config.toy:
@@ -147,16 +149,16 @@ def splits(config: Config) -> dict[str, int | None]:
 
 
 def pair_bound(config: Config) -> int:
-    """Selection gives at most so many pairs."""
+    """Returns the largest number of pairs that selection can give."""
     return config.prompts.per_iteration * config.selection.max_pairs
 
 
 def model_bytes(config: Config) -> int | None:
-    """Bytes of the weights, from the headers of local safetensors files; None where the model is not here yet."""
+    """Returns bytes of the weights, from the headers of local safetensors files; None if the model is not downloaded."""
     files = list(Path(config.model.path).glob("*.safetensors"))
     total = 0
     for file in files:
-        with open(file, "rb") as raw:
-            header = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
+        with open(file, "rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         total += max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
     return total or None

@@ -1,4 +1,4 @@
-"""The shape of a model from its config.json alone: parameters, layers, caches. Nothing is loaded."""
+"""Reads the shape of a model from its config.json: parameters, layers, KV cache. No weights are loaded."""
 
 import json
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ HUB_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class Shape:
-    """A dense decoder with gated feed-forward layers, as Llama, Qwen, Mistral and Gemma are; sizes in elements."""
+    """A dense decoder with gated feed-forward layers, like Llama, Qwen, Mistral and Gemma; sizes in elements."""
 
     hidden: int
     layers: int
@@ -23,16 +23,16 @@ class Shape:
     vocabulary: int
     tied: bool
     query_bias: bool
-    classifier: bool  # one output in place of a vocabulary
+    classifier: bool  # one output instead of a vocabulary
 
     @property
     def attention(self) -> int:
-        """Width of all query heads."""
+        """Returns the width of all query heads."""
         return self.heads * self.head_size
 
     @property
     def cache(self) -> int:
-        """Width of all key heads, which is that of all value heads."""
+        """Returns the width of all key heads; the value heads have the same."""
         return self.kv_heads * self.head_size
 
     @property
@@ -43,24 +43,24 @@ class Shape:
         return self.vocabulary * self.hidden + head + self.layers * (projections + biases + 2 * self.hidden) + self.hidden
 
     def adapters(self, rank: int) -> int:
-        """Parameters of LoRA adapters of all linear layers but the head."""
-        sides = 4 * self.hidden + 2 * self.attention + 2 * self.cache + 3 * (self.hidden + self.intermediate)
-        return self.layers * rank * sides
+        """Returns the parameters of LoRA adapters on all linear layers except the head."""
+        widths = 4 * self.hidden + 2 * self.attention + 2 * self.cache + 3 * (self.hidden + self.intermediate)
+        return self.layers * rank * widths
 
     @property
     def largest(self) -> int:
-        """Parameters of the largest single module."""
+        """Returns the parameters of the largest single module."""
         return max(self.vocabulary * self.hidden, self.intermediate * self.hidden)
 
 
 def read_shape(path: str, field: str, *, classifier: bool = False) -> Shape | str:
-    """The shape of a model folder or hub name, or in one sentence why it is not known."""
+    """Returns the shape of a model folder or hub name; if it is unknown, returns the reason as one sentence."""
     config = read_config(path)
     if isinstance(config, str):
         return f"{field}: {config}"
     config = config.get("text_config") or config
     if any(key in config for key in ("num_local_experts", "num_experts", "n_routed_experts")):
-        return f"{field}: {path} is a mixture of experts, whose memory --plan does not know"
+        return f"{field}: {path} is a mixture of experts; --plan cannot estimate its memory"
     try:
         heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
         return Shape(
@@ -76,11 +76,11 @@ def read_shape(path: str, field: str, *, classifier: bool = False) -> Shape | st
             classifier=classifier,
         )
     except (KeyError, TypeError, ValueError) as error:
-        return f"{field}: the config.json of {path} has no usable {error}, so its memory is not known"
+        return f"{field}: the config.json of {path} has no usable {error}, so its memory is unknown"
 
 
 def read_config(path: str) -> dict[str, Any] | str:
-    """config.json of a folder or hub name; a sentence where it cannot be had."""
+    """Returns config.json of a folder or hub name; if it cannot be read, returns the reason as one sentence."""
     file = Path(path) / "config.json"
     if not Path(path).is_dir():
         if path.startswith((".", "/", "~")):
@@ -89,13 +89,13 @@ def read_config(path: str) -> dict[str, Any] | str:
 
         try:
             file = Path(hf_hub_download(path, "config.json", etag_timeout=HUB_TIMEOUT_S))
-        except Exception as error:  # the hub client raises a dozen kinds, all about this name
+        except Exception as error:  # the hub client raises many kinds; here all concern this name
             return (
-                f"the hub does not give the config.json of {path} ({type(error).__name__}), so its memory is not known; "
-                "give a folder that has it"
+                f"the config.json of {path} cannot be downloaded from the hub ({type(error).__name__}), so its memory is "
+                "unknown; give a folder that has it"
             )
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return f"{file} is not there or is not JSON, so the model's memory is not known"
-    return found if isinstance(found, dict) else f"{file} is no JSON object, so the model's memory is not known"
+        return f"{file} is missing or is not JSON, so the model's memory is unknown"
+    return values if isinstance(values, dict) else f"{file} is not a JSON object, so the model's memory is unknown"

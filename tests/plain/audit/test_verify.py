@@ -138,8 +138,8 @@ def faults(run):
 def test_sound_run_ends_with_exit_code_zero_and_names_every_stage(run, capsys):
     assert verify.main([str(run)]) == 0
     said = capsys.readouterr().out
-    assert "iteration-01/pairs: sound (in 6, rows 2, rejected 2)" in said
-    assert said.strip().endswith("sound and complete")
+    assert "iteration-01/pairs: ok (in 6, rows 2, rejected 2)" in said
+    assert said.strip().endswith("no errors; the run is complete")
 
 
 def test_looking_changes_nothing(run):
@@ -154,7 +154,7 @@ def test_run_that_is_not_finished_is_sound_and_told_how_to_go_on(run, capsys):
     assert verify.main([str(run)]) == 0
     said = capsys.readouterr().out
     assert "iteration-01: reference, checkpoint, drift, decision" in said
-    assert f"sound; continue with: {COMMAND}" in said
+    assert f"no errors; continue with: {COMMAND}" in said
 
 
 def flip(path):
@@ -214,7 +214,7 @@ def test_stage_that_is_gone_though_others_were_made_from_it_is_named(run, capsys
     shutil.rmtree(run / "iteration-01" / "generations")
     assert verify.main([str(run)]) == 4
     said = capsys.readouterr()
-    assert "generations: is gone, though decision came after it" in said.err
+    assert "generations: is missing, but the later stage decision exists" in said.err
     assert said.err.rstrip().endswith(f"repair with: {COMMAND}")
 
 
@@ -239,8 +239,8 @@ def test_hand_edited_row_is_found_by_its_hash(run, name):
 def test_hand_edited_row_is_found_even_with_a_manifest_written_anew(run):
     here = run / "iteration-01/pairs"
     edit(here / "pairs.parquet", rows.PAIR, lambda table: [{**row, "chosen": "better"} for row in table], here)
-    assert "was made from other pairs" in faults(run)["iteration-01/reference"]
-    assert "the chosen answer of pair" in faults(run)["iteration-01/pairs"]
+    assert "was computed from a version of pairs" in faults(run)["iteration-01/reference"]
+    assert "the chosen response of pair" in faults(run)["iteration-01/pairs"]
 
 
 SHARD = "generations/shard-00000"
@@ -249,19 +249,19 @@ SHARD = "generations/shard-00000"
 @pytest.mark.parametrize(
     ("name", "schema", "change", "message"),
     [
-        (SHARD, rows.GENERATION, lambda t: t[:-2], "1 prompts are neither there nor rejected: p1"),
-        (SHARD, rows.GENERATION, lambda t: [*t, t[0]], "1 drafts stand there twice: p0-1"),
+        (SHARD, rows.GENERATION, lambda t: t[:-2], "1 prompts are neither in the table nor rejected: p1"),
+        (SHARD, rows.GENERATION, lambda t: [*t, t[0]], "1 drafts occur twice: p0-1"),
         (SHARD, rows.GENERATION, lambda t: t[::-1], "not in the order"),
-        (SHARD, rows.GENERATION, lambda t: [*t, {**t[0], "prompt_id": "x", "draft_id": "y"}], "not in what it was made from: x"),
-        ("scores/shard-00001", rows.SCORE, lambda t: t[:-1], "1 drafts are neither there nor rejected: p2-2"),
-        ("scores/shard-00001", rows.SCORE, lambda t: [*t, t[0]], "1 scores stand there twice: p2-1"),
-        ("pairs", rows.PAIR, lambda t: [*t, t[0]], "1 pairs stand there twice"),
-        ("pairs", rows.PAIR, lambda t: t[:-1], "6 rows went in, but 2 are used and 2 rejected"),
+        (SHARD, rows.GENERATION, lambda t: [*t, {**t[0], "prompt_id": "x", "draft_id": "y"}], "are not in its input: x"),
+        ("scores/shard-00001", rows.SCORE, lambda t: t[:-1], "1 drafts are neither in the table nor rejected: p2-2"),
+        ("scores/shard-00001", rows.SCORE, lambda t: [*t, t[0]], "1 scores occur twice: p2-1"),
+        ("pairs", rows.PAIR, lambda t: [*t, t[0]], "1 pairs occur twice"),
+        ("pairs", rows.PAIR, lambda t: t[:-1], "6 rows were read, but 2 are used and 2 rejected"),
         ("pairs", rows.PAIR, lambda t: [{**row, "chosen_id": "gone"} for row in t], "is not the draft gone"),
         ("pairs", rows.PAIR, lambda t: [{**row, "chosen_score": 9.0} for row in t], "score of pair"),
         ("pairs", rows.PAIR, lambda t: t[::-1], "not in the order of the prompts"),
-        ("prompts", rows.PROMPT, lambda t: t[:-1], "4 rows went in, but 2 are there and 1 rejected"),
-        ("reference", rows.REFERENCE, lambda t: t[::-1], "not the pairs that it was made from"),
+        ("prompts", rows.PROMPT, lambda t: t[:-1], "4 rows were read, but 2 are in the table and 1 rejected"),
+        ("reference", rows.REFERENCE, lambda t: t[::-1], "not the pairs of its input"),
     ],
 )  # fmt: skip
 def test_rows_that_are_lost_doubled_or_moved_are_found_under_right_hashes(run, name, schema, change, message):
@@ -274,7 +274,7 @@ def test_rows_that_are_lost_doubled_or_moved_are_found_under_right_hashes(run, n
 
 def test_counts_of_a_manifest_are_held_against_the_files(run):
     signed_again(run / "iteration-01/scores", num_rows=7)
-    assert "says num_rows 7, but its files hold 5" in faults(run)["iteration-01/scores"]
+    assert "num_rows is 7 in its manifest, but 5 in its files" in faults(run)["iteration-01/scores"]
 
 
 def test_shards_of_a_stage_in_the_making_are_checked(run):
@@ -301,7 +301,7 @@ def test_model_card_is_in_no_manifest_and_no_fault(run):
 
 
 def test_folder_that_is_no_run_is_refused(tmp_path, run):
-    with pytest.raises(UserError, match="is no run directory"):
+    with pytest.raises(UserError, match="is not a run directory"):
         verify.verify(tmp_path / "nowhere")
 
 

@@ -22,7 +22,7 @@ def test_ratios_are_taken_turn_by_turn():
         "barriers": [turn(3.0, 14), turn(4.0, 13)],
         "flat": [turn(2.0, 9), turn(3.0, 10)],
     }
-    made = {row.name: row for row in generate.compared(found, seats=2)}
+    made = {row.name: row for row in generate.ratio_rows(found, seats=2)}
     assert {name: row.values for name, row in made.items()} == {
         "chain_steps_vs_barrier": [1.4, 1.3], "chain_vs_barrier": [1.5, 1.0], "chain_steps_vs_flat": [0.9, 1.0],
         "chain_vs_flat": [1.0, 0.75],
@@ -35,13 +35,13 @@ def test_ratios_are_taken_turn_by_turn():
 
 def test_sides_that_did_other_work_are_not_compared():
     found = {"chains": [turn(2.0, 10)], "barriers": [turn(3.0, 14, num_tokens=13)], "flat": [turn(2.0, 9)]}
-    with pytest.raises(UserError, match="the barriers did other work"):
-        generate.compared(found, seats=2)
+    with pytest.raises(UserError, match="barriers and chains did different work"):
+        generate.ratio_rows(found, seats=2)
 
 
 def test_texts_that_differ_are_counted():
     found = {"chains": [turn(2.0, 10)], "barriers": [turn(3.0, 14, TEXTS | {("b", 2): "yyyyy"})], "flat": [turn(2.0, 9)]}
-    assert [row.counts.get("texts that differ") for row in generate.compared(found, seats=2)] == [1, None, 0, None]
+    assert [row.counts.get("texts that differ") for row in generate.ratio_rows(found, seats=2)] == [1, None, 0, None]
 
 
 @pytest.mark.parametrize(

@@ -60,10 +60,10 @@ def test_share_is_of_the_last_iteration_without_its_starts():
 
 @pytest.mark.parametrize("events", [EVENTS[:1], EVENTS[2:], [EVENTS[0], *EVENTS]])
 def test_run_that_was_resumed_or_has_one_iteration_is_refused(events):
-    with pytest.raises(UserError, match="--run runs/x: must be a run of an iteration after another one"):
+    with pytest.raises(UserError, match="--run runs/x: must have two finished iterations in a row"):
         iteration.share(events, LINES, 2, "runs/x")
 
 
 def test_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is no run directory"):
-        iteration.row(tmp_path)
+    with pytest.raises(UserError, match="is not a readable run directory"):
+        iteration.run_row(tmp_path)

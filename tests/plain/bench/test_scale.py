@@ -10,7 +10,7 @@ from evolve_ray.bench.table import as_json
 
 
 def spent(prompts, seconds, **more):
-    return scale.Spent(
+    return scale.RunCost(
         prompts, {"drafts and scores": seconds - 1, "report": 1.0}, files=60, num_bytes=10 * prompts, shards=10, **more
     )
 
@@ -27,7 +27,7 @@ def test_growth_is_that_of_the_largest_size_against_the_cheapest_of_the_smaller_
 def test_engines_side_by_side_are_held_against_one_alone():
     took = {1: [10.0], 2: [10.0], 8: [12.5, 10.0, 20.0]}
     runs = {
-        number: [scale.Spent(1, {"drafts and scores": seconds}, shards=10) for seconds in some] for number, some in took.items()
+        number: [scale.RunCost(1, {"drafts and scores": seconds}, shards=10) for seconds in some] for number, some in took.items()
     }
     made = scale.side_by_side(runs, requests_each=400, service_s=0.02)
     assert [row.name for row in made] == ["scale_1_actors", "scale_2_actors", "scale_8_actors"]

@@ -228,7 +228,7 @@ def test_arena_hard_judges_only_what_is_not_judged(place, judge, capsys):
     assert arena(place, judge, "--category", "creative_writing", "--out", str(place / "other")) == 0
     assert len(judge.asked) == 2 * 2 * 2
     assert arena(place, judge, "--max-tokens", "9") == 2
-    assert "was judged from other answers or in another way; choose another --out" in capsys.readouterr().err
+    assert "was judged with other answers or settings; choose another --out" in capsys.readouterr().err
 
 
 def test_failing_judge_is_one_sentence_and_what_is_judged_stays(place, judge, capsys):
@@ -243,7 +243,7 @@ def test_failing_judge_is_one_sentence_and_what_is_judged_stays(place, judge, ca
     judge.decide = tire
     assert arena(place, judge, "--concurrency", "1") == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: --judge org/fake: {judge.url} does not judge: ")
+    assert said.startswith(f"error: --judge org/fake: request to {judge.url} failed: ")
     assert "not today" in said
     assert said.count("\n") == 1
     file = place / "out" / "model_judgment" / "org-fake" / "org-m-y1.jsonl"
@@ -265,11 +265,11 @@ def test_key_comes_from_the_environment_and_stays_out_of_every_file(place, judge
     assert judge.keys == {"Bearer none"}, "a key that nobody named is sent to no server"
     capsys.readouterr()
     assert arena(place, judge, "--api-key-env", "NO_SUCH_KEY") == 2
-    assert "--api-key-env NO_SUCH_KEY: the environment has no such variable" in capsys.readouterr().err
+    assert "--api-key-env NO_SUCH_KEY: this environment variable is not set" in capsys.readouterr().err
 
 
 def test_faults_of_the_command_are_named(place, judge, capsys):
-    for url, fault in (("localhost:8000", "is no http address"), ("http://me:pw@host/v1", "holds a password")):
+    for url, fault in (("localhost:8000", "is not an http address"), ("http://me:pw@host/v1", "contains a password")):
         with pytest.raises(UserError, match=fault):
             make_judge("m", url, None, 1)
     with pytest.raises(UserError, match="--concurrency 0"):
@@ -279,8 +279,8 @@ def test_faults_of_the_command_are_named(place, judge, capsys):
     assert arena(place, judge, "--questions", str(place / "baseline.jsonl")) == 2
     assert judge_alpaca(place, judge, "--top-logprobs", "50") == 2
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == "error: --split other: is unknown; the evaluation has alpaca"
-    assert "has no such question; its categories are creative_writing, hard_prompt" in said[1]
+    assert said[0] == "error: --split other: unknown split; the evaluation has alpaca"
+    assert "has no question of this category; its categories are creative_writing, hard_prompt" in said[1]
     assert "has no column 'category'" in said[2]
     assert "--top-logprobs 50: must be from 2 to 20" in said[3]
     assert len(said) == 4
@@ -321,7 +321,7 @@ def test_json_list_is_read_as_prompts(place):
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "alpaca_eval", None)
-    with pytest.raises(UserError, match=r"alpaca_eval: the package is missing .*pip install -e '\.\[eval\]'"):
+    with pytest.raises(UserError, match=r"alpaca_eval: the package is not installed .*pip install -e '\.\[eval\]'"):
         alpaca.package()
 
 
@@ -363,7 +363,7 @@ def test_alpaca_eval_counts_and_does_not_ask_twice(place, judge, capsys):
     assert results(place)[0]["length_controlled_win_rate"] is None
     assert judge_alpaca(place, judge, "--length-control", "none", "--top-logprobs", "7") == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"error: --judge org/fake-instruct: {judge.url} does not judge: ")
+    assert said.startswith(f"error: --judge org/fake-instruct: request to {judge.url} failed: ")
     assert "not today" in said
 
 
@@ -371,7 +371,10 @@ def test_length_control_by_difficulty_needs_the_table(place, judge, capsys):
     pytest.importorskip("alpaca_eval")
     judge.decide = lambda messages: 0.5 + 0.3 * math.sin(len(messages[1]["content"]))
     assert judge_alpaca(place, judge) == 2
-    assert "is known for AlpacaEval's 805, but the reference has 6; give --length-control minimal" in capsys.readouterr().err
+    assert (
+        "only those of AlpacaEval's 805 are published, but the reference has 6; use --length-control minimal"
+        in capsys.readouterr().err
+    )
     assert judge.asked == [], "the judge is not paid for what cannot be counted"
     table = place / "gamed.csv"
     lines = [f"{model},{n},{(-1) ** n * 0.4},{0.5 - 0.1 * sign},{sign * (0.5 + 0.1 * n)},False"

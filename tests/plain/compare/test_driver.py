@@ -9,7 +9,7 @@ import pytest
 
 from evolve_ray.compare import driver
 from evolve_ray.compare import tables as evaluate_tables
-from evolve_ray.compare.figures import add_probes, every_two, model_figures, paired
+from evolve_ray.compare.figures import add_probes, model_differences, model_figures, paired_differences
 from evolve_ray.compare.skill_probes import PROBES
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import IntegrityError, UserError
@@ -122,8 +122,8 @@ def test_overrides_are_told_from_models_and_splits_wherever_they_stand(tmp_path)
     ("positional", "data", "message"),
     [
         (["m"], ["runs/tiny"], "--data runs/tiny: must have the form NAME=FILE_OR_DATASET"),
-        (["m"], ["a=x", "a=y"], "is a second file of that split"),
-        (["seed=1"], [], "MODEL: none is given"),
+        (["m"], ["a=x", "a=y"], "the split is given twice"),
+        (["seed=1"], [], "MODEL: is missing"),
     ],
 )
 def test_faulty_arguments_are_named(positional, data, message):
@@ -142,12 +142,12 @@ def test_configuration_is_the_recipes_or_that_of_the_first_models_run(run, recip
     with pytest.raises(UserError, match=r"command line: sampling\.temperatur: unknown option; did you mean 'temperature'"):
         driver.configuration(str(run), None, {}, ["sampling.temperatur=1"])
     (run / "config.json").unlink()
-    with pytest.raises(UserError, match=r"config\.json: is gone; name the recipe with --recipe"):
+    with pytest.raises(UserError, match=r"config\.json: is missing; give the recipe with --recipe"):
         driver.configuration(str(run), None, {}, [])
 
 
 def test_what_is_missing_is_named_with_the_option_that_gives_it(recipe):
-    with pytest.raises(UserError, match=r"--recipe: is missing, and the first MODEL \(m\) is no run"):
+    with pytest.raises(UserError, match=r"--recipe: is missing, and the first MODEL \(m\) is not a run"):
         driver.configuration("m", None, {}, [])
     with pytest.raises(UserError, match=r"--data: is missing"):
         driver.configuration("m", str(recipe()), {}, [])
@@ -159,7 +159,7 @@ def test_probes_are_chosen_by_name():
     assert driver.choose_probes(None) == PROBES
     assert driver.choose_probes("keep, majority") == ("keep", "majority")
     assert driver.choose_probes("none") == ()
-    with pytest.raises(UserError, match="--probes lucky: is unknown; known are foreign, keep"):
+    with pytest.raises(UserError, match="--probes lucky: unknown probe; choose from foreign, keep"):
         driver.choose_probes("lucky")
 
 
@@ -212,7 +212,7 @@ def test_rounds_of_one_model_by_hand():
 
 def test_models_are_paired_on_the_prompts_that_both_have_whole():
     chains = {name: model_figures(PROMPTS, tables(table), seed=0)[1] for name, table in (("one", ONE), ("two", TWO))}
-    (found,) = every_two(chains, seed=0)
+    (found,) = model_differences(chains, seed=0)
     assert (found["model"], found["against"]) == ("two", "one")
     held = found["splits"]["held"]
     assert held["n"] == 1  # q lost its last score in two
@@ -223,12 +223,12 @@ def test_models_are_paired_on_the_prompts_that_both_have_whole():
 
 def test_models_without_a_common_prompt_have_no_difference():
     chains = model_figures(PROMPTS, tables(ONE), seed=0)[1]["held"]
-    assert paired({"p": chains["p"]}, {"q": chains["q"]}, seed=0) == {"n": 0, "rounds": {}}
+    assert paired_differences({"p": chains["p"]}, {"q": chains["q"]}, seed=0) == {"n": 0, "rounds": {}}
 
 
 def test_three_models_are_compared_every_two():
     chains = {name: model_figures(PROMPTS, tables(ONE), seed=0)[1] for name in "abc"}
-    found = every_two(chains, seed=0)
+    found = model_differences(chains, seed=0)
     assert [(pair["model"], pair["against"]) for pair in found] == [("b", "a"), ("c", "a"), ("c", "b")]
     assert all(figures["mean"] == 0.0 for pair in found for figures in pair["splits"]["held"]["gain"].values())
 
@@ -269,7 +269,7 @@ def test_figures_agree_with_a_recomputation_by_other_means(seed):
                 assert here["no_change"] == pytest.approx(np.mean([one == other for one, other in texts]))
     common = [prompt for prompt in arrays["one"] if prompt in arrays["two"]]
     apart = np.stack([arrays["two"][p] for p in common]) - np.stack([arrays["one"][p] for p in common])
-    (difference,) = every_two({name: chains for name, (_, chains) in found.items()}, seed=0)
+    (difference,) = model_differences({name: chains for name, (_, chains) in found.items()}, seed=0)
     held = difference["splits"]["held"]
     assert held["n"] == len(common)
     for number in range(1, 5):
@@ -293,9 +293,9 @@ def evaluation(verified=True):
                        "parallel": tables(samples, place="sample", verified=verified),
                        "longer": tables({prompt: rounds[:1] for prompt, rounds in ONE.items()}, verified=verified)}  # fmt: skip
     same = lambda one, other: one == other  # noqa: E731
-    add_probes(figures, chains, parts, PROMPTS, PROBES, same, seed=0, longest=96)
+    add_probes(figures, chains, parts, PROMPTS, PROBES, same, seed=0, longer_tokens=96)
     listed = [{"name": name, "model": "f" * 64, "path": "/m", "splits": splits} for name, splits in figures.items()]
-    return {"models": listed, "differences": every_two(chains, seed=0), "foreign": "y1 of one"}
+    return {"models": listed, "differences": model_differences(chains, seed=0), "foreign": "y1 of one"}
 
 
 def test_every_probe_is_in_the_figures_of_every_model_and_split():

@@ -142,26 +142,26 @@ def test_the_recipe_fits_and_its_table_tells_hours_and_disk(load, cluster, state
     text = "\n".join(lines)
     assert f"cluster    {cluster.nodes} node" in text
     assert re.search(rf"training +[\d.]+ +80\.0   states {states}", text)
-    assert f"{cluster.num_gpus} of {cluster.num_gpus} GPUs; in turns with {cluster.num_gpus} ZeRO-3 workers" in text
+    assert f"{cluster.num_gpus} of {cluster.num_gpus} GPUs, taking turns with {cluster.num_gpus} ZeRO-3 workers" in text
     assert re.search(r"H100 +\d", text)
-    assert "checkpoint 15 GiB an iteration" in text
+    assert "checkpoint 15 GiB per iteration" in text
 
 
 @pytest.mark.parametrize(
     ("overrides", "cluster", "said"),
     [
-        (["engine.actors=9"], NODE, r"9 engines .* do not find place on 1 node of 8 GPUs .*; lower engine\.actors to"),
-        (["trainer.workers=9"], NODE, r"is 9, but 8 GPUs are there for them; set trainer\.workers=8 or add nodes"),
+        (["engine.actors=9"], NODE, r"9 engines .* do not fit on 1 node of 8 GPUs .*; lower engine\.actors to"),
+        (["trainer.workers=9"], NODE, r"is 9, but only 8 GPUs are free for them; set trainer\.workers=8 or add nodes"),
         (["engine.args.tensor_parallel_size=4"], NODE, r"gpus_per_actor: is \d, but engine\.args splits .* over 4 GPUs; set"),
         (["engine.args.tensor_parallel_size=3", "engine.gpus_per_actor=3"], NODE,
          "is 3, which does not divide the model's"),
-        (["engine.args.tensor_parallel_size=16", "engine.gpus_per_actor=16"], FOUR, "an engine lives on one node; lower"),
-        (["engine.release_for_training=false"], NODE, r"0 GPUs are there for them beside the engines that stay"),
+        (["engine.args.tensor_parallel_size=16", "engine.gpus_per_actor=16"], FOUR, "an engine runs on one node; lower"),
+        (["engine.release_for_training=false"], NODE, r"only 0 GPUs are free for them: engines and scorers keep theirs"),
     ],
 )  # fmt: skip
 def test_what_finds_no_place_is_refused_with_the_way_out(load, overrides, cluster, said):
     config, shape, scorers = load(*overrides)
-    found = fitting.faults(config, shape, scorers, cluster)
+    found = fitting.fit_errors(config, shape, scorers, cluster)
     assert any(re.search(said, fault) for fault in found), found
 
 
@@ -177,27 +177,27 @@ def test_what_finds_no_place_is_refused_with_the_way_out(load, overrides, cluste
 )
 def test_what_takes_too_much_is_refused_with_a_change_that_fits(load, overrides, cluster, knob):
     config, shape, scorers = load(*overrides)
-    (fault,) = fitting.faults(config, shape, scorers, cluster)
+    (fault,) = fitting.fit_errors(config, shape, scorers, cluster)
     assert f"; with {knob}" in fault
     change = [c.replace("True", "true") for c in re.findall(r"[a-z_.]+=[\w.]+", fault.partition("; with ")[2])]
     kept = [o for o in overrides if o.partition("=")[0] not in {c.partition("=")[0] for c in change}]
     mended, _, _ = load(*kept, *change)
-    assert fitting.faults(mended, shape, scorers, cluster) == []
+    assert fitting.fit_errors(mended, shape, scorers, cluster) == []
 
 
 def test_a_model_beyond_the_cluster_is_told_what_was_tried(load):
     config, shape, scorers = load()
     huge = dataclasses.replace(shape, layers=2000)
-    found = fitting.faults(config, huge, scorers, NODE)
-    assert any("no single one of these is enough: " in fault and "larger GPUs" in fault for fault in found)
+    found = fitting.fit_errors(config, huge, scorers, NODE)
+    assert any("none of these changes alone is enough: " in fault and "larger GPUs" in fault for fault in found)
 
 
 def test_a_recipe_without_gpus_and_a_cluster_that_nobody_names_are_not_sized(folders, recipe):
     small = config_load.load(recipe())
     assert estimate.report(small, 0, None) == ([], [])
-    assert estimate.report(small, 0, NODE)[0] == ["memory     not sized: the recipe uses no GPU"]
+    assert estimate.report(small, 0, NODE)[0] == ["memory     not estimated: the recipe uses no GPU"]
     large = config_load.load(ROOT / "jobs/recipes/llama31_8b.toml", folders)
-    assert estimate.report(large, 0, None)[0][0].startswith("memory     not sized: give --nodes")
+    assert estimate.report(large, 0, None)[0][0].startswith("memory     not estimated: give --nodes")
 
 
 def test_a_hub_name_that_the_hub_does_not_give_is_one_sentence(monkeypatch):
@@ -208,8 +208,8 @@ def test_a_hub_name_that_the_hub_does_not_give_is_one_sentence(monkeypatch):
     config = config_load.load(ROOT / "jobs/recipes/llama31_8b.toml")
     lines, found = estimate.report(config, 0, NODE)
     assert lines[0] == (
-        "memory     not sized: model.path: the hub does not give the config.json of meta-llama/Llama-3.1-8B-Instruct "
-        "(ConnectionError), so its memory is not known; give a folder that has it"
+        "memory     not estimated: model.path: the config.json of meta-llama/Llama-3.1-8B-Instruct cannot be downloaded from the "
+        "hub (ConnectionError), so its memory is unknown; give a folder that has it"
     )
     assert found == []
 

@@ -7,7 +7,7 @@ import pytest
 from evolve_ray.config.load import load
 from evolve_ray.config.options import Training
 from evolve_ray.errors import UserError
-from evolve_ray.plan.plan import model_bytes, plan, splits
+from evolve_ray.plan.plan import model_bytes, plan, rows_by_split
 from evolve_ray.plan.shapes import Shape, read_shape
 from evolve_ray.plan.sizing import GIB, Cluster, sequences, training_memory
 from evolve_ray.store.run import Run, Stage
@@ -26,7 +26,7 @@ def config(recipe, tmp_path):
 
 def test_plan_names_prompts_drafts_tokens_and_pairs(config, tmp_path):
     text, _ = plan(config("strategy.rounds=3"), Run(tmp_path / "run"))
-    assert "50 rows; 10 fresh ones an iteration" in text
+    assert "50 rows; 10 new prompts per iteration" in text
     assert "prompts 10   drafts 30   generated tokens 3,000   pairs 10" in text
     assert "evaluation: 7 prompts, 28 drafts, 2,800 generated tokens" in text
 
@@ -37,8 +37,8 @@ def test_plan_of_parallel_sampling_counts_samples(config, tmp_path):
 
 
 def test_limit_of_the_evaluation_is_in_the_plan(config):
-    assert splits(config("evaluation.limit=5")) == {"held": 5}
-    assert splits(config("evaluation.limit=50")) == {"held": 7}
+    assert rows_by_split(config("evaluation.limit=5")) == {"held": 5}
+    assert rows_by_split(config("evaluation.limit=50")) == {"held": 7}
 
 
 def test_plan_shows_what_is_committed_already(config, tmp_path):
