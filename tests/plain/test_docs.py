@@ -22,8 +22,8 @@ from evolve_ray.watch import status
 from tests import floors
 from tests.plain.processes import ROOT
 
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "cluster/README.md")]
-PAGES += [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "jobs").rglob("*.md"))]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 COMMANDS = {
     "bench": bench.main, "benchmark": benchmark.main, "evaluate": evaluate.main, "explain": explain.main, "report": report.main,
     "status": status.main, "study": lambda arguments: study.main(arguments, ROOT / "jobs"), "verify": verify.main,
