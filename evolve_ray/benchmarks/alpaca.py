@@ -66,7 +66,7 @@ def read_reference(path: str) -> list[dict]:
                for name in ("instruction", "output", "generator")}  # fmt: skip
         found.append({**row, "dataset": record.get("dataset", ""), "index": len(found)})
     if faults:
-        raise read.show(path, faults)
+        raise read.faults_error(path, faults)
     names = {row["generator"] for row in found}
     if len(names) != 1:
         raise UserError(f"--reference {path}: must hold the outputs of one generator, but has {len(names)}")

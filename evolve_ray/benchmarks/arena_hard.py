@@ -98,7 +98,7 @@ def read_questions(path: str, category: str | None) -> dict[str, dict]:
         if all(texts) and found.setdefault(str(texts[0]), record) is not record:
             faults.append(f"{where}: uid {texts[0]} stands in the file twice")
     if faults:
-        raise read.show(path, faults)
+        raise read.faults_error(path, faults)
     if category and category not in {record["category"] for record in found.values()}:
         known = ", ".join(sorted({record["category"] for record in found.values()}))
         raise UserError(f"--category {category}: {path} has no such question; its categories are {known}")
@@ -116,7 +116,7 @@ def read_baseline(path: str) -> tuple[str, dict[str, dict]]:
         except (KeyError, IndexError, TypeError) as error:
             faults.append(f"{path}:{line}: is no row of a model_answer file: lacks {error}")
     if faults:
-        raise read.show(path, faults)
+        raise read.faults_error(path, faults)
     names = sorted({row["model"] for row in found.values()})
     if len(names) != 1:
         raise UserError(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from evolve_ray.data.read import answer_of, read_records, show, text_of
+from evolve_ray.data.read import answer_of, faults_error, read_records, text_of
 from evolve_ray.errors import UserError
 from evolve_ray.store.rows import content_id, derive_seed, reject
 
@@ -65,7 +65,7 @@ def scan_prompts(
             text_id_of[prompt_id] = text_id
         yield {**row, "draft": draft} if draft_column else row
     if faults:
-        raise show(path, faults)
+        raise faults_error(path, faults)
     if not line_of:
         raise UserError(f"{path}: contains no prompts; use a file with at least one row")
 

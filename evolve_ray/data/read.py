@@ -166,7 +166,7 @@ def has_column(path: str, column: str, split: str) -> bool:
     return False
 
 
-def show(path: str, faults: list[str]) -> UserError:
+def faults_error(path: str, faults: list[str]) -> UserError:
     """The error that lists the faults of a file: the first `MAX_SHOWN` of them."""
     shown = "; ".join(faults[:MAX_SHOWN])
     more = f"; and {len(faults) - MAX_SHOWN} more" if len(faults) > MAX_SHOWN else ""

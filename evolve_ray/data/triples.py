@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from evolve_ray.data.read import read_records, show, text_of
+from evolve_ray.data.read import faults_error, read_records, text_of
 from evolve_ray.errors import UserError
 from evolve_ray.store.rows import content_id, reject
 
@@ -52,7 +52,7 @@ def read_triples(
         else:
             rejected_rows.append(reject({"id": pair_id, "file": path, "line": line}, "pairs", f"beyond the limit of {limit}"))
     if faults:
-        raise show(path, faults)
+        raise faults_error(path, faults)
     if not pairs and rejected_rows:
         raise UserError(f"{path}: all {len(rejected_rows)} preference triples are on prompts of evaluation splits; use others")
     if not pairs:
