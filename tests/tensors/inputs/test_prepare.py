@@ -304,7 +304,7 @@ def test_reward_model_without_a_chat_template_is_refused_before_anything_starts(
 
 
 def test_model_that_is_no_reward_model_is_refused_by_the_option_that_names_it(prepare, tiny_model):
-    with pytest.raises(UserError, match=r"^scorer\.members: .*is no sequence classifier"):
+    with pytest.raises(UserError, match=r"^scorer\.members: .*is not a sequence classifier"):
         prepare(TEXTS, "scorer.name=mean", f"scorer.members=['reward_model={tiny_model}', '{__name__}:Zero']", "scorer.model=''")
 
 
