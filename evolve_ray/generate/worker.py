@@ -14,7 +14,7 @@ from evolve_ray.models.chat import Chat
 from evolve_ray.pools.actors import PoolOptions
 from evolve_ray.pools.worker import ShardWorker
 from evolve_ray.refine.asks import Ask, Strategy
-from evolve_ray.refine.strategies import KNOWN
+from evolve_ray.refine.strategies import ALL_STRATEGIES
 from evolve_ray.score.protocol import checked
 from evolve_ray.score.verifiers import build_verifier
 from evolve_ray.store import rows
@@ -52,7 +52,7 @@ class Generator(ShardWorker):
     def process(self, shard: int, prompts: list[dict]) -> tuple[list[dict], list[dict], dict]:
         started = time.monotonic()
         spec = self.spec
-        strategy = find_plug(KNOWN, spec.strategy.name, "strategy.name")
+        strategy = find_plug(ALL_STRATEGIES, spec.strategy.name, "strategy.name")
 
         def start(prompt: str) -> Strategy:
             return strategy(prompt, spec.template, spec.strategy)
