@@ -42,7 +42,7 @@ class OpenRequests:
             rows_of = [(prompt, text) for _, prompt, texts in self.asked for text in texts]
             batch = ([p["prompt"] for p, _ in rows_of], [p["answer"] for p, _ in rows_of], [text for _, text in rows_of])
             actor = self.judge.actors[self.sent % len(self.judge.actors)]
-            self.calls[actor.call.remote(self.judge.spec, "judge", *batch)] = self.asked
+            self.calls[actor.call.remote(self.judge.spec, "score_texts", *batch)] = self.asked
             self.asked, self.sent = [], self.sent + 1
         ready, _ = ray.wait(list(self.calls), num_returns=1, timeout=None if wait else 0) if self.calls else ([], [])
         done = []

@@ -15,7 +15,7 @@ from evolve_ray.pools.actors import PoolOptions
 from evolve_ray.pools.worker import ShardWorker
 from evolve_ray.refine.asks import Ask, Strategy
 from evolve_ray.refine.strategies import ALL_STRATEGIES
-from evolve_ray.score.protocol import checked
+from evolve_ray.score.protocol import call_scorer
 from evolve_ray.score.verifiers import build_verifier
 from evolve_ray.store import rows
 
@@ -73,7 +73,7 @@ class Generator(ShardWorker):
 
     def verify(self, prompt: dict, text: str) -> float:
         assert self.verifier is not None
-        return checked("verifier", self.verifier, [prompt["prompt"]], [prompt["answer"]], [text])[0]
+        return call_scorer("verifier", self.verifier, [prompt["prompt"]], [prompt["answer"]], [text])[0]
 
     def encode(self, ask: Ask) -> list[int]:
         return self.chat.context_ids(ask.messages)
