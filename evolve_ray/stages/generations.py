@@ -8,7 +8,7 @@ from typing import Any
 from evolve_ray.config import options
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import NumericsError, UserError
-from evolve_ray.generate.scorer_requests import RemoteJudge
+from evolve_ray.generate.scorer_requests import RemoteScorer
 from evolve_ray.generate.spec import GenerateSpec
 from evolve_ray.generate.worker import VERSION, engine_pool
 from evolve_ray.inputs.context import Context, Policy
@@ -96,7 +96,7 @@ def run_pipeline(context: Context, job: GenerationJob, folder: Path, *, scored: 
             if asks_scorer:
                 actors = tuple(context.pools.open(scoring.scorer_pool(config.scorer)))
                 request_spec = dataclasses.replace(score_spec, reward_models=folders(request_models))
-                spec = dataclasses.replace(spec, judge=RemoteJudge(actors, request_spec))
+                spec = dataclasses.replace(spec, remote_scorer=RemoteScorer(actors, request_spec))
             steps.append(dispatch.Step(drafts_stage, engine_pool(config.engine), spec))
         if scored:
             scores_stage.resume()

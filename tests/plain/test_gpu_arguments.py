@@ -87,7 +87,7 @@ def test_an_argument_that_vllm_does_not_know_is_refused_by_its_name(caught, monk
 
     monkeypatch.setattr(sys.modules["vllm"], "LLM", refuse)
     config = recipe(1, "engine.args.tensor_paralel_size=2")
-    with pytest.raises(UserError, match=r"engine\.args: vLLM does not take them: .*'tensor_paralel_size'"):
+    with pytest.raises(UserError, match=r"engine\.args: vLLM does not accept them: .*'tensor_paralel_size'"):
         VllmEngine(engine_spec(config), types.SimpleNamespace(stop_ids=[1]))
 
 
