@@ -17,7 +17,7 @@ from evolve_ray.train.logprobs import num_chunks, pair_sequences, sequence_logps
 from evolve_ray.train.schedule import micro_batches, micro_steps
 from evolve_ray.train.spec import TrainSpec
 from evolve_ray.train.tree import Forward, Sequence, lay_out, pack
-from evolve_ray.train.tree_check import refuse_beyond_reach
+from evolve_ray.train.tree_check import check_length
 
 Values = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 
@@ -99,7 +99,7 @@ class Trees(Separate):
             one_row=self.collectives.device.type == "cuda",
         )
         for forward in forwards:
-            refuse_beyond_reach(self.config, forward)
+            check_length(self.config, forward)
         own = [num_chunks(forward) for forward in forwards]
         chunks = [most for most in self.collectives.all_max(own + [0] * (math.ceil(len(batch) / world) - len(own))) if most]
         forwards += [lay_out([], [])] * (len(chunks) - len(forwards))

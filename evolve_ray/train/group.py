@@ -99,7 +99,7 @@ def worker(config: dict) -> None:
     from evolve_ray.train import deepspeed_ops
     from evolve_ray.train.rank import Rank
 
-    deepspeed_ops.settle()
+    deepspeed_ops.lock_build_folder()
     try:
         Rank(config["spec"]).run()
     except Exception as error:

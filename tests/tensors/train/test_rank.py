@@ -283,7 +283,7 @@ def run_worker(monkeypatch, tmp_path, fail):
     """A rank whose training ends with what `fail` raises; gives back the file in which errors that last are kept."""
     monkeypatch.setattr(Rank, "__init__", lambda self, spec: None)
     monkeypatch.setattr(Rank, "run", lambda self: fail())
-    monkeypatch.setattr("evolve_ray.train.deepspeed_ops.settle", lambda: None)
+    monkeypatch.setattr("evolve_ray.train.deepspeed_ops.lock_build_folder", lambda: None)
     kept = tmp_path / "error.json"
     given = SimpleNamespace(checkpoint=SimpleNamespace(work=tmp_path / ".checkpoint-1", final=tmp_path / "checkpoint"))
     with pytest.raises((EvolveError, RuntimeError, ActorDiedError)):

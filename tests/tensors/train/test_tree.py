@@ -324,7 +324,7 @@ def test_attention_reads_no_key_that_a_block_does_not_see(monkeypatch):
 def test_every_architecture_is_read_exactly(kind):
     model = make(kind).eval()
     tree = tree_check.tree_model(model, CPU)
-    chunked = tree_check.prove(tree, tree, CPU)
+    chunked = tree_check.check_tree(tree, tree, CPU)
     assert chunked == (kind not in ALL_LOGITS)
     assert_same(model, [PAIR, EDGES["one answer begins the other"][0]], chunks=3 if chunked else 0)
 
@@ -378,24 +378,24 @@ def test_a_model_without_a_mask_of_its_own_is_refused_by_name(kind):
 
 def test_a_sequence_beyond_a_sliding_window_is_refused():
     model = make("mistral", sliding_window=20)
-    assert tree_check.reach(model.config) == 20
+    assert tree_check.attention_limit(model.config) == 20
     short, long = (lay_out([[Sequence(tokens(length - 3, 3), (4, 5, 6, 7))]], [[0]]) for length in (20, 21))
-    tree_check.refuse_beyond_reach(model.config, short)
-    with pytest.raises(UserError, match="mistral has layers that see 20 tokens back and a sequence has 21"):
-        tree_check.refuse_beyond_reach(model.config, long)
-    assert tree_check.reach(make("qwen2").config) is None
-    assert tree_check.reach(make("gemma3_text").config) == 64
+    tree_check.check_length(model.config, short)
+    with pytest.raises(UserError, match="mistral has layers that see only 20 tokens back, and a sequence has 21 tokens"):
+        tree_check.check_length(model.config, long)
+    assert tree_check.attention_limit(make("qwen2").config) is None
+    assert tree_check.attention_limit(make("gemma3_text").config) == 64
 
 
 def test_a_model_that_ignores_the_mask_is_refused_by_its_numbers(monkeypatch):
     monkeypatch.setattr(logprobs, "dense_mask", lambda ends: dense_mask(torch.full_like(ends, 10**6)))
     tree = tree_check.tree_model(make(), CPU)
-    with pytest.raises(UserError, match=r"llama gives log-probabilities in a tree that differ from its own by .* nats a token"):
-        tree_check.prove(tree, tree, CPU)
+    with pytest.raises(UserError, match=r"log-probabilities of llama in a tree differ from those of its own forward by .* nats"):
+        tree_check.check_tree(tree, tree, CPU)
 
 
 def test_the_small_world_passes_its_own_check():
     model = AutoModelForCausalLM.from_config(llama_config(transformers.LlamaConfig, 64))
     tree = tree_check.tree_model(model.train(), CPU)
-    assert tree_check.prove(tree, tree, CPU)
+    assert tree_check.check_tree(tree, tree, CPU)
     assert tree.training
