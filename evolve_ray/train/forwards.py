@@ -103,12 +103,12 @@ class Trees(Separate):
             check_length(self.config, forward)
         rank_chunks = [num_chunks(forward) for forward in forwards]
         rank_chunks += [0] * (math.ceil(len(batch) / world) - len(rank_chunks))
-        chunks = [most for most in self.collectives.all_max(rank_chunks) if most]
-        forwards += [lay_out([], [])] * (len(chunks) - len(forwards))
+        chunk_counts = [count for count in self.collectives.all_max(rank_chunks) if count]
+        forwards += [lay_out([], [])] * (len(chunk_counts) - len(forwards))
         weight = world * micro_steps(self.spec.training, world) / len(batch)
         return [
-            Part([(share[group], weight) for group in forward.groups], forward, most if self.chunked else 0)
-            for forward, most in zip(forwards, chunks, strict=True)
+            Part([(share[group], weight) for group in forward.groups], forward, count if self.chunked else 0)
+            for forward, count in zip(forwards, chunk_counts, strict=True)
         ]
 
     def values(self, model: Any, part: Part) -> Values:
