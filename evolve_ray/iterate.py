@@ -1,7 +1,7 @@
-"""The story of a run: prompts -> drafts -> scores -> pairs -> reference -> checkpoint -> evaluation, again and again.
+"""The main loop of a run: prompts -> drafts -> scores -> pairs -> reference -> checkpoint -> evaluation, in every iteration.
 
-Every arrow is one stage: committed for these inputs -> returned as it is; otherwise computed, and committed as a whole. Each
-is a file in `stages/`.
+Each arrow is a stage, with a file of its own in `stages/`. A stage that is already committed for the same inputs is returned as
+it is. Otherwise it is computed, and committed as a whole.
 """
 
 from typing import Any
@@ -17,9 +17,10 @@ from evolve_ray.stages.training import train
 
 
 def iterate(context: Context) -> dict[str, Any]:
-    """Runs activation, then iterations until the controller or their number ends the run; returns the report.
+    """Runs the activation, then iterations until the controller stops the run or all are done; returns the report.
 
-    A roll-back ends the run with the policy before: its iteration stays on disk and in the report, marked `rolled_back`.
+    A roll-back ends the run with the policy of the iteration before. The iteration that was rolled back stays on disk and in
+    the report, marked `rolled_back`.
     """
     config, policy, record = context.config, context.policy, Record(context)
     record.add(evaluate(context, 0, policy, "base", folder="base_evaluation"))
@@ -31,10 +32,11 @@ def iterate(context: Context) -> dict[str, Any]:
     for iteration in range(1, config.iterations + 1):
         drafts, scores, reward_models = draft_and_score(context, iteration, policy, reward_models)
         pairs = select(context, iteration, drafts, scores)
-        before, policy = policy, train(context, iteration, policy, pairs, config.training, "checkpoint")
-        probed = probe(context, iteration, policy, before)  # first: an engine that is not the policy evaluates nothing
-        model = evaluate(context, iteration, policy, f"iteration {iteration}") | {"probe": probed}
-        model["drift"] = measure_drift(context, iteration, drafts, scores, pairs, probed, record.models)
+        previous, policy = policy, train(context, iteration, policy, pairs, config.training, "checkpoint")
+        # Before the evaluation: engines that hold the wrong weights must not evaluate.
+        figures = probe(context, iteration, policy, previous)
+        model = evaluate(context, iteration, policy, f"iteration {iteration}") | {"probe": figures}
+        model["drift"] = measure_drift(context, iteration, drafts, scores, pairs, figures, record.models)
         model |= decide(context, iteration, [*record.models, model])
         context.collect_rejected(iteration)
         record.add(model)
@@ -44,7 +46,7 @@ def iterate(context: Context) -> dict[str, Any]:
 
 
 def activate(context: Context, policy: Policy) -> Policy:
-    """Iteration 0: SFT on given triples, then preference training on given pairs, where the recipe has them."""
+    """Iteration 0: SFT on the recipe's triples, then preference training on its offline pairs; each only if the recipe has it."""
     config = context.config
     if config.activation:
         name = "activation" if config.offline else "checkpoint"

@@ -71,7 +71,7 @@ def read_reference(path: str) -> list[dict]:
                for name in ("instruction", "output", "generator")}  # fmt: skip
         outputs.append({**row, "dataset": record.get("dataset", ""), "index": len(outputs)})
     if errors:
-        raise read.show(path, errors)
+        raise read.faults_error(path, errors)
     names = {row["generator"] for row in outputs}
     if len(names) != 1:
         raise UserError(f"--reference {path}: must hold the outputs of one generator, but has {len(names)} generators")

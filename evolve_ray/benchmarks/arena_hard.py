@@ -98,7 +98,7 @@ def read_questions(path: str, category: str | None) -> dict[str, dict]:
         if all(texts) and questions.setdefault(str(texts[0]), record) is not record:
             errors.append(f"{where}: uid {texts[0]} occurs twice in the file")
     if errors:
-        raise read.show(path, errors)
+        raise read.faults_error(path, errors)
     if category and category not in {record["category"] for record in questions.values()}:
         known = ", ".join(sorted({record["category"] for record in questions.values()}))
         raise UserError(f"--category {category}: {path} has no question of this category; its categories are {known}")
@@ -116,7 +116,7 @@ def read_baseline(path: str) -> tuple[str, dict[str, dict]]:
         except (KeyError, IndexError, TypeError) as error:
             errors.append(f"{path}:{line}: is not a row of a model_answer file: missing {error}")
     if errors:
-        raise read.show(path, errors)
+        raise read.faults_error(path, errors)
     names = sorted({row["model"] for row in rows_by_uid.values()})
     if len(names) != 1:
         raise UserError(

@@ -1,7 +1,7 @@
-"""Reads prompts and preference triples from JSONL, Parquet or `datasets`; every fault is named by file and line.
+"""Reads prompts from JSONL, JSON, Parquet or `datasets`; every fault is reported with its file and line.
 
-All faults of an input are collected (the first 20 are shown) before anything starts. Exact duplicates become one row and
-are counted; nothing else is dropped here.
+All faults of an input are collected (the first 20 are shown) before anything starts. Of exact duplicates the first row is kept
+and the others are rejected. Also here: the order and the slices in which a run takes its prompts, and the rows it leaves out.
 """
 
 from array import array
@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from evolve_ray.data.read import answer_of, read_records, show, text_of
+from evolve_ray.data.read import answer_of, faults_error, read_records, text_of
 from evolve_ray.errors import UserError
 from evolve_ray.store.rows import content_id, derive_seed, reject
 
 
 def read_prompts(path: str, **columns: str) -> tuple[list[dict], list[dict]]:
-    """Prompt rows (without `num_tokens`) in the file's order, and the rejected duplicates; see `scan_prompts`."""
+    """Returns (prompt rows in the order of the file, rejected duplicates); see `scan_prompts` for the arguments."""
     rejected: list[dict] = []
     return list(scan_prompts(path, rejected, **columns)), rejected
 
@@ -33,13 +33,14 @@ def scan_prompts(
     source_split: str = "train",
     split: str = "train",
 ) -> Iterator[dict]:
-    """Prompt rows (without `num_tokens`) in the file's order; duplicates go to `rejected`, and faults are raised at the end.
+    """Yields prompt rows (without `num_tokens`) in the order of the file; appends duplicates to `rejected`.
 
-    With `draft_column` a row also has its text as `draft`; of duplicates the first one's counts.
+    With `draft_column` a row also has the text of that column as `draft`; the first of several duplicates counts. Raises
+    UserError at the end of the file, with all faults.
     """
     faults: list[str] = []
-    lines: dict[str, int] = {}  # of each id
-    texts: dict[str, str] = {}  # and what stands there, where the id does not say that itself
+    line_of: dict[str, int] = {}  # by prompt id
+    text_id_of: dict[str, str] = {}  # by prompt id, only for ids from `id_column`: other ids are hashes of the text
     for line, record in read_records(path, source_split, faults):
         where = f"{path}:{line}"
         prompt = text_of(record, prompt_column, where, faults)
@@ -47,54 +48,61 @@ def scan_prompts(
         if answer_pattern and answer is not None:
             answer = answer_of(answer, answer_pattern, f"{where}: column {answer_column!r}", faults)
         draft = text_of(record, draft_column, where, faults) if draft_column else None
-        given = text_of(record, id_column, where, faults) if id_column else None
-        wanted = ((answer_column, answer), (id_column, given), (draft_column, draft))
-        if prompt is None or any(column and text is None for column, text in wanted):
+        user_id = text_of(record, id_column, where, faults) if id_column else None
+        cells = ((answer_column, answer), (id_column, user_id), (draft_column, draft))
+        if prompt is None or any(column and text is None for column, text in cells):
             continue
         text_id = content_id("prompt", prompt, answer)
-        prompt_id = given or text_id
+        prompt_id = user_id or text_id
         row = {"prompt_id": prompt_id, "prompt": prompt, "answer": answer, "split": split, "file": path, "line": line}
-        if prompt_id in lines:
-            if given and texts[prompt_id] != text_id:
-                faults.append(f"{where}: id {given!r} stands at line {lines[prompt_id]} too, with another text")
-            rejected.append(reject(row, "prompts", f"duplicate of line {lines[prompt_id]}"))
+        if prompt_id in line_of:
+            if user_id and text_id_of[prompt_id] != text_id:
+                faults.append(f"{where}: id {user_id!r} is also on line {line_of[prompt_id]}, with another text")
+            rejected.append(reject(row, "prompts", f"duplicate of line {line_of[prompt_id]}"))
             continue
-        lines[prompt_id] = line
-        if given:
-            texts[prompt_id] = text_id
+        line_of[prompt_id] = line
+        if user_id:
+            text_id_of[prompt_id] = text_id
         yield {**row, "draft": draft} if draft_column else row
     if faults:
-        raise show(path, faults)
-    if not lines:
-        raise UserError(f"{path}: holds no prompts; give a file with at least one row")
+        raise faults_error(path, faults)
+    if not line_of:
+        raise UserError(f"{path}: contains no prompts; use a file with at least one row")
 
 
 def fresh_order(prompt_ids: pa.ChunkedArray, *, seed: int) -> pa.Array:
-    """Row numbers in the order in which a run takes its prompts: only their ids and the seed decide."""
-    places = pa.array(array("q", (derive_seed("order", seed, prompt_id.as_py()) for prompt_id in prompt_ids)))
-    keys = pa.table({"place": places, "prompt_id": prompt_ids})
-    return pc.sort_indices(keys, sort_keys=[("place", "ascending"), ("prompt_id", "ascending")])
+    """Row numbers in the order in which a run takes its prompts. It depends on the prompt ids and the seed alone."""
+    positions = pa.array(array("q", (derive_seed("order", seed, prompt_id.as_py()) for prompt_id in prompt_ids)))
+    keys = pa.table({"position": positions, "prompt_id": prompt_ids})
+    return pc.sort_indices(keys, sort_keys=[("position", "ascending"), ("prompt_id", "ascending")])
 
 
 def fresh_slice(table: pa.Table, order: pa.Array, *, iteration: int, per_iteration: int) -> pa.Table:
-    """The prompts of one iteration: disjoint from those of every other."""
+    """The prompts of one iteration. No two iterations share a prompt."""
     return table.take(order.slice((iteration - 1) * per_iteration, per_iteration)).combine_chunks()
 
 
 def drop_held_out(rows: list[dict], held_out: dict[str, str]) -> tuple[list[dict], list[dict]]:
-    """Training rows whose text is no evaluation prompt; `held_out` maps an evaluation prompt's text to its split."""
-    kept = [row for row in rows if row["prompt"] not in held_out]
+    """Returns (training rows, rejected rows): a row is rejected if its text is an evaluation prompt.
+
+    `held_out` maps the text of each evaluation prompt to its evaluation split.
+    """
+    training_rows = [row for row in rows if row["prompt"] not in held_out]
     rejected = [
         reject(row, "prompts", f"is also a prompt of evaluation split {held_out[row['prompt']]!r}")
         for row in rows
         if row["prompt"] in held_out
     ]
-    return kept, rejected
+    return training_rows, rejected
 
 
 def with_token_counts(rows: list[dict], count: Callable[[str], int], limit: int, *, field: str) -> tuple[list[dict], list[dict]]:
-    """Adds `num_tokens` of the first ask; a prompt with more than `limit` tokens is rejected, never cut."""
-    kept: list[dict] = []
+    """Returns (rows with `num_tokens` of their first ask, rejected rows).
+
+    `count` returns the tokens of a prompt's first ask. A prompt with more than `limit` tokens is rejected, never cut; `field`
+    names the option behind the limit.
+    """
+    counted: list[dict] = []
     rejected: list[dict] = []
     for row in rows:
         num_tokens = count(row["prompt"])
@@ -102,5 +110,5 @@ def with_token_counts(rows: list[dict], count: Callable[[str], int], limit: int,
             reason = f"prompt has {num_tokens} tokens, limit {limit} ({field})"
             rejected.append(reject(row, "prompts", reason, num_tokens=num_tokens, limit=limit))
         else:
-            kept.append({**row, "num_tokens": num_tokens})
-    return kept, rejected
+            counted.append({**row, "num_tokens": num_tokens})
+    return counted, rejected

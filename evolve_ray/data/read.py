@@ -1,4 +1,4 @@
-"""Reads tables from JSONL, JSON, Parquet or `datasets`, row by row; every fault is named by file and line."""
+"""Reads tables from JSONL, JSON, Parquet or `datasets`, row by row; every fault is reported with its file and line."""
 
 import json
 import math
@@ -13,14 +13,17 @@ import pyarrow.parquet as pq
 from evolve_ray.errors import UserError
 
 MAX_SHOWN = 20
-BLOCK_ROWS = 4096  # rows that are dicts at a time where a table is read piece by piece
+BLOCK_ROWS = 4096  # rows that are in memory as dicts at the same time
 
 
 def read_records(path: str, split: str, faults: list[str]) -> Iterator[tuple[int, dict]]:
-    """Yields (line, record) of a JSONL file, a JSON list, a Parquet file, or a `datasets` folder or name."""
+    """Yields (line or row number from 1, record) of a JSONL file, a JSON list, a Parquet file, or a `datasets` name or folder.
+
+    Appends the fault of each unusable line to `faults`. Raises UserError if the whole file or dataset cannot be read.
+    """
     file = Path(path)
     if path.endswith((".jsonl", ".json", ".parquet")) and not file.exists():
-        raise UserError(f"{path}: no such file; give the path of a JSONL or Parquet file, or a datasets name")
+        raise UserError(f"{path}: no such file; use the path of a JSONL, JSON or Parquet file, or a datasets name")
     if file.is_file() and path.endswith(".parquet"):
         yield from enumerate(read_parquet(file), start=1)
     elif is_json_list(file):
@@ -32,16 +35,17 @@ def read_records(path: str, split: str, faults: list[str]) -> Iterator[tuple[int
 
 
 def read_parquet(file: Path) -> Iterator[dict]:
-    """The rows of a Parquet file, a batch of them in memory at a time."""
+    """Yields the rows of a Parquet file; one batch is in memory at a time."""
     try:
         with pq.ParquetFile(file) as table:
             for batch in table.iter_batches(batch_size=BLOCK_ROWS):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{file}: is no readable Parquet file: {error}") from None
+        raise UserError(f"{file}: cannot be read as a Parquet file: {error}; check the file") from None
 
 
 def read_jsonl(file: Path, faults: list[str]) -> Iterator[tuple[int, dict]]:
+    """Yields (line from 1, record) of a file with one JSON object a line."""
     with open(file, "rb") as lines:
         for number, raw in enumerate(lines, start=1):
             if number == 1:
@@ -50,7 +54,7 @@ def read_jsonl(file: Path, faults: list[str]) -> Iterator[tuple[int, dict]]:
                 continue
             try:
                 record = json.loads(
-                    raw.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=no_constant, parse_float=finite
+                    raw.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=refuse_constant, parse_float=finite_float
                 )
             except UnicodeDecodeError as error:
                 faults.append(f"{file}:{number}: is not UTF-8 at byte {error.start} of the line")
@@ -59,13 +63,13 @@ def read_jsonl(file: Path, faults: list[str]) -> Iterator[tuple[int, dict]]:
                 faults.append(f"{file}:{number}: is not a JSON object: {error}")
                 continue
             if not isinstance(record, dict):
-                faults.append(f"{file}:{number}: is a JSON {type(record).__name__}, but must be an object")
+                faults.append(f"{file}:{number}: is a JSON {type(record).__name__}, but must be a JSON object")
                 continue
             yield number, record
 
 
 def is_json_list(file: Path) -> bool:
-    """Whether a .json file is one list, as AlpacaEval's files are; else each of its lines is a record."""
+    """Whether a .json file is one list, as in AlpacaEval; otherwise each of its lines is a record."""
     if file.suffix != ".json" or not file.is_file():
         return False
     with open(file, "rb") as data:
@@ -76,36 +80,36 @@ def read_json_list(file: Path, faults: list[str]) -> Iterator[tuple[int, dict]]:
     """Yields (position from 1, record) of a file that is one JSON list of objects."""
     try:
         text = file.read_bytes().decode("utf-8-sig")
-        records = json.loads(text, object_pairs_hook=unique_keys, parse_constant=no_constant, parse_float=finite)
+        records = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant, parse_float=finite_float)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: is no JSON list: {error}") from None
+        raise UserError(f"{file}: is not a valid JSON list: {error}") from None
     for number, record in enumerate(records, start=1):
         if isinstance(record, dict):
             yield number, record
         else:
-            faults.append(f"{file}:{number}: is a JSON {type(record).__name__}, but must be an object")
+            faults.append(f"{file}:{number}: is a JSON {type(record).__name__}, but must be a JSON object")
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict:
     record = dict(pairs)
     if len(record) != len(pairs):
-        raise ValueError("a key stands twice in one object")
+        raise ValueError("an object has the same key twice")
     return record
 
 
-def finite(text: str) -> float:
+def finite_float(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise ValueError(f"{text} is beyond every float")
+        raise ValueError(f"{text} is too large for a float")
     return value
 
 
-def no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+def refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def read_dataset(path: str, split: str) -> Iterator[dict]:
-    """Rows of a `datasets` name (`owner/name` or `owner/name:config`) or folder; this imports `datasets`."""
+    """Yields the rows of a `datasets` name (`owner/name` or `owner/name:config`) or folder."""
     import datasets
 
     name, _, subset = path.partition(":")
@@ -115,17 +119,17 @@ def read_dataset(path: str, split: str) -> Iterator[dict]:
             data = data[split] if isinstance(data, datasets.DatasetDict) else data
         else:
             data = datasets.load_dataset(name, subset or None, split=split)
-    except Exception as error:  # the library raises a dozen kinds, all of them about this name
+    except Exception as error:  # `datasets` raises many types, all of them about this name
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: is neither a file nor a dataset that can be loaded (split {split!r}): {reason}") from None
+        raise UserError(f"{path}: is not a file, and `datasets` cannot load it (split {split!r}): {reason}") from None
     yield from data
 
 
 def text_of(record: dict, column: str, where: str, faults: list[str], *, empty: bool = False) -> str | None:
-    """The string in `column`; None, with a fault noted, where there is none."""
+    """The string in `column`; numbers become strings. Appends a fault and returns None if there is no usable text."""
     if column not in record:
-        known = ", ".join(map(str, record)) or "none"
-        faults.append(f"{where}: has no column {column!r}; its columns are: {known}")
+        columns = ", ".join(map(str, record)) or "none"
+        faults.append(f"{where}: has no column {column!r}; its columns are: {columns}")
         return None
     value = record[column]
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -137,13 +141,13 @@ def text_of(record: dict, column: str, where: str, faults: list[str], *, empty: 
         faults.append(f"{where}: column {column!r} is empty")
         return None
     if any("\ud800" <= character <= "\udfff" for character in value):
-        faults.append(f"{where}: column {column!r} holds half of a surrogate pair, which is no Unicode text")
+        faults.append(f"{where}: column {column!r} contains half of a surrogate pair, which is not valid Unicode text")
         return None
     return value
 
 
 def answer_of(text: str, pattern: str, where: str, faults: list[str]) -> str | None:
-    """The answer that `pattern` finds in a text: the first group of its last match; None, with a fault noted, without one."""
+    """The first group of the last match of `pattern`. Appends a fault and returns None if it is empty or nothing matches."""
     match = None
     for match in re.finditer(pattern, text):  # noqa: B007 (the last one is what counts)
         pass
@@ -156,13 +160,14 @@ def answer_of(text: str, pattern: str, where: str, faults: list[str]) -> str | N
 
 
 def has_column(path: str, column: str, split: str) -> bool:
-    """Whether the first row of a table of prompts has `column`."""
+    """Whether the first row of a table has `column`."""
     for _, record in read_records(path, split, []):
         return column in record
     return False
 
 
-def show(path: str, faults: list[str]) -> UserError:
+def faults_error(path: str, faults: list[str]) -> UserError:
+    """The error that lists the faults of a file: the first `MAX_SHOWN` of them."""
     shown = "; ".join(faults[:MAX_SHOWN])
     more = f"; and {len(faults) - MAX_SHOWN} more" if len(faults) > MAX_SHOWN else ""
     plural = "s" if len(faults) > 1 else ""
@@ -170,10 +175,10 @@ def show(path: str, faults: list[str]) -> UserError:
 
 
 def count_rows(path: str) -> int | None:
-    """Rows of a local file without reading them into memory; None for what must be loaded to be counted."""
+    """The number of rows of a local file; None for a `datasets` name or folder, which must be loaded to be counted."""
     file = Path(path)
     if path.endswith((".jsonl", ".json", ".parquet")) and not file.exists():
-        raise UserError(f"{path}: no such file; give the path of a JSONL or Parquet file, or a datasets name")
+        raise UserError(f"{path}: no such file; use the path of a JSONL, JSON or Parquet file, or a datasets name")
     if not file.is_file():
         return None
     if path.endswith(".parquet"):

@@ -1,9 +1,9 @@
-"""Given preference triples as training pairs."""
+"""Reads preference triples (prompt, chosen, rejected) as training pairs."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from evolve_ray.data.read import read_records, show, text_of
+from evolve_ray.data.read import faults_error, read_records, text_of
 from evolve_ray.errors import UserError
 from evolve_ray.store.rows import content_id, reject
 
@@ -12,13 +12,14 @@ def read_triples(
     path: str, *, prompt_column: str, chosen_column: str, rejected_column: str, source_split: str = "train", limit: int = 0,
     held_out: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[list[dict], list[dict]]:  # fmt: skip
-    """Given preference triples as pair rows (both answers complete), in the file's order, and the rejected ones.
+    """Returns (pair rows in the order of the file, rejected rows). Both answers of a triple count as complete.
 
-    Duplicates are rejected, and what `held_out` maps to its split: the text of an evaluation prompt.
+    Rejects duplicates, triples beyond `limit` pairs (0: no limit), and triples on evaluation prompts; `held_out` maps the text
+    of each evaluation prompt to its evaluation split. Raises UserError with all faults of the file.
     """
     faults: list[str] = []
     pairs: dict[str, dict] = {}
-    dropped: list[dict] = []
+    rejected_rows: list[dict] = []
     for line, record in read_records(path, source_split, faults):
         where = f"{path}:{line}"
         prompt = text_of(record, prompt_column, where, faults)
@@ -29,9 +30,9 @@ def read_triples(
         pair_id = content_id("pair", prompt, chosen, rejected)
         if prompt in held_out:
             row = {"id": pair_id, "file": path, "line": line}
-            dropped.append(reject(row, "pairs", f"is on a prompt of evaluation split {held_out[prompt]!r}"))
+            rejected_rows.append(reject(row, "pairs", f"is on a prompt of evaluation split {held_out[prompt]!r}"))
         elif pair_id in pairs:
-            dropped.append(reject({"id": pair_id, "file": path, "line": line}, "pairs", "duplicate"))
+            rejected_rows.append(reject({"id": pair_id, "file": path, "line": line}, "pairs", "duplicate"))
         elif not limit or len(pairs) < limit:
             pairs[pair_id] = {
                 "pair_id": pair_id,
@@ -49,11 +50,11 @@ def read_triples(
                 "rejected_score": None,
             }
         else:
-            dropped.append(reject({"id": pair_id, "file": path, "line": line}, "pairs", f"beyond the limit of {limit}"))
+            rejected_rows.append(reject({"id": pair_id, "file": path, "line": line}, "pairs", f"beyond the limit of {limit}"))
     if faults:
-        raise show(path, faults)
-    if not pairs and dropped:
-        raise UserError(f"{path}: all {len(dropped)} preference triples are on prompts of evaluation splits; give others")
+        raise faults_error(path, faults)
+    if not pairs and rejected_rows:
+        raise UserError(f"{path}: all {len(rejected_rows)} preference triples are on prompts of evaluation splits; use others")
     if not pairs:
-        raise UserError(f"{path}: holds no preference triples; give a file with at least one row")
-    return list(pairs.values()), dropped
+        raise UserError(f"{path}: contains no preference triples; use a file with at least one row")
+    return list(pairs.values()), rejected_rows

@@ -1,20 +1,23 @@
-"""Scores for strategies that ask the scorer while they generate."""
+"""Requests for scores from strategies that ask the scorer while they generate."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 
-class Judging(Protocol):
-    """Scores for strategies that ask in between: `ask` starts, `finished` gives back what is done."""
+class ScorerRequests(Protocol):
+    """What generation needs from a scorer."""
 
-    def ask(self, key: int, prompt: dict, texts: list[str]) -> None: ...
+    def ask(self, key: int, prompt: dict, texts: list[str]) -> None:
+        """Requests the scores of some responses to one prompt; does not wait for them."""
 
-    def finished(self, *, wait: bool) -> list[tuple[int, list[float]]]: ...
+    def finished(self, *, wait: bool) -> list[tuple[int, list[float]]]:
+        """(key, scores) of all requests that finished since the last call; with `wait` it blocks until at least one has."""
+        ...
 
 
 @dataclass(frozen=True)
-class RemoteJudge:
-    """The recipe's scoring actors, and what they need to know to score."""
+class RemoteScorer:
+    """The recipe's scoring actors, and the spec with which they score."""
 
     actors: tuple[Any, ...]
     spec: Any
@@ -24,26 +27,26 @@ class RemoteJudge:
 
 
 class OpenRequests:
-    """Requests to the scoring actors that are under way: what one engine step brings forth goes out as one call."""
+    """Open requests to the scoring actors. All requests after one engine step go out as one call, to the next actor in turn."""
 
-    def __init__(self, judge: RemoteJudge):
-        self.judge = judge
-        self.asked: list[tuple[int, dict, list[str]]] = []
+    def __init__(self, scorer: RemoteScorer):
+        self.scorer = scorer
+        self.unsent: list[tuple[int, dict, list[str]]] = []
         self.calls: dict[Any, list[tuple[int, dict, list[str]]]] = {}
-        self.sent = 0
+        self.num_calls = 0
 
     def ask(self, key: int, prompt: dict, texts: list[str]) -> None:
-        self.asked.append((key, prompt, texts))
+        self.unsent.append((key, prompt, texts))
 
     def finished(self, *, wait: bool) -> list[tuple[int, list[float]]]:
         import ray
 
-        if self.asked:
-            rows_of = [(prompt, text) for _, prompt, texts in self.asked for text in texts]
-            batch = ([p["prompt"] for p, _ in rows_of], [p["answer"] for p, _ in rows_of], [text for _, text in rows_of])
-            actor = self.judge.actors[self.sent % len(self.judge.actors)]
-            self.calls[actor.call.remote(self.judge.spec, "judge", *batch)] = self.asked
-            self.asked, self.sent = [], self.sent + 1
+        if self.unsent:
+            pairs = [(prompt, text) for _, prompt, texts in self.unsent for text in texts]
+            batch = ([p["prompt"] for p, _ in pairs], [p["answer"] for p, _ in pairs], [text for _, text in pairs])
+            actor = self.scorer.actors[self.num_calls % len(self.scorer.actors)]
+            self.calls[actor.call.remote(self.scorer.spec, "score_texts", *batch)] = self.unsent
+            self.unsent, self.num_calls = [], self.num_calls + 1
         ready, _ = ray.wait(list(self.calls), num_returns=1, timeout=None if wait else 0) if self.calls else ([], [])
         done = []
         for call in ready:

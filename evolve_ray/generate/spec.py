@@ -1,17 +1,17 @@
-"""What an engine is asked and what it gives back: the seam between strategies and vLLM."""
+"""The interface between generation and an inference engine: requests, completions, and the spec of an actor."""
 
 from dataclasses import dataclass
 from typing import Protocol
 
 from evolve_ray.config import options
-from evolve_ray.generate.scorer_requests import RemoteJudge
+from evolve_ray.generate.scorer_requests import RemoteScorer
 from evolve_ray.models.chat import Chat
 from evolve_ray.refine.template import Template
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What an engine gives back for one request."""
+    """The finished response to one request."""
 
     request_id: str
     text: str
@@ -20,26 +20,33 @@ class Completion:
     num_cached_tokens: int
     finish_reason: str  # "stop" or "length"
     token_ids: tuple[int, ...] = ()
-    logps: tuple[float, ...] = ()  # log-probability of each token under the model itself, nats; only where asked for
+    logps: tuple[float, ...] = ()  # log-probability of each token under the model, in nats; only if the request asked for it
 
 
 class Engine(Protocol):
-    """The few verbs that generation needs; tests put a list-driven fake behind them."""
+    """The few methods that generation needs from an engine; tests use a fake that answers from a list."""
 
-    def use(self, spec: "GenerateSpec", chat: Chat) -> None: ...
+    def use(self, spec: "GenerateSpec", chat: Chat) -> None:
+        """Takes the sampling parameters of another spec with the same weights."""
 
-    def reload(self, spec: "GenerateSpec", chat: Chat) -> None: ...
+    def reload(self, spec: "GenerateSpec", chat: Chat) -> None:
+        """Loads the weights of another model of the same shape, and takes its spec."""
 
-    def submit(self, request_id: str, prompt_ids: list[int], seed: int, *, logps: bool = False) -> None: ...
+    def submit(self, request_id: str, prompt_ids: list[int], seed: int, *, logps: bool = False) -> None:
+        """Adds one request."""
 
-    def step(self) -> list[Completion]: ...
+    def step(self) -> list[Completion]:
+        """Computes one step of all requests; returns those that finished."""
+        ...
 
-    def counts(self) -> dict[str, int]: ...  # what else it counted since the last call
+    def counts(self) -> dict[str, int]:
+        """Further counts of the engine since the last call."""
+        ...
 
 
 @dataclass(frozen=True)
 class GenerateSpec:
-    """Everything an actor needs, picklable."""
+    """Everything that a generating actor needs, picklable."""
 
     prompts: str
     work: str
@@ -55,5 +62,5 @@ class GenerateSpec:
     engine: options.Engine
     seed: int
     scope: int | str  # the iteration, or "evaluation"
-    judge: "RemoteJudge | None" = None  # the scorer, for strategies that ask it
-    verifier: options.Verifier | None = None  # likewise
+    remote_scorer: RemoteScorer | None = None  # only for strategies that ask for scores
+    verifier: options.Verifier | None = None  # only for strategies that ask the verifier

@@ -1,4 +1,4 @@
-"""One vLLM engine in this process, stepped by hand."""
+"""The engine on vLLM."""
 
 import os
 import threading
@@ -9,21 +9,21 @@ from evolve_ray.errors import ResourceError, UserError, first_line
 from evolve_ray.generate.spec import Completion, GenerateSpec
 from evolve_ray.models.chat import Chat
 
-# The engine runs inside the actor's own process and is stepped by it: that is what makes the schedule reproducible.
+# The engine core runs inside the process of the actor, which calls each step: so the schedule is reproducible.
 ENGINE_ENV = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    "TOKENIZERS_PARALLELISM": "false",  # a prompt at a time, between two steps: other threads would only be woken
+    "TOKENIZERS_PARALLELISM": "false",  # the actor encodes one prompt at a time, so threads would not help
 }
-GUESSED = {
+SPECULATION_METRICS = {  # our counts of speculative decoding, and vLLM's metrics for them
     "num_guessed_tokens": "vllm:spec_decode_num_draft_tokens",
     "num_accepted_tokens": "vllm:spec_decode_num_accepted_tokens",
 }
 
 
 class VllmEngine:
-    """One vLLM engine in this process, stepped by hand."""
+    """One vLLM engine in this process; the caller calls each step."""
 
     def __init__(self, spec: GenerateSpec, chat: Chat):
         from vllm import LLM
@@ -34,13 +34,13 @@ class VllmEngine:
                 dtype=spec.dtype,
                 max_model_len=spec.context_tokens,
                 max_num_seqs=spec.engine.max_num_seqs,
-                disable_log_stats="speculative_config" not in spec.engine.args,  # where `counts` reads
+                disable_log_stats="speculative_config" not in spec.engine.args,  # `counts` reads these statistics
                 **spec.engine.args,
             )
         except TypeError as error:
-            raise UserError(f"engine.args: vLLM does not take them: {first_line(error)}") from None
-        end_with_core(getattr(self.llm.llm_engine.engine_core, "resources", None))
-        self.counted = dict.fromkeys(GUESSED, 0)
+            raise UserError(f"engine.args: vLLM does not accept them: {first_line(error)}") from None
+        exit_with_engine_core(getattr(self.llm.llm_engine.engine_core, "resources", None))
+        self.last_counts = dict.fromkeys(SPECULATION_METRICS, 0)
         self.use(spec, chat)
 
     def use(self, spec: GenerateSpec, chat: Chat) -> None:
@@ -48,7 +48,7 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         self.sampling = lambda seed, logps: SamplingParams(
-            output_kind=RequestOutputKind.FINAL_ONLY,  # else a step makes the text so far of every request
+            output_kind=RequestOutputKind.FINAL_ONLY,  # otherwise each step detokenises the partial text of every request
             temperature=spec.sampling.temperature,
             top_p=spec.sampling.top_p,
             max_tokens=spec.sampling.max_tokens,
@@ -58,14 +58,14 @@ class VllmEngine:
         )
 
     def reload(self, spec: GenerateSpec, chat: Chat) -> None:
-        """New weights of the same shape in place; what the prefix cache holds was computed with the old ones."""
+        """Loads new weights of the same shape in place, and empties the prefix cache, which holds states of the old weights."""
         from vllm.platforms import current_platform
 
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": spec.model})
         if current_platform.is_cpu():
             self.llm.apply_model(repack_tied_head)
         if not self.llm.reset_prefix_cache():
-            raise ResourceError("engine: the prefix cache was not reset after new weights; submit the same command again")
+            raise ResourceError("engine: vLLM did not reset its prefix cache after new weights; submit the same command again")
         self.use(spec, chat)
 
     def submit(self, request_id: str, prompt_ids: list[int], seed: int, *, logps: bool = False) -> None:
@@ -76,7 +76,8 @@ class VllmEngine:
         for output in self.llm.llm_engine.step():
             if output.finished:
                 result = output.outputs[0]
-                logps = [found[token].logprob for token, found in zip(result.token_ids, result.logprobs or (), strict=False)]
+                logprobs = zip(result.token_ids, result.logprobs or (), strict=False)
+                logps = [by_token[token].logprob for token, by_token in logprobs]
                 done.append(
                     Completion(
                         request_id=output.request_id,
@@ -92,19 +93,21 @@ class VllmEngine:
         return done
 
     def counts(self) -> dict[str, int]:
-        """Tokens that speculation guessed and those of them that the model accepted, since the last call; {} without it."""
+        """Tokens that speculative decoding guessed and that the model accepted since the last call; {} without it."""
         if not self.llm.llm_engine.log_stats:
             return {}
-        found = {metric.name: int(metric.value) for metric in self.llm.get_metrics() if metric.name in GUESSED.values()}
-        now = {name: found.get(metric, 0) for name, metric in GUESSED.items()}
-        before, self.counted = self.counted, now
-        return {name: now[name] - before[name] for name in GUESSED}
+        wanted = SPECULATION_METRICS.values()
+        values = {metric.name: int(metric.value) for metric in self.llm.get_metrics() if metric.name in wanted}
+        counts = {name: values.get(metric, 0) for name, metric in SPECULATION_METRICS.items()}
+        last_counts, self.last_counts = self.last_counts, counts
+        return {name: counts[name] - last_counts[name] for name in SPECULATION_METRICS}
 
 
-def end_with_core(resources: Any) -> None:
-    """Ends this process when vLLM notices that its second one, where `engine.env` asks for it, is dead.
+def exit_with_engine_core(resources: Any) -> None:
+    """Ends this process when vLLM notices that the process of its engine core is dead.
 
-    Its client would wait for ever for the answer to a step that was under way. `resources` is None without a second process.
+    vLLM's client would wait for ever for the answer to a running step. There is such a process only if `engine.env` asks for it;
+    otherwise `resources` is None, and nothing is done.
     """
 
     def watch() -> None:
@@ -117,8 +120,10 @@ def end_with_core(resources: Any) -> None:
 
 
 def repack_tied_head(model: Any) -> None:
-    """On CPU, vLLM computes logits from a packed copy of the output layer. If that layer is tied to the embedding, the
-    checkpoint has no weight of its own for it, so a reload leaves the packed copy of the old model in place."""
+    """Packs the output layer again after a reload on a CPU, where vLLM computes logits from a packed copy of that layer.
+
+    If the layer is tied to the embedding, a checkpoint has no weight for it, and a reload keeps the packed copy of the old model.
+    """
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     for layer in model.modules():

@@ -1,4 +1,4 @@
-"""Generation: actors with a vLLM engine each, that write drafts and take new weights in place."""
+"""The generating actors: each owns one engine, writes shards of drafts, and loads new weights in place."""
 
 import contextlib
 import os
@@ -14,8 +14,8 @@ from evolve_ray.models.chat import Chat
 from evolve_ray.pools.actors import PoolOptions
 from evolve_ray.pools.worker import ShardWorker
 from evolve_ray.refine.asks import Ask, Strategy
-from evolve_ray.refine.strategies import KNOWN
-from evolve_ray.score.protocol import checked
+from evolve_ray.refine.strategies import ALL_STRATEGIES
+from evolve_ray.score.protocol import call_scorer
 from evolve_ray.score.verifiers import build_verifier
 from evolve_ray.store import rows
 
@@ -24,7 +24,7 @@ ENGINES: dict[str, Callable[[GenerateSpec, Chat], Engine]] = {"vllm": VllmEngine
 
 
 class Generator(ShardWorker):
-    """Owns one engine and writes one shard of drafts per call."""
+    """Owns one engine and generates one shard of drafts per call."""
 
     schema = rows.GENERATION
     stage = "generations"
@@ -52,12 +52,12 @@ class Generator(ShardWorker):
     def process(self, shard: int, prompts: list[dict]) -> tuple[list[dict], list[dict], dict]:
         started = time.monotonic()
         spec = self.spec
-        strategy = find_plug(KNOWN, spec.strategy.name, "strategy.name")
+        strategy = find_plug(ALL_STRATEGIES, spec.strategy.name, "strategy.name")
 
         def start(prompt: str) -> Strategy:
             return strategy(prompt, spec.template, spec.strategy)
 
-        drive = Drive(self.engine, self.encode, spec, spec.judge.open() if spec.judge else None)
+        drive = Drive(self.engine, self.encode, spec, spec.remote_scorer.open() if spec.remote_scorer else None)
         drive.beat = self.beat
         drive.verify = self.verify if spec.verifier else None
         with dead_engine_ends_actor():
@@ -66,48 +66,51 @@ class Generator(ShardWorker):
         stats |= self.engine.counts()
         stats |= {
             "start_seconds": round(self.start_seconds, 3),
-            "num_cut": sum(r["finish_reason"] == "length" for r in generated),
+            "num_cut": sum(row["finish_reason"] == "length" for row in generated),
         }
         self.start_seconds = 0.0
         return generated, rejected, stats
 
     def verify(self, prompt: dict, text: str) -> float:
         assert self.verifier is not None
-        return checked("verifier", self.verifier, [prompt["prompt"]], [prompt["answer"]], [text])[0]
+        return call_scorer("verifier", self.verifier, [prompt["prompt"]], [prompt["answer"]], [text])[0]
 
     def encode(self, ask: Ask) -> list[int]:
         return self.chat.context_ids(ask.messages)
 
     def probe(self, prompts: list[dict]) -> list[dict]:
-        """A chain of two rounds on each prompt, token by token: `{context, response, logps}`, the engine's own nats.
+        """Generates a chain of two rounds on each prompt; returns `{id, context, response, logps}`, sorted by id.
 
-        Round 2 continues a draft that the prefix cache holds, so weights or cached states of an older model would show.
+        `context` and `response` are token ids, `logps` the engine's log-probabilities of the response tokens, in nats. Round 2
+        continues a draft that is in the prefix cache, so weights or cached states of an older model would change its `logps`.
         """
-        spec, found = self.spec, []
-        asked: dict[str, tuple[list[int], str]] = {}
+        spec, samples = self.spec, []
+        requests: dict[str, tuple[list[int], str]] = {}  # by request id: context, response
         for round_number in (1, 2):
             for prompt in prompts:
                 messages = spec.template.direct(prompt["prompt"])
                 if round_number == 2:
-                    messages = spec.template.refinement(prompt["prompt"], asked[f"{prompt['prompt_id']}/1"][1])
+                    messages = spec.template.refinement(prompt["prompt"], requests[f"{prompt['prompt_id']}/1"][1])
                 request_id = f"{prompt['prompt_id']}/{round_number}"
-                asked[request_id] = (self.chat.context_ids(messages), "")
+                requests[request_id] = (self.chat.context_ids(messages), "")
                 seed = rows.derive_seed("probe", spec.seed, prompt["prompt_id"], round_number)
-                self.engine.submit(request_id, asked[request_id][0], seed, logps=True)
-            waiting = len(prompts)
+                self.engine.submit(request_id, requests[request_id][0], seed, logps=True)
+            num_pending = len(prompts)
             with dead_engine_ends_actor():
-                while waiting:
-                    for done in self.engine.step():
-                        context = asked[done.request_id][0]
-                        asked[done.request_id] = (context, done.text)
-                        found.append({"id": done.request_id, "context": context, "response": done.token_ids, "logps": done.logps})
-                        waiting -= 1
-        return sorted(found, key=lambda row: row["id"])
+                while num_pending:
+                    for completion in self.engine.step():
+                        request_id, context = completion.request_id, requests[completion.request_id][0]
+                        requests[request_id] = (context, completion.text)
+                        samples.append(
+                            {"id": request_id, "context": context, "response": completion.token_ids, "logps": completion.logps}
+                        )
+                        num_pending -= 1
+        return sorted(samples, key=lambda sample: sample["id"])
 
 
 @contextlib.contextmanager
 def dead_engine_ends_actor() -> Iterator[None]:
-    """A dead engine never serves again: end the actor, so that Ray restarts it and retries the shard."""
+    """Ends the actor when its engine is dead, so that Ray restarts the actor and retries the shard."""
     try:
         yield
     except Exception as error:

@@ -1,6 +1,6 @@
-"""Model folders and names, and chat: messages to token ids and back.
+"""Finds and checks models, and turns chat messages into token ids.
 
-In: a folder, a hub name, `RUN` or `RUN@2`; messages.
-Out: checked folders with content hashes; token ids.
+In: a model folder, a hub name, `RUN` or `RUN@2`; chat messages.
+Out: checked model folders with content hashes; token ids.
 Never imports: engines or trainers.
 """

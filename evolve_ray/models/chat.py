@@ -1,8 +1,8 @@
-"""Chat messages to token ids and back: one place, used by generation, scoring and training alike.
+"""Turns chat messages and responses into token ids. Generation, scoring and training all use this code.
 
-A context is the rendered conversation up to where the assistant starts to speak; a response is the tokens of its text
-alone, plus the end-of-turn token if it was finished. So a context is a prefix of context + response by construction, and
-training sees the very split at which the engine generated.
+A context is the rendered conversation up to the point where the assistant starts to speak. A response is the tokens of its text
+alone, plus the end-of-turn token if it is finished. So context + response always begins with the context, and training splits
+the tokens at the same place where the engine started to generate.
 """
 
 import contextlib
@@ -17,7 +17,11 @@ from evolve_ray.refine.asks import Messages
 
 
 class Chat:
-    """A tokenizer and its chat template, checked once."""
+    """A tokenizer and its chat template, checked when it is loaded.
+
+    `end_id` is the end-of-turn token, `stop_ids` are all tokens that end a response, `pad_id` is the padding token. `field` is
+    the option that errors name. Raises UserError if the tokenizer or its template cannot be used.
+    """
 
     def __init__(self, folder: str | Path, field: str = "model.path"):
         try:
@@ -29,28 +33,29 @@ class Chat:
                 f"{field}: {folder}: its tokenizer has no chat template; add chat_template.jinja to the folder "
                 "or use an instruct model's tokenizer"
             )
-        added = set(self.tokenizer.get_added_vocab()) | set(self.tokenizer.all_special_tokens)
-        self._special = re.compile("|".join(map(re.escape, sorted(filter(None, added), key=len, reverse=True))) or r"(?!)")
+        special_tokens = set(self.tokenizer.get_added_vocab()) | set(self.tokenizer.all_special_tokens)
+        longest_first = sorted(filter(None, special_tokens), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self.end_id = self._end_of_turn(folder, field)
         eos_id = self.tokenizer.eos_token_id
         self.stop_ids = sorted({self.end_id, self.end_id if eos_id is None else eos_id})
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end_id
 
     def _end_of_turn(self, folder: str | Path, field: str) -> int:
-        """The token that the template writes after an assistant's text; the tokenizer's EOS if it writes none."""
+        """The token that the template writes after an assistant's text; the tokenizer's EOS token if it writes none."""
         user = {"role": "user", "content": "question"}
         try:
             context = self._render((user,), generate=True)
-            whole = self._render((user, {"role": "assistant", "content": "answer"}), generate=False)
+            conversation = self._render((user, {"role": "assistant", "content": "answer"}), generate=False)
             self._render((user, {"role": "assistant", "content": "answer"}, user), generate=True)
-        except Exception as error:  # jinja raises what the template raises
+        except Exception as error:  # a template can raise any type
             raise UserError(f"{field}: {folder}: its chat template fails on user/assistant turns: {first_line(error)}") from None
-        if not whole.startswith(context + "answer"):
+        if not conversation.startswith(context + "answer"):
             raise UserError(
                 f"{field}: {folder}: its chat template does not render prompt + answer as the prompt followed by the answer, "
                 "so training and generation would differ; use a template without hidden text before the answer"
             )
-        tail = self.tokenizer(whole[len(context + "answer") :], add_special_tokens=False)["input_ids"]
+        tail = self.tokenizer(conversation[len(context + "answer") :], add_special_tokens=False)["input_ids"]
         if tail and tail[0] in self.tokenizer.all_special_ids + list(self.tokenizer.added_tokens_decoder):
             return tail[0]
         if self.tokenizer.eos_token_id is None:
@@ -61,11 +66,14 @@ class Chat:
         return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
 
     def context_ids(self, messages: Messages, *, generate: bool = True) -> list[int]:
-        """Token ids of a conversation, ready for the assistant to speak. Markup inside a message stays plain text."""
+        """Token ids of a conversation; with `generate` it ends where the assistant starts to speak.
+
+        Special tokens that are written inside a message are encoded as plain text.
+        """
         if not any(self._special.search(message["content"]) for message in messages):
             return self.tokenizer(self._render(messages, generate=generate), add_special_tokens=False)["input_ids"]
         marks = [f"Q7x{number}MARKx7Q" for number in range(len(messages))]
-        marked = tuple({**m, "content": mark} for m, mark in zip(messages, marks, strict=True))
+        marked = tuple({**message, "content": mark} for message, mark in zip(messages, marks, strict=True))
         pieces = re.split(r"Q7x(\d+)MARKx7Q", self._render(marked, generate=generate))
         ids: list[int] = []
         for position, piece in enumerate(pieces):
@@ -76,10 +84,10 @@ class Chat:
         return ids
 
     def text_ids(self, text: str) -> list[int]:
-        """Token ids of plain text: no special token is read out of it, none is added."""
+        """Token ids of plain text: special tokens in it are encoded as text, and none is added."""
         if not text:
             return []
-        # Some markup (added tokens not marked as special) is read even with split_special_tokens: cut it in two.
+        # Added tokens that are not marked as special are matched even with split_special_tokens, so cut them in two.
         cuts = [0, *(match.start() + 1 for match in self._special.finditer(text)), len(text)]
         pieces = [text[first:last] for first, last in itertools.pairwise(cuts) if first < last]
         return [
@@ -89,16 +97,16 @@ class Chat:
         ]
 
     def response_ids(self, text: str, *, finished: bool) -> list[int]:
-        """Token ids of a response; the end token only where the answer was finished, never invented for a cut one."""
+        """Token ids of a response, with the end token only if the response is finished: a cut response has none."""
         return self.text_ids(text) + ([self.end_id] if finished else [])
 
 
 def tokenizer_class(folder: Path) -> Any:
-    """AutoTokenizer, or at once the generic class where the folder names it: that import is 8 s quicker on a slow core."""
+    """AutoTokenizer, or the generic class if the folder names it: importing that one alone saves 8 s on a slow core."""
     import transformers
 
     with contextlib.suppress(OSError, ValueError):
-        named = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
-        if named in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        name = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
+        if name in ("TokenizersBackend", "PreTrainedTokenizerFast"):
             return transformers.PreTrainedTokenizerFast
     return transformers.AutoTokenizer

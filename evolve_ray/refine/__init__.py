@@ -1,6 +1,6 @@
-"""What is asked of the model, and in which words: asks, templates, strategies.
+"""Refinement: asks, the templates that word them, and the strategies that send them.
 
 In: a prompt and earlier drafts.
-Out: asks; at the end all drafts of the prompt.
-Never imports: an engine: a list of answers is enough to run a strategy.
+Out: asks, and at the end all drafts of the prompt.
+Never imports: an engine. A list of answers is enough to run a strategy.
 """

@@ -1,6 +1,6 @@
-"""What is asked of the model, and in which words: asks, drafts and the template around them.
+"""What a strategy can ask for, and the drafts that it receives.
 
-The strategies that put these to use are in `strategies.py`.
+The strategies themselves are in `strategies.py`, the wording of the asks is in `template.py`.
 """
 
 from collections.abc import Generator
@@ -12,7 +12,7 @@ Messages = tuple[dict[str, str], ...]
 
 @dataclass(frozen=True)
 class Draft:
-    """One response of the model. `round` counts from 1; `parent_id` is the draft that it refines."""
+    """One response of the model. `round` counts from 1; `parent_id` is the id of the draft that it refines."""
 
     draft_id: str
     text: str
@@ -24,9 +24,9 @@ class Draft:
 
 @dataclass(frozen=True)
 class Ask:
-    """One request to the model: chat messages, and where in the strategy the response belongs.
+    """One request to the model: the chat messages, and the place of the response in the strategy.
 
-    A response of another `kind` than "answer" (a critique) helps on the way: it is kept, but neither scored nor trained on.
+    A response whose `kind` is not "answer" (a critique) is stored, but neither scored nor trained on.
     """
 
     messages: Messages
@@ -38,21 +38,21 @@ class Ask:
 
 @dataclass(frozen=True)
 class Judge:
-    """One request to the recipe's scorer: the strategy receives one number for each draft, higher is better."""
+    """One request to the recipe's scorer. The strategy receives one score for each draft; higher is better."""
 
     drafts: tuple[Draft, ...]
 
 
 @dataclass(frozen=True)
 class Verify:
-    """One request to the recipe's verifier: the strategy receives its value of a draft, 1.0 for exactly right."""
+    """One request to the recipe's verifier. The strategy receives the verifier's value for the draft; 1.0 is exactly right."""
 
     draft: Draft
 
 
 @dataclass(frozen=True)
 class Skip:
-    """No request: these rounds are left out, since `draft` needs no refinement for this reason. The strategy receives None."""
+    """Leaves out `rounds`, because `draft` needs no refinement; `reason` says why. The strategy receives None."""
 
     draft: Draft
     rounds: tuple[int, ...]
@@ -61,7 +61,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class Given:
-    """A request for the draft that the prompt's row brings along in its column `draft`: round 1, nothing is generated."""
+    """Uses the text in column `draft` of the prompt's row as round 1; nothing is generated. The strategy receives the draft."""
 
 
 Strategy = Generator[Ask | list[Ask] | Judge | Verify | Skip | Given, Any, list[Draft]]

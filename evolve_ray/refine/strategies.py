@@ -1,8 +1,8 @@
-"""Refinement strategies: who is asked what, in which order, with which drafts in view.
+"""Refinement strategies: what the model is asked, in which order, and which earlier drafts an ask contains.
 
-A strategy is a plain generator: it yields one `Ask` (or a list of them) and receives one `Draft` (or a list), or yields a
-`Judge` and receives scores; at the end it returns all drafts of its prompt. It knows no engine: a list of answers is enough
-to test it. Drafts of one prompt differ in (sample, round, kind).
+A strategy is a plain generator. It yields one `Ask` (or a list) and receives one `Draft` (or a list), or it yields another
+request of `asks.py`, for example a `Judge`, and receives scores. At the end it returns all drafts of its prompt. It knows no
+engine, so a list of answers is enough to test it. No two drafts of a prompt have the same (sample, round, kind).
 """
 
 from collections.abc import Callable, Generator
@@ -13,11 +13,14 @@ from evolve_ray.refine.template import Template
 
 
 def chain(prompt: str, template: Template, options: Any) -> Strategy:
-    """`rounds` drafts, each a refinement of the one before (the paper's choice); fewer where `stop_...` ends it early."""
+    """`rounds` drafts, each a refinement of the draft before (the paper's choice).
+
+    `stop_unchanged` and `stop_right` may end it earlier.
+    """
     draft = yield Ask(template.direct(prompt), sample=0, round=1)
     drafts = [draft]
     for number in range(2, options.rounds + 1):
-        if reason := (yield from end_of(drafts, options)):
+        if reason := (yield from stop_reason(drafts, options)):
             yield Skip(draft, tuple(range(number, options.rounds + 1)), reason)
             break
         draft = yield Ask(template.refinement(prompt, draft.text), sample=0, round=number, parent_id=draft.draft_id)
@@ -25,8 +28,8 @@ def chain(prompt: str, template: Template, options: Any) -> Strategy:
     return drafts
 
 
-def end_of(drafts: list[Draft], options: Any) -> Generator[Verify, Any, str]:
-    """Why a chain needs no further round, "" where it does. A draft that was cut by length is never the end."""
+def stop_reason(drafts: list[Draft], options: Any) -> Generator[Verify, Any, str]:
+    """Why a chain needs no further round; "" if it needs one. A chain never stops at a draft that was cut by length."""
     last = drafts[-1]
     if last.finish_reason != "stop":
         return ""
@@ -38,13 +41,16 @@ def end_of(drafts: list[Draft], options: Any) -> Generator[Verify, Any, str]:
 
 
 def parallel(prompt: str, template: Template, options: Any) -> Strategy:
-    """`samples` independent drafts from the prompt alone."""
+    """`samples` independent drafts, each from the prompt alone."""
     drafts = yield [Ask(template.direct(prompt), sample=number, round=1) for number in range(options.samples)]
     return drafts
 
 
 def few_shot(prompt: str, template: Template, options: Any) -> Strategy:
-    """Each round refines with the last or the best `shots` earlier drafts in view, the latest or best of them last."""
+    """Each ask after round 1 contains up to `shots` earlier drafts: the latest, or those with the best scores.
+
+    The latest or best of them stands last.
+    """
     draft = yield Ask(template.direct(prompt), sample=0, round=1)
     drafts, scores = [draft], {}
     for number in range(2, options.rounds + 1):
@@ -60,19 +66,19 @@ def few_shot(prompt: str, template: Template, options: Any) -> Strategy:
 
 
 def critique(prompt: str, template: Template, options: Any) -> Strategy:
-    """Each round first asks what is wrong with the draft, then for a better one in the light of that critique."""
+    """Each round after the first asks for a critique of the draft, then for a better draft that uses the critique."""
     draft = yield Ask(template.direct(prompt), sample=0, round=1)
     drafts = [draft]
     for number in range(2, options.rounds + 1):
-        before = draft.draft_id
-        found = yield Ask(template.critical(prompt, draft.text), 0, number, parent_id=before, kind="critique")
-        draft = yield Ask(template.revision(prompt, draft.text, found.text), 0, number, parent_id=before)
-        drafts += [found, draft]
+        parent_id = draft.draft_id
+        remarks = yield Ask(template.critical(prompt, draft.text), 0, number, parent_id=parent_id, kind="critique")
+        draft = yield Ask(template.revision(prompt, draft.text, remarks.text), 0, number, parent_id=parent_id)
+        drafts += [remarks, draft]
     return drafts
 
 
 def best_of(prompt: str, template: Template, options: Any) -> Strategy:
-    """`samples` drafts in each round; the one that the scorer puts first goes on (of equal ones the earliest sample)."""
+    """`samples` drafts in each round. The next round refines the one with the highest score; of equal ones the first sample."""
     best: Draft | None = None
     drafts: list[Draft] = []
     for number in range(1, options.rounds + 1):
@@ -87,23 +93,23 @@ def best_of(prompt: str, template: Template, options: Any) -> Strategy:
 
 
 def drafts_per_prompt(options: Any) -> int:
-    """How many answers a shipped strategy makes."""
+    """The number of answers that a shipped strategy asks for on one prompt."""
     return {"parallel": options.samples, "best_of": options.samples * options.rounds}.get(options.name, options.rounds)
 
 
 def responses_per_prompt(options: Any) -> int:
-    """Answers and critiques together: how many requests a prompt costs the engine."""
+    """The number of answers and critiques together: the requests to the engine for one prompt."""
     return drafts_per_prompt(options) + (options.rounds - 1 if options.name == "critique" else 0)
 
 
 def asks_scorer(options: Any) -> bool:
-    """Whether a strategy may ask the scorer in between; one that is not of this package may."""
-    plugged = ":" in options.name and not options.name.startswith("evolve_ray.")
-    return options.name == "best_of" or (options.name == "few_shot" and options.show == "best") or plugged
+    """Whether a strategy may ask the scorer while it generates. A strategy from outside this package may."""
+    is_plug = ":" in options.name and not options.name.startswith("evolve_ray.")
+    return options.name == "best_of" or (options.name == "few_shot" and options.show == "best") or is_plug
 
 
 def refine_given(prompt: str, template: Template, options: Any) -> Strategy:
-    """A chain whose first draft is not the model's own: it comes with the prompt."""
+    """A chain whose first draft comes with the prompt, not from the model."""
     draft = yield Given()
     drafts = [draft]
     for number in range(2, options.rounds + 1):
@@ -120,6 +126,7 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "best_of": best_of,
 }
 
-# What jobs/evaluate.py asks with. The keys of committed evaluations hold this name, so it stays whatever file the function is in.
+# The strategy of jobs/evaluate.py for given drafts. Stage keys of committed evaluations contain this name, so it must not change,
+# although the function has moved to this file.
 REFINE_GIVEN = "evolve_ray.probes:refine_given"
-KNOWN = STRATEGIES | {REFINE_GIVEN: refine_given}
+ALL_STRATEGIES = STRATEGIES | {REFINE_GIVEN: refine_given}

@@ -1,4 +1,4 @@
-"""The words around prompts and drafts: a template, its parts, and how they become chat messages."""
+"""Templates: the words around prompts and drafts, and how they become chat messages."""
 
 import re
 import tomllib
@@ -10,7 +10,7 @@ from evolve_ray.errors import UserError
 from evolve_ray.refine.asks import Messages
 from evolve_ray.store.rows import digest
 
-# The parts of a template and the fields that each must have. A strategy that is not named needs the first three alone.
+# The parts of a template, and the fields that each part must contain.
 FIELDS = {
     "first": ("prompt",),
     "refine": (),
@@ -21,8 +21,8 @@ FIELDS = {
     "critique_one_message": ("prompt", "draft"),
     "revise_one_message": ("prompt", "draft", "critique"),
 }
-ALWAYS = ("first", "refine", "one_message")
-NEEDED = {
+ALWAYS = ("first", "refine", "one_message")  # the parts that every strategy needs
+NEEDED = {  # the further parts that a strategy needs
     "few_shot": ("several",),
     "critique": ("critique", "revise", "critique_one_message", "revise_one_message"),
 }
@@ -30,7 +30,7 @@ NEEDED = {
 
 @dataclass(frozen=True)
 class Template:
-    """The words around prompts and drafts, in one of the two layouts."""
+    """The words around prompts and drafts. `layout` is "conversation" or "one_message"."""
 
     layout: str
     first: str
@@ -43,7 +43,7 @@ class Template:
     revise_one_message: str = ""
 
     def direct(self, prompt: str) -> Messages:
-        """The messages of round 1: `x`."""
+        """The messages that ask for round 1: `x`."""
         return (user(fill(self.first, prompt=prompt)),)
 
     def refinement(self, prompt: str, draft: str) -> Messages:
@@ -51,7 +51,7 @@ class Template:
         return self.after_several(prompt, [draft])
 
     def after_several(self, prompt: str, drafts: Sequence[str]) -> Messages:
-        """The messages that ask for a better draft with several in view, the last one nearest: `(x, y_a, z, y_b, z)`."""
+        """The messages that ask for a better draft after several drafts, in their order: `(x, y_a, z, y_b, z)`."""
         if self.layout == "conversation":
             turns = [turn for draft in drafts for turn in (assistant(draft), user(self.refine))]
             return (*self.direct(prompt), *turns)
@@ -61,13 +61,13 @@ class Template:
         return (user(fill(self.several, prompt=prompt, drafts=numbered)),)
 
     def critical(self, prompt: str, draft: str) -> Messages:
-        """The messages that ask what is wrong with a draft."""
+        """The messages that ask for a critique of a draft."""
         if self.layout == "one_message":
             return (user(fill(self.critique_one_message, prompt=prompt, draft=draft)),)
         return (*self.direct(prompt), assistant(draft), user(self.critique))
 
     def revision(self, prompt: str, draft: str, critique: str) -> Messages:
-        """The messages that ask for a better draft in the light of a critique."""
+        """The messages that ask for a better draft that uses a critique."""
         if self.layout == "one_message":
             return (user(fill(self.revise_one_message, prompt=prompt, draft=draft, critique=critique)),)
         return (*self.critical(prompt, draft), assistant(critique), user(self.revise))
@@ -86,24 +86,27 @@ def assistant(content: str) -> dict[str, str]:
 
 
 def fill(text: str, **values: str) -> str:
-    """Puts values into `{name}` fields in one pass: braces inside a value stay text."""
+    """Puts the values into the `{name}` fields of a text, in one pass: braces inside a value stay as they are."""
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match.group(1), match.group(0)), text)
 
 
 def load_template(name: str, layout: str, strategy: str = "chain") -> Template:
-    """A shipped template by name, or a user's TOML file; every part that the strategy needs must be there with its fields."""
+    """A shipped template by its name, or a user's TOML file.
+
+    Raises UserError if a part that the strategy needs is missing, a part lacks one of its fields, or a part is unknown.
+    """
     path = Path(name) if name.endswith(".toml") else Path(__file__).parent / "templates" / f"{name}.toml"
     try:
         with open(path, "rb") as file:
             tree = tomllib.load(file)
     except FileNotFoundError:
         shipped = sorted(file.stem for file in (Path(__file__).parent / "templates").glob("*.toml"))
-        raise UserError(f"template.name: no template {name!r}; shipped are {', '.join(shipped)}, or give a .toml file") from None
+        raise UserError(f"template.name: no template {name!r}; use one of {', '.join(shipped)}, or a .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not a valid template: {error}") from None
+        raise UserError(f"{path}: is not a valid TOML file: {error}") from None
     for key in tree:
         if key not in FIELDS:
-            raise UserError(f"{path}: {key}: unknown part of a template; known are {', '.join(FIELDS)}")
+            raise UserError(f"{path}: {key}: is not a part of a template; the parts are {', '.join(FIELDS)}")
     needed = (*ALWAYS, *NEEDED.get(strategy, ()))
     for key in needed:
         if not isinstance(tree.get(key), str) or not tree[key].strip():
@@ -113,5 +116,5 @@ def load_template(name: str, layout: str, strategy: str = "chain") -> Template:
             raise UserError(f"{path}: {key}: must be a string")
         for field in FIELDS[key]:
             if "{" + field + "}" not in text:
-                raise UserError(f"{path}: {key}: lacks the field {{{field}}}")
+                raise UserError(f"{path}: {key}: has no field {{{field}}}; add it")
     return Template(layout=layout, **{key: value.strip("\n") for key, value in tree.items()})

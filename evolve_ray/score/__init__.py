@@ -1,6 +1,6 @@
-"""What a response is worth: reward models, verifiers, combinations of them.
+"""Scores of responses: reward models, verifiers, and combinations of them.
 
 In: prompts, gold answers, responses.
-Out: one finite number for each response; what is not is rejected by name.
+Out: one finite score for each response; a response without one becomes a rejected row.
 Never imports: generation or training.
 """

@@ -1,4 +1,4 @@
-"""What a scorer is, and what must come back from one."""
+"""The protocol of a scorer, and the check of what it returns."""
 
 import math
 import numbers
@@ -8,21 +8,22 @@ from evolve_ray.errors import IntegrityError
 
 
 class Scorer(Protocol):
-    """A batch of (prompt, answer, response) -> one number each; higher is better. NaN: no number can be given."""
+    """Returns one score for each (prompt, gold answer, response) of a batch; higher is better. NaN: there is no score."""
 
     def __call__(self, prompts: list[str], answers: list[str | None], responses: list[str]) -> list[float]: ...
 
 
-def checked(name: str, scorer: Scorer, prompts: list[str], answers: list[str | None], responses: list[str]) -> list[float]:
-    """What a scorer gives, one value for each response; whether they are finite is for the caller to see."""
+def call_scorer(name: str, scorer: Scorer, prompts: list[str], answers: list[str | None], responses: list[str]) -> list[float]:
+    """The values of a scorer, one for each response; they may be not finite. Raises IntegrityError if the number differs."""
     values = list(scorer(prompts, answers, responses))
     if len(values) != len(responses):
         raise IntegrityError(
-            f"{name}: gave {len(values)} values for {len(responses)} responses, so nobody can tell whose they are; it must give "
-            "one for each: mend it, then submit the same command again"
+            f"{name}: returned {len(values)} values for {len(responses)} responses; a scorer must return one value for each "
+            "response; fix it, then submit the same command again"
         )
     return values
 
 
 def is_finite(value: Any) -> TypeGuard[float]:
+    """Whether a value is a real number, neither NaN nor infinite."""
     return isinstance(value, numbers.Real) and math.isfinite(value)

@@ -1,32 +1,32 @@
-"""A reward model: a sequence classifier whose one output is the score."""
+"""Reward models: sequence classifiers whose one output is the score."""
 
 import itertools
 import math
 from typing import Any
 
-from evolve_ray.config import options as config
+from evolve_ray.config import options
 from evolve_ray.models.chat import Chat
 
 
 class RewardModel:
-    """A Hugging Face sequence classifier with one output; its raw logit is the score, with no softmax or sigmoid.
+    """A Hugging Face sequence classifier with one output. The score is its raw logit, without softmax or sigmoid.
 
-    The conversation `[user: prompt, assistant: response]` is rendered by the reward model's own chat template, whole: it ends
-    as a finished turn also where the answer was cut by length, since a reward model has seen nothing else. That it was cut is
-    for the selection to weigh, which chooses no such answer unless it is told to. Rows are scored in fixed batches in their
-    given order, so a score does not depend on how many actors there are.
+    The reward model's own chat template renders the whole conversation `[user: prompt, assistant: response]`. It ends as a
+    finished turn even if the response was cut by length, because a reward model has never seen an unfinished one. The
+    selection handles cut responses: it does not choose them, except with `selection.allow_cut`. Rows are scored in fixed
+    batches and in their order, so a score does not depend on the number of actors.
     """
 
-    def __init__(self, options: config.Scorer, folder: str, field: str = "scorer.model"):
+    def __init__(self, scorer: options.Scorer, folder: str, field: str = "scorer.model"):
         import torch
         from transformers import AutoModelForSequenceClassification
 
         self.torch = torch
-        self.batch_size, self.max_tokens = options.batch_size, options.max_tokens
+        self.batch_size, self.max_tokens = scorer.batch_size, scorer.max_tokens
         self.chat = Chat(folder, field)
-        self.device = torch.device("cuda" if options.gpus_per_actor else "cpu")
+        self.device = torch.device("cuda" if scorer.gpus_per_actor else "cpu")
         model = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=getattr(torch, options.dtype), trust_remote_code=False
+            folder, dtype=getattr(torch, scorer.dtype), trust_remote_code=False
         )
         self.model = model.to(self.device).eval()
 
@@ -38,7 +38,7 @@ class RewardModel:
         ]
         for first in range(0, len(ids), self.batch_size):
             batch = ids[first : first + self.batch_size]
-            # An answer too long for the reward model is not cut and scored: it gets no number, which rejects the row.
+            # A response that is too long for the reward model is never cut: its score is NaN, which rejects the row.
             fits = [row for row in batch if len(row) <= self.max_tokens]
             with self.torch.inference_mode():
                 values = iter(classify(self.model, fits, self.device).tolist() if fits else [])
@@ -47,24 +47,25 @@ class RewardModel:
 
 
 def classify(model: Any, ids: list[list[int]], device: Any) -> Any:
-    """The raw logit of a sequence classifier for each row of token ids: a float32 tensor `B`, with gradients where they are on.
+    """The raw logit of a sequence classifier for each row of token ids, a float32 tensor of shape `B`.
 
-    Scoring with a reward model and training one share this forward; `model` may be wrapped in a DeepSpeed engine.
+    Scoring with a reward model and training one share this forward, so it computes gradients unless they are switched off.
+    `model` can be a DeepSpeed engine around the classifier.
     """
     import torch
 
-    settings = getattr(model, "module", model).config
-    own_pad, last = settings.pad_token_id, {row[-1] for row in ids}
-    # The classifier reads the last token that is not padding: without a token for it, pad with one that ends none of these rows.
-    pad = next(token for token in itertools.count() if token not in last) if own_pad is None else own_pad
-    ids_BT = torch.full((len(ids), max(map(len, ids))), pad)
+    model_config = getattr(model, "module", model).config
+    model_pad_id, last_ids = model_config.pad_token_id, {row[-1] for row in ids}
+    # The classifier reads the last token that is not padding. A model without a pad token gets one that ends no row here.
+    pad_id = next(token for token in itertools.count() if token not in last_ids) if model_pad_id is None else model_pad_id
+    ids_BT = torch.full((len(ids), max(map(len, ids))), pad_id)
     mask_BT = torch.zeros_like(ids_BT)
     for row, tokens in enumerate(ids):  # padded on the right
         ids_BT[row, : len(tokens)] = torch.tensor(tokens)
         mask_BT[row, : len(tokens)] = 1
-    settings.pad_token_id = pad
+    model_config.pad_token_id = pad_id
     try:
         logits_BK = model(input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device)).logits
     finally:
-        settings.pad_token_id = own_pad
+        model_config.pad_token_id = model_pad_id
     return logits_BK[:, 0].float()

@@ -1,4 +1,4 @@
-"""Scoring: actors that host the recipe's scorer and verifier and put a number on every draft."""
+"""The scoring actors: each hosts the recipe's scorer and verifier and scores shards of drafts."""
 
 import math
 import time
@@ -10,7 +10,7 @@ from evolve_ray.errors import IntegrityError
 from evolve_ray.pools.actors import PoolOptions
 from evolve_ray.pools.worker import ShardWorker
 from evolve_ray.score.combined import build_scorer
-from evolve_ray.score.protocol import checked, is_finite
+from evolve_ray.score.protocol import call_scorer, is_finite
 from evolve_ray.score.verifiers import build_verifier
 from evolve_ray.store import rows
 from evolve_ray.store.manifest import read_manifest
@@ -21,7 +21,7 @@ VERSION = 3
 
 @dataclass(frozen=True)
 class ScoreSpec:
-    """Everything a scoring actor needs, picklable. `drafts` is where the generation stage keeps its shards."""
+    """Everything that a scoring actor needs, picklable. `drafts` is the folder with the shards of the generation stage."""
 
     prompts: str
     drafts: str
@@ -34,7 +34,7 @@ class ScoreSpec:
 
 
 class ScoreWorker(ShardWorker):
-    """Scores one shard of drafts per call; only answers are scored, not the critiques on the way to them."""
+    """Scores one shard of drafts per call. Only answers get scores, not critiques."""
 
     schema = rows.SCORE
     stage = "scores"
@@ -44,9 +44,9 @@ class ScoreWorker(ShardWorker):
         self.build()
 
     def renew(self, spec: ScoreSpec) -> None:
-        before, self.spec = self.spec, spec
-        if (before.scorer, before.reward_models, before.verifier) != (spec.scorer, spec.reward_models, spec.verifier):
-            del self.scorer, self.verifier  # an old and a new reward model need not fit into memory together
+        previous, self.spec = self.spec, spec
+        if (previous.scorer, previous.reward_models, previous.verifier) != (spec.scorer, spec.reward_models, spec.verifier):
+            del self.scorer, self.verifier  # first, so that an old and a new reward model are never in memory together
             self.build()
 
     def build(self) -> None:
@@ -54,22 +54,22 @@ class ScoreWorker(ShardWorker):
         self.verifier = build_verifier(spec.verifier) if spec.verifier else None
         self.scorer = build_scorer(spec.scorer, spec.reward_models, self.verifier)
 
-    def judge(self, prompts: list[str], answers: list[str | None], responses: list[str]) -> list[float]:
-        """Scores for a strategy that chooses among drafts while it generates; one that is not finite never wins: -inf."""
-        values = checked(f"scorer {self.spec.scorer.name}", self.scorer, prompts, answers, responses)
+    def score_texts(self, prompts: list[str], answers: list[str | None], responses: list[str]) -> list[float]:
+        """Scores for a strategy that asks while it generates; a score that is not finite becomes -inf: it never wins."""
+        values = call_scorer(f"scorer {self.spec.scorer.name}", self.scorer, prompts, answers, responses)
         return [float(value) if is_finite(value) else -math.inf for value in values]
 
     def process(self, shard: int, prompts: list[dict]) -> tuple[list[dict], list[dict], dict]:
         started = time.monotonic()
         by_id = {prompt["prompt_id"]: prompt for prompt in prompts}
         drafts = [draft for draft in self.answers(shard) if draft["prompt_id"] in by_id]
-        asked = [by_id[draft["prompt_id"]] for draft in drafts]
-        batch = ([p["prompt"] for p in asked], [p["answer"] for p in asked], [d["text"] for d in drafts])
-        correct = checked("verifier", self.verifier, *batch) if self.verifier else [None] * len(drafts)
+        draft_prompts = [by_id[draft["prompt_id"]] for draft in drafts]
+        batch = ([p["prompt"] for p in draft_prompts], [p["answer"] for p in draft_prompts], [d["text"] for d in drafts])
+        correct = call_scorer("verifier", self.verifier, *batch) if self.verifier else [None] * len(drafts)
         name = f"scorer {self.spec.scorer.name}"
-        scores = correct if self.scorer is self.verifier else checked(name, self.scorer, *batch)
+        scores = correct if self.scorer is self.verifier else call_scorer(name, self.scorer, *batch)
         scored, rejected = [], []
-        for draft, prompt, score, right in zip(drafts, asked, scores, correct, strict=True):
+        for draft, prompt, score, right in zip(drafts, draft_prompts, scores, correct, strict=True):
             if is_finite(score) and (right is None or is_finite(right)):
                 row = {"draft_id": draft["draft_id"], "prompt_id": draft["prompt_id"]}
                 scored.append({**row, "score": float(score), "correct": None if right is None else float(right)})
@@ -79,15 +79,15 @@ class ScoreWorker(ShardWorker):
         return scored, rejected, {"num_in": len(drafts), "score_seconds": round(time.monotonic() - started, 3)}
 
     def answers(self, shard: int) -> list[dict]:
-        """The drafts of a shard that are scored, from a committed folder whose hashes are right."""
+        """The answers among the drafts of a shard. Raises IntegrityError if it is not committed or its hashes differ."""
         folder = Path(self.spec.drafts) / shard_name(shard)
         manifest = read_manifest(folder, verify=True)
         if manifest is None:
-            raise IntegrityError(f"{folder}: is not committed, but its scores were asked for; submit the same command again")
+            raise IntegrityError(f"{folder}: is not committed, so it cannot be scored; submit the same command again")
         return [draft for draft in rows.read_table(manifest.path("rows.parquet")) if draft["kind"] == "answer"]
 
     def reject_prompt(self, shard: int, prompt: dict, reason: str) -> list[dict]:
-        """Every draft of the prompt."""
+        """The rejected rows of all drafts of a prompt."""
         drafts = [draft["draft_id"] for draft in self.answers(shard) if draft["prompt_id"] == prompt["prompt_id"]]
         return [rows.reject({**prompt, "prompt_id": draft_id}, self.stage, reason) for draft_id in drafts]
 

@@ -1,6 +1,6 @@
-"""Preference pairs: pure functions of one prompt's scored drafts.
+"""Selection of preference pairs: pure functions of the scored drafts of one prompt.
 
 In: a prompt and its drafts with scores.
-Out: pairs, and a reason for each draft that is in none.
+Out: pairs, and a rejected row with a reason for each draft that is in no pair.
 Never imports: engines, models, or the run directory.
 """

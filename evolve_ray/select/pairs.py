@@ -1,8 +1,8 @@
-"""Pair selection: pure functions of one prompt's drafts.
+"""Pair selection: pure functions of the drafts of one prompt.
 
-All keep the same promises. A draft that is in no pair is rejected once, with a reason. The order of the drafts changes
-nothing; ties go by id. A pair has two different texts, and no two pairs of a prompt have the same two. A draft that was
-cut by length may be dispreferred, but is never chosen unless `options.allow_cut`.
+All of them keep the same rules. A draft that is in no pair is rejected once, with a reason. The order of the drafts does not
+matter; equal drafts are ordered by id. The two texts of a pair differ, and no two pairs of a prompt have the same two texts. A
+draft that was cut by length can be rejected in a pair, but is never chosen, except with `options.allow_cut`.
 """
 
 import random
@@ -14,56 +14,56 @@ from evolve_ray.config.options import Selection
 from evolve_ray.store.rows import content_id, derive_seed, reject
 
 Selected = tuple[list[dict], list[dict]]  # pairs, rejected drafts
-Candidate = tuple[dict, dict, str]  # chosen, rejected, and what speaks against the pair ("": nothing)
+Candidate = tuple[dict, dict, str]  # chosen, rejected, and why the pair must not be used ("": it may be used)
 CUT = "cut by length: cannot be chosen"
 MIN_WORDS = 8  # a shorter text has too few 4-grams to call it repetitive
 
 
 def reward_model(prompt: dict, drafts: list[dict], options: Selection) -> Selected:
-    """The better over the worse by score, more than `options.margin` apart, in up to `options.max_pairs` pairs.
+    """Up to `options.max_pairs` pairs of a draft and one with a lower score; the difference is more than `options.margin`.
 
-    `drafts` hold `draft_id, parent_id, sample, round, text, finish_reason, score`; one without a score is in no pair.
+    `drafts` have `draft_id, parent_id, sample, round, text, finish_reason, score`; a draft without a score is in no pair.
     """
     return {"extremes": extremes, "neighbours": neighbours}[options.pairing](prompt, drafts, options)
 
 
 def extremes(prompt: dict, drafts: list[dict], options: Selection) -> Selected:
-    """The best draft of all rounds over the worst, the second best over the second worst, and so on, in disjoint pairs."""
-    scored = sorted((d for d in drafts if d["score"] is not None), key=by_rank)
+    """Pairs the best draft of all rounds with the worst, the second best with the second worst, and so on; pairs are disjoint."""
+    scored = sorted((d for d in drafts if d["score"] is not None), key=rank)
 
     def candidates() -> Iterator[Candidate]:
         for best in (d for d in scored if may_be_chosen(d, options)):
             for worst in (d for d in reversed(scored) if d is not best):
                 yield best, worst, margin_fault(best, worst, options)
 
-    reasons = unscored(drafts) | cut(scored, options)
-    return settle(prompt, drafts, candidates(), reasons, options, disjoint=True, rest="neither best nor worst")
+    reasons = unscored_reasons(drafts) | cut_reasons(scored, options)
+    return take_pairs(prompt, drafts, candidates(), reasons, options, disjoint=True, default="neither best nor worst")
 
 
 def neighbours(prompt: dict, drafts: list[dict], options: Selection) -> Selected:
-    """Of every draft and its parent the better over the worse; those that differ most are kept.
+    """Pairs every draft with its parent, the better one chosen; keeps the pairs with the greatest difference of scores.
 
-    A draft may be in several pairs. Drafts without parents (of the strategy `parallel`) have no neighbours and give no pair.
+    A draft can be in several pairs. Drafts without a parent (strategy `parallel`) have no neighbours, so they give no pairs.
     """
     scored = {d["draft_id"]: d for d in drafts if d["score"] is not None}
-    related = [sorted((d, scored[d["parent_id"]]), key=by_rank) for d in scored.values() if d["parent_id"] in scored]
-    related.sort(key=lambda pair: (pair[1]["score"] - pair[0]["score"], pair[0]["draft_id"], pair[1]["draft_id"]))
+    parent_pairs = [sorted((d, scored[d["parent_id"]]), key=rank) for d in scored.values() if d["parent_id"] in scored]
+    parent_pairs.sort(key=lambda pair: (pair[1]["score"] - pair[0]["score"], pair[0]["draft_id"], pair[1]["draft_id"]))
 
     def candidates() -> Iterator[Candidate]:
-        for better, worse in related:
+        for better, worse in parent_pairs:
             fault = "" if may_be_chosen(better, options) else "the better of its neighbouring rounds was cut by length"
             yield better, worse, fault or margin_fault(better, worse, options)
 
-    alone = scored.keys() - {d["draft_id"] for pair in related for d in pair}
-    reasons = unscored(drafts) | dict.fromkeys(alone, "has no neighbouring round with a score")
-    rest = "not among the selection.max_pairs neighbouring rounds that differ most"
-    return settle(prompt, drafts, candidates(), reasons, options, disjoint=False, rest=rest)
+    without_neighbour = scored.keys() - {d["draft_id"] for pair in parent_pairs for d in pair}
+    reasons = unscored_reasons(drafts) | dict.fromkeys(without_neighbour, "has no neighbouring round with a score")
+    default = "not among the selection.max_pairs neighbouring rounds that differ most"
+    return take_pairs(prompt, drafts, candidates(), reasons, options, disjoint=False, default=default)
 
 
 def rule(prompt: dict, drafts: list[dict], options: Selection) -> Selected:
-    """The last round of a sample over its first, without any score; up to `options.max_pairs` samples, in their order.
+    """Pairs the last round of a sample (chosen) with its first, without scores; up to `options.max_pairs` samples, in order.
 
-    That later is better is an assumption, so `guards` keep out what is no improvement on its face.
+    That a later round is better is an assumption, so `guard_fault` leaves out pairs that are obviously no improvement.
     """
     samples: dict[int, list[dict]] = {}
     for draft in sorted(drafts, key=lambda d: (d["sample"], d["round"], d["draft_id"])):
@@ -71,33 +71,35 @@ def rule(prompt: dict, drafts: list[dict], options: Selection) -> Selected:
     reasons: dict[str, str] = {}
     ends = []
     for rounds in samples.values():
-        first, last = rounds[0], max(rounds, key=lambda d: d["round"])  # of equals the first, so the smallest id
+        first, last = rounds[0], max(rounds, key=lambda d: d["round"])  # of equal rounds the smallest id
         if first["round"] == last["round"]:
             reasons |= {d["draft_id"]: "is in the only round of its sample" for d in rounds}
         else:
             reasons |= {d["draft_id"]: "neither first nor last round" for d in rounds if d is not first and d is not last}
             ends.append((last, first))
-    candidates = ((last, first, guards(last, first, options)) for last, first in ends)
-    return settle(prompt, drafts, candidates, reasons, options, disjoint=True, rest="beyond selection.max_pairs samples")
+    candidates = ((last, first, guard_fault(last, first, options)) for last, first in ends)
+    return take_pairs(prompt, drafts, candidates, reasons, options, disjoint=True, default="beyond selection.max_pairs samples")
 
 
 def random_pairs(prompt: dict, drafts: list[dict], options: Selection) -> Selected:
-    """The control: ordered pairs of different texts, drawn uniformly and disjoint; the draw comes from the ids alone."""
+    """Control: disjoint ordered pairs of different texts, drawn uniformly. The ids alone decide what is drawn."""
     ordered = sorted(drafts, key=lambda d: d["draft_id"])
-    drawn = [(d, other) for d in ordered if may_be_chosen(d, options) for other in ordered if other["text"] != d["text"]]
+    shuffled = [(a, b) for a in ordered if may_be_chosen(a, options) for b in ordered if b["text"] != a["text"]]
     seed = derive_seed("random pairs", prompt["prompt_id"], [d["draft_id"] for d in ordered])
-    random.Random(seed).shuffle(drawn)
-    candidates = ((chosen, rejected, "") for chosen, rejected in drawn)
-    return settle(prompt, drafts, candidates, cut(drafts, options), options, disjoint=True, rest="was not drawn")
+    random.Random(seed).shuffle(shuffled)
+    candidates = ((chosen, rejected, "") for chosen, rejected in shuffled)
+    return take_pairs(prompt, drafts, candidates, cut_reasons(drafts, options), options, disjoint=True, default="was not drawn")
 
 
-def settle(
+def take_pairs(
     prompt: dict, drafts: list[dict], candidates: Iterable[Candidate], reasons: dict[str, str], options: Selection,
-    *, disjoint: bool, rest: str,
+    *, disjoint: bool, default: str,
 ) -> Selected:  # fmt: skip
-    """Keeps the first `options.max_pairs` candidates that nothing speaks against, and says why every other draft is unused.
+    """Takes the first `options.max_pairs` candidates without a fault, and rejects every draft that is in no pair.
 
-    That is its reason in `reasons`, else the fault of its first candidate pair, else `rest`: there were pairs enough.
+    The reason of a rejected draft is its entry in `reasons`, else the fault of its first candidate pair. Otherwise it is
+    `default` if there are `options.max_pairs` pairs, or that no draft is left to pair it with. With `disjoint` no draft is in
+    two pairs.
     """
     pairs: list[dict] = []
     used: set[str] = set()
@@ -112,21 +114,21 @@ def settle(
         elif pair_texts in texts:
             fault = "would repeat the two texts of another pair"
         if fault:
-            for name in ids:
-                reasons.setdefault(name, fault)
+            for draft_id in ids:
+                reasons.setdefault(draft_id, fault)
             continue
         pairs.append(make_pair(prompt, chosen, rejected))
         used.update(ids)
         texts.add(pair_texts)
         if len(pairs) == options.max_pairs:
             break
-    left = rest if len(pairs) == options.max_pairs else "no draft with another text is left to pair it with"
+    default_reason = default if len(pairs) == options.max_pairs else "no draft with another text is left to pair it with"
     unused = sorted((d for d in drafts if d["draft_id"] not in used), key=lambda d: d["draft_id"])
-    return pairs, [reject_draft(prompt, d, reasons.get(d["draft_id"], left)) for d in unused]
+    return pairs, [reject_draft(prompt, d, reasons.get(d["draft_id"], default_reason)) for d in unused]
 
 
-def guards(chosen: dict, rejected: dict, options: Selection) -> str:
-    """What speaks against taking a later text for a better one: a cut, a near-copy, a change of length, repetition."""
+def guard_fault(chosen: dict, rejected: dict, options: Selection) -> str:
+    """Why the later text is probably not better: it is cut, nearly a copy, of very different length, or repetitive; "": none."""
     new, old = chosen["text"], rejected["text"]
     if not may_be_chosen(chosen, options):
         return "the last round was cut by length"
@@ -134,7 +136,7 @@ def guards(chosen: dict, rejected: dict, options: Selection) -> str:
     if similarity >= options.max_similarity:
         return f"last and first round are nearly identical: selection.max_similarity is {options.max_similarity}"
     longer, shorter = max(len(new), len(old)), min(len(new), len(old))
-    if longer > options.max_length_ratio * shorter:  # holds for every text over an empty one
+    if longer > options.max_length_ratio * shorter:  # always true if the shorter text is empty
         return f"last and first round differ in length: selection.max_length_ratio is {options.max_length_ratio}"
     if repetition(new) > options.max_repetition:
         return f"the last round repeats itself: selection.max_repetition is {options.max_repetition}"
@@ -142,7 +144,7 @@ def guards(chosen: dict, rejected: dict, options: Selection) -> str:
 
 
 def repetition(text: str) -> float:
-    """The share of word 4-grams that occurred before in the text; 0 for fewer than `MIN_WORDS` words between spaces."""
+    """The share of word 4-grams that are repetitions of earlier ones; 0 for a text of fewer than `MIN_WORDS` words."""
     words = text.split()
     if len(words) < MIN_WORDS:
         return 0.0
@@ -150,7 +152,7 @@ def repetition(text: str) -> float:
     return (len(grams) - len(set(grams))) / len(grams)
 
 
-def by_rank(draft: dict) -> tuple[float, str]:
+def rank(draft: dict) -> tuple[float, str]:
     return -draft["score"], draft["draft_id"]
 
 
@@ -159,15 +161,15 @@ def may_be_chosen(draft: dict, options: Selection) -> bool:
 
 
 def margin_fault(better: dict, worse: dict, options: Selection) -> str:
-    apart = better["score"] - worse["score"] > options.margin
-    return "" if apart else f"scores are not more than the margin apart (selection.margin is {options.margin})"
+    far_enough = better["score"] - worse["score"] > options.margin
+    return "" if far_enough else f"scores are not more than the margin apart (selection.margin is {options.margin})"
 
 
-def unscored(drafts: list[dict]) -> dict[str, str]:
+def unscored_reasons(drafts: list[dict]) -> dict[str, str]:
     return {d["draft_id"]: "has no finite score" for d in drafts if d["score"] is None}
 
 
-def cut(drafts: list[dict], options: Selection) -> dict[str, str]:
+def cut_reasons(drafts: list[dict], options: Selection) -> dict[str, str]:
     return {d["draft_id"]: CUT for d in drafts if not may_be_chosen(d, options)}
 
 

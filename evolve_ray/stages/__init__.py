@@ -1,6 +1,6 @@
-"""The arrows of the loop, a file each: what decides a stage, what it is made from, and what computes it.
+"""The stages of the main loop, one file each: what goes into the stage key, which inputs a stage has, and how it is computed.
 
 In: a `Context` and the manifests of earlier stages.
-Out: committed manifests: the same inputs give the same stage, which is never computed again.
-Never imports: the commands; other rooms never import stages but commands and the story.
+Out: the manifests of committed stages. A stage that is committed for the same inputs is never computed again.
+Never imports: the commands. Only the commands and the main loop (`iterate.py`) import stages.
 """

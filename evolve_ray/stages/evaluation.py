@@ -1,4 +1,4 @@
-"""checkpoint -> evaluation: chains of refinement on the held-out prompts, scored and summarised by round."""
+"""checkpoint -> evaluation: chains of refinement on the held-out prompts, scored, with figures for each round."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,7 @@ TOTALS = ("num_rows", "num_tokens", "num_prompt_tokens", "num_cached_tokens", "n
 
 
 def evaluate(context: Context, iteration: int, policy: Policy, name: str, folder: str = "evaluation") -> dict[str, Any]:
-    """The policy's entry for report.json: its name, folder and figures by split and round."""
+    """The entry of the policy in report.json: its name, its folder, and its figures by evaluation split and round."""
     config = context.config
     model = {"name": name, "iteration": iteration, "model": policy.hash, "path": str(policy.folder), "evaluation": None}
     if context.held_out is None:
@@ -45,7 +45,7 @@ def evaluate(context: Context, iteration: int, policy: Policy, name: str, folder
 
 
 def run_evaluation(context: Context, stage: Stage, job: GenerationJob) -> Manifest:
-    """Chains, parallel samples beside them where the recipe asks for some, and the summary of both."""
+    """Generates and scores chains, and parallel samples if the recipe asks for them; commits them with their summary."""
     config = context.config
     stage.work.mkdir(parents=True, exist_ok=True)
     parts = [generate_and_score(context, job, stage.work)]

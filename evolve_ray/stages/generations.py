@@ -1,4 +1,4 @@
-"""prompts -> generations -> scores: one streaming pipeline of two stages, which iterations, evaluations and probes share."""
+"""prompts -> generations -> scores: one streaming pipeline of two stages, used by iterations, evaluations and probes."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 from evolve_ray.config import options
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import NumericsError, UserError
-from evolve_ray.generate.scorer_requests import RemoteJudge
+from evolve_ray.generate.scorer_requests import RemoteScorer
 from evolve_ray.generate.spec import GenerateSpec
 from evolve_ray.generate.worker import VERSION, engine_pool
 from evolve_ray.inputs.context import Context, Policy
@@ -20,18 +20,18 @@ from evolve_ray.store import shards
 from evolve_ray.store.manifest import Manifest
 from evolve_ray.store.run import Stage
 
-EVALUATION_SCOPE = "evaluation"  # in place of an iteration: every model answers the same prompts with the same seeds
+EVALUATION_SCOPE = "evaluation"  # not the iteration number: every model answers the same prompts with the same seeds
 
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """Which policy answers which prompts, and how. `scope` seeds the sampling, `label` names the job on the terminal.
+    """Which policy answers which prompts, and how. `scope` seeds the sampling; `label` is the name of the job on the terminal.
 
-    Scores are those of `reward_models`. A strategy that asks for scores while it generates gets them from `asked_models`, the
-    same where it is None.
+    `reward_models` give the scores that are committed. `request_models` give the scores that a strategy asks for while it
+    generates; None means the same models.
     """
 
-    iteration: int | None  # None outside of a run's iterations
+    iteration: int | None  # None if the job belongs to no iteration
     label: str
     policy: Policy
     prompts: Manifest
@@ -39,29 +39,29 @@ class GenerationJob:
     sampling: options.Sampling
     scope: int | str
     reward_models: dict[str, Policy]
-    asked_models: dict[str, Policy] | None = None
+    request_models: dict[str, Policy] | None = None
 
     def scored_by(self, reward_models: dict[str, Policy]) -> "GenerationJob":
-        """The same drafts, scored by other reward models than the strategy asks."""
-        return dataclasses.replace(self, reward_models=reward_models, asked_models=self.reward_models)
+        """The same job with other reward models for the committed scores; the strategy still asks the present ones."""
+        return dataclasses.replace(self, reward_models=reward_models, request_models=self.reward_models)
 
 
 def generate_and_score(context: Context, job: GenerationJob, folder: Path) -> tuple[Manifest, Manifest]:
-    """Drafts and their scores, committed shard by shard, in one streaming Ray Data pipeline."""
+    """Returns the committed drafts and scores; both come from one streaming Ray Data pipeline, shard by shard."""
     drafts, scores = run_pipeline(context, job, folder, scored=True)
     assert scores is not None
     return drafts, scores
 
 
 def generate(context: Context, job: GenerationJob, folder: Path) -> Manifest:
-    """Drafts alone."""
+    """Returns the committed drafts, without scores."""
     return run_pipeline(context, job, folder, scored=False)[0]
 
 
 def run_pipeline(context: Context, job: GenerationJob, folder: Path, *, scored: bool) -> tuple[Manifest, Manifest | None]:
-    """What is committed of both stages is returned as it is; the rest is computed."""
+    """Returns (drafts, scores); scores are None without `scored`. Computes only the stages that are not committed yet."""
     config, prompts = context.config, job.prompts
-    asked_models = job.reward_models if job.asked_models is None else job.asked_models
+    request_models = job.reward_models if job.request_models is None else job.request_models
     asks_scorer = strategies.asks_scorer(job.strategy)
     generation_key = {
         "version": VERSION,
@@ -70,11 +70,11 @@ def run_pipeline(context: Context, job: GenerationJob, folder: Path, *, scored: 
         "model": [job.policy.hash, config.model.dtype, config.model.context_tokens],
         "template": context.template.hash,
         "options": [resolved(part, runtime=False) for part in (job.strategy, job.sampling, config.engine)],
-        "judge": scores_key(config, asked_models) if asks_scorer else None,
+        "judge": scores_key(config, request_models) if asks_scorer else None,
         "verifier": resolved(config.verifier) if job.strategy.stop_right else None,
     }
     drafts_stage = context.stage(folder / "generations", "generations", generation_key, {"prompts": prompts.identity})
-    # By the key of the drafts, not their identity: scores are computed while the drafts are still on their way.
+    # The key of the drafts, not their identity: scoring starts before all drafts are generated.
     drafts_key = {"generations": drafts_stage.key}
     scores_stage = context.stage(folder / "scores", "scores", scores_key(config, job.reward_models), drafts_key)
     drafts, scores = drafts_stage.committed(), scores_stage.committed() if scored else None
@@ -95,8 +95,8 @@ def run_pipeline(context: Context, job: GenerationJob, folder: Path, *, scored: 
             spec = generate_spec(context, job, drafts_stage)
             if asks_scorer:
                 actors = tuple(context.pools.open(scoring.scorer_pool(config.scorer)))
-                asked_spec = dataclasses.replace(score_spec, reward_models=folders(asked_models))
-                spec = dataclasses.replace(spec, judge=RemoteJudge(actors, asked_spec))
+                request_spec = dataclasses.replace(score_spec, reward_models=folders(request_models))
+                spec = dataclasses.replace(spec, remote_scorer=RemoteScorer(actors, request_spec))
             steps.append(dispatch.Step(drafts_stage, engine_pool(config.engine), spec))
         if scored:
             scores_stage.resume()
@@ -110,7 +110,7 @@ def run_pipeline(context: Context, job: GenerationJob, folder: Path, *, scored: 
 
 
 def scores_key(config: options.Config, reward_models: dict[str, Policy]) -> dict[str, Any]:
-    """What decides the scores of given drafts."""
+    """The part of a stage key that decides which scores a draft gets."""
     return {
         "version": scoring.VERSION,
         "scorer": resolved(config.scorer, runtime=False),
@@ -119,12 +119,23 @@ def scores_key(config: options.Config, reward_models: dict[str, Policy]) -> dict
     }
 
 
+<<<<<<< HEAD
 def prompts_loss(config: options.Config) -> shards.RejectionLimit:
     return shards.RejectionLimit(config.engine.max_rejected_fraction, "engine.max_rejected_fraction", UserError)
 
 
 def scores_loss(config: options.Config) -> shards.RejectionLimit:
     return shards.RejectionLimit(config.scorer.max_rejected_fraction, "scorer.max_rejected_fraction", NumericsError)
+=======
+def prompts_loss(config: options.Config) -> shards.Loss:
+    """How many prompts the generation may reject."""
+    return shards.Loss(config.engine.max_rejected_fraction, "engine.max_rejected_fraction", UserError)
+
+
+def scores_loss(config: options.Config) -> shards.Loss:
+    """How many drafts the scoring may reject."""
+    return shards.Loss(config.scorer.max_rejected_fraction, "scorer.max_rejected_fraction", NumericsError)
+>>>>>>> words_c
 
 
 def folders(models: dict[str, Policy]) -> dict[str, str]:
@@ -132,7 +143,7 @@ def folders(models: dict[str, Policy]) -> dict[str, str]:
 
 
 def run_steps(context: Context, label: str, iteration: int | None, steps: list[dispatch.Step], num_shards: int) -> None:
-    """Runs a pipeline; an event and a line for every shard that comes out of it."""
+    """Runs a pipeline; writes an event and prints a line for each finished shard."""
     done = 0
 
     def on_shard(shard: int, begun: str, stats: dict) -> None:
@@ -148,7 +159,7 @@ def run_steps(context: Context, label: str, iteration: int | None, steps: list[d
 
 
 def generate_spec(context: Context, job: GenerationJob, stage: Stage) -> GenerateSpec:
-    """What the engines need for a job whose shards go to the working folder of `stage`."""
+    """The spec of the engines for a job; its shards are written to the working folder of `stage`."""
     config = context.config
     return GenerateSpec(
         prompts=str(job.prompts.path("prompts.parquet")), work=str(stage.work), key=stage.key,

@@ -1,4 +1,4 @@
-"""The stages that only look at what an iteration committed: drift, and the decision whether the run goes on."""
+"""The stages that only read what an iteration committed: drift, and the decision whether the run continues."""
 
 import dataclasses
 import json
@@ -21,7 +21,10 @@ def measure_drift(
     context: Context, iteration: int, drafts: Manifest, scores: Manifest, pairs: Manifest, probe: dict[str, Any] | None,
     models: list[dict[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
-    """The figures of `drift.figures`, lengths against those of iteration 1 in `models`, and the divergences of the probe."""
+    """The figures of `drift.figures`, the lengths compared with those of iteration 1, and the KL divergences of the probe.
+
+    `models` are the report's entries so far; iteration 1 is one of them, except in iteration 1 itself.
+    """
     inputs = {"generations": drafts.identity, "scores": scores.identity, "pairs": pairs.identity}
     stage = context.stage(context.run.iteration(iteration) / "drift", "drift", {"version": drift.VERSION}, inputs)
     manifest = stage.committed()
@@ -39,18 +42,18 @@ def measure_drift(
 
 
 def by_shard(drafts: Manifest, scores: Manifest) -> Iterator[tuple[list[dict], list[dict]]]:
-    """(drafts, scores), one shard in memory at a time."""
+    """Yields (drafts, scores) of each shard, so that only one shard is in memory."""
     for shard in range(drafts.stats["num_shards"]):
         name = f"{shards.shard_name(shard)}/rows.parquet"
         yield rows.read_table(drafts.path(name)), rows.read_table(scores.path(name))
 
 
 def decide(context: Context, iteration: int, models: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the controller decides on the last of `models`, for the report: `against_previous`, `decision` and `rolled_back`."""
-    config, now, before = context.config, models[-1], models[-2]
+    """The controller's decision on the last of `models`: `against_previous`, `decision` and `rolled_back` for the report."""
+    config, current, previous = context.config, models[-1], models[-2]
     split = config.controller.split or next(iter(config.evaluation.splits), "")
     settings = dataclasses.replace(config.controller, split=split)
-    evaluations = {name: evaluation_of(context, model) for name, model in (("evaluation", now), ("previous", before))}
+    evaluations = {name: evaluation_of(context, model) for name, model in (("evaluation", current), ("previous", previous))}
     key = {
         "version": controller.VERSION,
         "controller": resolved(settings),
@@ -65,10 +68,10 @@ def decide(context: Context, iteration: int, models: list[dict[str, Any]]) -> di
             tables = [chains_of(part) for part in (evaluations["previous"], evaluations["evaluation"]) if part]
             changes = against_previous(list(config.evaluation.splits), *tables, seed=config.seed) if tables else {}
             control = find_plug(controller.CONTROLLERS, settings.name, "controller.name")
-            decision = control([*models[:-1], {**now, "against_previous": changes}], settings)
+            decision = control([*models[:-1], {**current, "against_previous": changes}], settings)
             if not isinstance(decision, controller.Decision) or decision.action not in controller.ACTIONS:
                 known = ", ".join(controller.ACTIONS)
-                raise UserError(f"controller.name: {settings.name!r} gave {decision!r}, but must give a Decision: {known}")
+                raise UserError(f"controller.name: {settings.name!r} returned {decision!r}; it must return a Decision: {known}")
             fields = {"controller": settings.name, "split": split, **dataclasses.asdict(decision)}
             text = json.dumps({**fields, "against_previous": changes}, indent=1, ensure_ascii=False, allow_nan=False)
             (stage.start() / "decision.json").write_text(text, encoding="utf-8")
@@ -81,12 +84,12 @@ def decide(context: Context, iteration: int, models: list[dict[str, Any]]) -> di
 
 
 def evaluation_of(context: Context, model: dict[str, Any]) -> Manifest | None:
-    """The committed evaluation of a model; None in a run without held-out prompts."""
+    """The committed evaluation of a model; None if the run has no held-out prompts."""
     return read_manifest(context.run.root / model["evaluation"]) if model["evaluation"] else None
 
 
 def chains_of(evaluation: Manifest) -> tuple[list[dict], list[dict]]:
-    """(drafts, scores) of an evaluation's chains."""
+    """Returns (drafts, scores) of the chains of an evaluation."""
     parts = [read_manifest(evaluation.folder / name) for name in ("generations", "scores")]
     drafts, scores = (list(shards.read_rows(part)) for part in parts if part)
     return drafts, scores

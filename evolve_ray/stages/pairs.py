@@ -1,4 +1,4 @@
-"""generations, scores -> pairs: the selection, prompt by prompt, with one shard in memory at a time."""
+"""generations, scores -> pairs: the selection runs prompt by prompt, with one shard in memory at a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ Selection = Callable[[dict, list[dict], options.Selection], Selected]
 
 
 def select(context: Context, iteration: int, drafts: Manifest, scores: Manifest) -> Manifest:
-    """The preference pairs of one iteration."""
+    """Returns the committed preference pairs of one iteration. Raises UserError if there are none."""
     config, prompts = context.config, context.prompts[iteration]
     key = {"selection": resolved(config.selection, runtime=False)}
     inputs = {"prompts": prompts.identity, "generations": drafts.identity, "scores": scores.identity}
@@ -39,8 +39,9 @@ def select(context: Context, iteration: int, drafts: Manifest, scores: Manifest)
 def check_not_empty(stage: Stage, manifest: Manifest) -> None:
     if not manifest.stats["num_rows"]:
         raise UserError(
-            f"{stage.final}: no pairs came out of {manifest.stats['num_in']} drafts (reasons are in its rejected.jsonl), "
-            "and nothing is trained on nothing; lower selection.margin, raise sampling.temperature or give other prompts"
+            f"{stage.final}: the selection made no pairs from {manifest.stats['num_in']} drafts (see the reasons in its "
+            "rejected.jsonl), so there is nothing to train on; lower selection.margin, raise sampling.temperature, or use other "
+            "prompts"
         )
 
 
@@ -48,26 +49,30 @@ def write_pairs(
     stage: Stage, selection: Selection, settings: options.Selection, prompts: Manifest, drafts: Manifest, scores: Manifest,
     shard_prompts: int, limit: int | None = None,
 ) -> Manifest:  # fmt: skip
-    """Pairs of every prompt (of the first `limit`) whose drafts have been scored, shard by shard."""
+    """Commits the pairs of all prompts whose drafts have scores (only of the first `limit`, if set), shard by shard."""
     work = stage.start()
     counts: dict[str, Any] = dict.fromkeys(("num_in", "num_rows", "num_used", "num_rejected"), 0)
     with (
+<<<<<<< HEAD
         report_disk_errors(work),  # also where the ends of the files are written, as they are closed
+=======
+        full_disk_named(work),  # covers the footers too, which are written when the files close
+>>>>>>> words_c
         pq.ParquetWriter(work / "pairs.parquet", rows.PAIR, compression="zstd") as writer,
         open(work / "rejected.jsonl", "wb") as rejected_file,
     ):
         for shard in range(scores.stats["num_shards"]):
             by_prompt = scored_drafts(drafts, scores, shard)
-            asked = shards.read_slice(prompts.path("prompts.parquet"), shard, shard_prompts)
-            asked = asked[: None if limit is None else max(0, limit - shard * shard_prompts)]
-            pairs, rejected = select_all(asked, by_prompt, selection, settings, counts)
+            shard_rows = shards.read_slice(prompts.path("prompts.parquet"), shard, shard_prompts)
+            shard_rows = shard_rows[: None if limit is None else max(0, limit - shard * shard_prompts)]
+            pairs, rejected = select_all(shard_rows, by_prompt, selection, settings, counts)
             writer.write_table(pa.Table.from_pylist(pairs, schema=rows.PAIR))
             rejected_file.writelines(rows.canonical(row) + b"\n" for row in rejected)
     return stage.commit(**counts)
 
 
 def scored_drafts(drafts: Manifest, scores: Manifest, shard: int) -> dict[str, list[dict]]:
-    """The answers of a shard by prompt id, each with its `score`, None where it has none."""
+    """The answers of a shard by prompt id, each with its `score`; None if it has no score."""
     name = f"{shards.shard_name(shard)}/rows.parquet"
     score_of = {row["draft_id"]: row["score"] for row in rows.read_table(scores.path(name))}
     by_prompt: dict[str, list[dict]] = {}
@@ -75,7 +80,9 @@ def scored_drafts(drafts: Manifest, scores: Manifest, shard: int) -> dict[str, l
         if draft["kind"] == "answer":
             by_prompt.setdefault(draft["prompt_id"], []).append({**draft, "score": score_of.pop(draft["draft_id"], None)})
     if score_of:
-        raise IntegrityError(f"{scores.folder}: scores {len(score_of)} drafts that {drafts.folder} does not hold; delete both")
+        raise IntegrityError(
+            f"{scores.folder}: has scores of {len(score_of)} drafts that are not in {drafts.folder}; delete both folders"
+        )
     return by_prompt
 
 
@@ -83,7 +90,10 @@ def select_all(
     prompts: list[dict], by_prompt: dict[str, list[dict]], selection: Selection, settings: options.Selection,
     counts: dict[str, int],
 ) -> tuple[list[dict], list[dict]]:  # fmt: skip
-    """(pairs, rejected drafts) of some prompts; every draft must be in one of them. Adds to `counts`."""
+    """Returns (pairs, rejected drafts) of some prompts and adds to `counts`.
+
+    Raises IntegrityError if a draft is neither in a pair nor rejected.
+    """
     pairs: list[dict] = []
     rejected: list[dict] = []
     for prompt in prompts:
@@ -93,7 +103,7 @@ def select_all(
         if len(used) + len(unused) != len(candidates):
             raise IntegrityError(
                 f"selection {settings.name}: prompt {prompt['prompt_id']} has {len(candidates)} drafts, "
-                f"but {len(used)} used and {len(unused)} rejected; every draft must be accounted for"
+                f"but {len(used)} are in pairs and {len(unused)} rejected; a selection must use or reject every draft once"
             )
         counts["num_in"] += len(candidates)
         counts["num_used"] += len(used)

@@ -1,4 +1,4 @@
-"""checkpoint -> probe: do the engines answer with the checkpoint's weights, and how far did the policy move?"""
+"""checkpoint -> probe: do the engines use the weights of the checkpoint, and how far did the policy move?"""
 
 import dataclasses
 from typing import Any
@@ -15,16 +15,16 @@ from evolve_ray.store.run import Stage
 from evolve_ray.train import weight_probe
 
 
-def probe(context: Context, iteration: int, policy: Policy, before: Policy) -> dict[str, Any] | None:
-    """The figures of `weight_probe.compare`; None where the probe is off.
+def probe(context: Context, iteration: int, policy: Policy, previous: Policy) -> dict[str, Any] | None:
+    """The figures of `weight_probe.compare`; None if the probe is off.
 
-    Raises IntegrityError where engine and checkpoint do not agree.
+    Raises IntegrityError if the log-probabilities of engine and checkpoint differ.
     """
     config = context.config
     if not config.probe.prompts:
         return None
     prompts = context.prompts[iteration]
-    models = {"policy": policy, "iteration": before, "initial": context.initial or before}
+    models = {"policy": policy, "iteration": previous, "initial": context.initial or previous}
     key = {
         "version": weight_probe.VERSION,
         "models": {name: model.hash for name, model in models.items()},
@@ -46,20 +46,20 @@ def probe(context: Context, iteration: int, policy: Policy, before: Policy) -> d
 
 
 def run_probe(context: Context, stage: Stage, iteration: int, models: dict[str, Policy]) -> Manifest:
-    """Every engine answers a few prompts; the same answers are read by plain forwards of `models`."""
+    """Every engine answers a few prompts; plain forwards of `models` compute the log-probabilities of the same answers."""
     config, prompts = context.config, context.prompts[iteration]
     context.start_ray()
     plain = dataclasses.replace(config.sampling, temperature=1.0, top_p=1.0)  # samples of the policy itself
     job = GenerationJob(iteration, "probe", models["policy"], prompts, config.strategy, plain, "probe", {})
     engines = context.pools.open(engine_pool(config.engine))
-    asked = shards.read_slice(prompts.path("prompts.parquet"), 0, config.probe.prompts)
-    samples = call_all(engines, generate_spec(context, job, stage), "probe", asked)
+    probe_prompts = shards.read_slice(prompts.path("prompts.parquet"), 0, config.probe.prompts)
+    samples = call_all(engines, generate_spec(context, job, stage), "probe", probe_prompts)
     figures = weight_probe.compare(context.pools, config.probe, config.model.dtype, folders(models), samples)
     if not figures["mean_difference"] <= config.probe.tolerance:
         raise IntegrityError(
             f"probe of iteration {iteration}: the engines' log-probabilities differ from the checkpoint's by "
-            f"{figures['mean_difference']:.2g} nats a token (probe.tolerance is {config.probe.tolerance:g}): they may still hold "
-            "the weights or the cache of an older model; submit the same command again, for new engines"
+            f"{figures['mean_difference']:.2g} nats a token (probe.tolerance is {config.probe.tolerance:g}); they may still use "
+            "the weights or the prefix cache of an older model; submit the same command again: it starts new engines"
         )
     rows.write_jsonl(stage.start() / "probe.jsonl", [figures])
-    return stage.commit(num_in=len(asked), num_rows=len(asked))
+    return stage.commit(num_in=len(probe_prompts), num_rows=len(probe_prompts))

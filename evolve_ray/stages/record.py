@@ -1,4 +1,4 @@
-"""What a run has come to: every evaluated model in order, told to trackers, model cards and the report."""
+"""The evaluated models of a run, in order; they go to the trackers, the model cards and the report."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from evolve_ray.report import card, report
 
 
 class Record:
-    """The models of a run as report.json lists them; each one is written down as soon as all is known of it."""
+    """The models of a run as report.json lists them; each is written as soon as its figures are complete."""
 
     def __init__(self, context: Context):
         self.context, self.config = context, resolved(context.config)
@@ -16,7 +16,7 @@ class Record:
         self.pages = report.Aside()
 
     def add(self, model: dict[str, Any]) -> None:
-        """A model with its evaluation; of an iteration also with `probe`, `drift` and `decision`."""
+        """Adds a model with its evaluation; the model of an iteration also has `probe`, `drift` and `decision`."""
         context, iteration = self.context, model["iteration"]
         self.models.append(model)
         context.trackers.log_evaluation(model)
@@ -26,6 +26,6 @@ class Record:
             report.write(context.run, self.config, self.models, self.pages)
 
     def finish(self) -> dict[str, Any]:
-        """The report of the whole run, written."""
+        """Writes the report of the whole run and returns it."""
         self.pages.wait()
         return report.write(self.context.run, self.config, self.models)

@@ -1,4 +1,4 @@
-"""The reward model, trained again on the policy's own drafts: generations -> labels -> reward pairs -> reward model."""
+"""generations -> labels -> reward pairs -> reward model: trains the reward model again, on the policy's own drafts."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ from evolve_ray.store.manifest import Manifest
 def refresh(
     context: Context, iteration: int, reward_models: dict[str, Policy], prompts: Manifest, drafts: Manifest
 ) -> dict[str, Policy]:
-    """The one reward model of the recipe, trained further on the drafts of some prompts, in the order that the verifier gives."""
+    """Returns the recipe's one reward model after further training on pairs of drafts that the verifier ranked."""
     config = context.config
     assert config.refresh is not None
     labels = label(context, iteration, prompts, drafts)
@@ -34,7 +34,7 @@ def refresh(
 
 
 def label(context: Context, iteration: int, prompts: Manifest, drafts: Manifest) -> Manifest:
-    """The verifier's values of the drafts of the first `refresh.prompts` prompts, in whole shards."""
+    """Returns the committed verifier values of the drafts of the first `refresh.prompts` prompts, in whole shards."""
     config = context.config
     assert config.refresh is not None
     size = config.engine.shard_prompts

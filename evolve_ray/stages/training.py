@@ -11,13 +11,13 @@ from evolve_ray.store.run import Stage
 from evolve_ray.train import group
 from evolve_ray.train.spec import VERSION, TrainSpec
 
-NO_REFERENCE = ("sft", "reward")  # objectives that look at no reference policy
+NO_REFERENCE = ("sft", "reward")  # objectives without a reference policy
 
 
 def train(
     context: Context, iteration: int, policy: Policy, pairs: Manifest, training: options.Training, name: str
 ) -> Policy:  # fmt: skip
-    """The policy after one training on committed pairs; `name` is the folder of the checkpoint."""
+    """Returns the policy after training on committed pairs; `name` is the folder name of the checkpoint."""
     start = context.initial if training.reference == "initial" and context.initial else policy
     reference, checkpoint = stages(context, iteration, policy, start, pairs, training, name)
     manifest = checkpoint.committed()
@@ -42,7 +42,7 @@ def train(
 def stages(
     context: Context, iteration: int, policy: Policy, start: Policy, pairs: Manifest, training: options.Training, name: str
 ) -> tuple[Stage | None, Stage]:  # fmt: skip
-    """The stages of reference (None where the objective has none) and checkpoint, with what decides each of them."""
+    """Returns the stages of the reference (None if the objective has none) and of the checkpoint, each with its stage key."""
     config, folder = context.config, context.run.iteration(iteration)
     shared = {
         "version": VERSION,
@@ -55,7 +55,7 @@ def stages(
     inputs = {"pairs": pairs.identity}
     reference = None
     if training.objective not in NO_REFERENCE:
-        # What decides which sequences the reference holds and in which batches they are computed.
+        # Which sequences the reference holds, and in which batches they are computed.
         order: dict[str, Any] = {name: getattr(training, name) for name in ("batch_pairs", "micro_pairs", "objective", "alpha")}
         order["nll"] = bool(training.nll)
         reference = context.stage(folder / "reference", "reference", shared | {"order": order, "model": start.hash}, inputs)
@@ -64,7 +64,7 @@ def stages(
 
 
 def run_group(context: Context, spec: TrainSpec, folder: Path, name: str) -> Manifest:
-    """The worker group under its deadline, its steps on the terminal and in the trackers as they come."""
+    """Runs the worker group under its deadline; each step goes to the terminal and to the trackers at once."""
     key, iteration = spec.checkpoint.key, spec.iteration
 
     def on_event(event: dict[str, Any]) -> str:
@@ -75,8 +75,8 @@ def run_group(context: Context, spec: TrainSpec, folder: Path, name: str) -> Man
         return sorted((spec.checkpoint.work / "steps").glob("*")), sorted(folder.iterdir())
 
     advice = (
-        "see its workers' logs in the Ray dashboard, allow it more time with trainer.stall_s, or submit the same command again: "
-        "it continues from the last stored step"
+        "see the logs of its workers in the Ray dashboard, raise trainer.stall_s to allow more time, or submit the same command "
+        "again: it continues from the last stored step"
     )
     context.trackers.replay_steps(key, iteration, name)
     with context.followed("training", on_event), context.deadline(name, spec.trainer.stall_s, progress, advice):

@@ -1,6 +1,6 @@
-"""Training: objectives, forwards and trees of sequences, and the ranks of a Ray Train group with DeepSpeed ZeRO-3.
+"""Training: objectives, forwards over trees of sequences, and the ranks of a Ray Train worker group with DeepSpeed ZeRO-3.
 
 In: committed pairs and a model folder.
-Out: reference log-probabilities and a committed Hugging Face checkpoint.
+Out: committed reference log-probabilities and a committed Hugging Face checkpoint.
 Never imports: stages, generation or selection.
 """

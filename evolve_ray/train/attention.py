@@ -1,7 +1,7 @@
-"""Attention of trees on a CPU: a block of queries reads only the keys that one of them sees.
+"""Attention over trees on a CPU: a block of queries uses only the keys that at least one of its queries sees.
 
-SDPA with a dense mask multiplies every query with every key and hides most of the products again. FlexAttention skips them on a
-GPU, but has no backward pass on a CPU.
+SDPA with a dense mask multiplies every query with every key, and then masks most of the products. FlexAttention skips them on a
+GPU, but it has no backward pass on a CPU.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "sdpa_of_seen_keys"
-BLOCK_TOKENS = 128  # queries of a block: more of them see more keys in common, fewer make more calls
+BLOCK_TOKENS = 128  # queries of a block: a larger block sees more keys, a smaller one needs more calls
 
 
 def seen_keys_attention(
@@ -23,19 +23,22 @@ def seen_keys_attention(
     mask_R1WW: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What `sdpa_attention_forward` of transformers gives for a boolean mask, `(out_RWHD, None)`; without a mask it is called."""
+    """Returns `(out_RWHD, None)`, the result of `sdpa_attention_forward` of transformers for a boolean mask.
+
+    Without a mask, and for rows of one block, it calls that function.
+    """
     width = query_RHWD.shape[2]
     if mask_R1WW is None or width <= BLOCK_TOKENS:
         return sdpa_attention_forward(module, query_RHWD, key_RGWD, value_RGWD, mask_R1WW, **options)
     rows = []
     for row in range(len(query_RHWD)):
-        one = slice(row, row + 1)
+        this_row = slice(row, row + 1)
         blocks = []
         for start in range(0, width, BLOCK_TOKENS):
-            mask_11TW = mask_R1WW[one, :, start : start + BLOCK_TOKENS]
+            mask_11TW = mask_R1WW[this_row, :, start : start + BLOCK_TOKENS]
             seen_K = mask_11TW.any(dim=2).flatten().nonzero()[:, 0]
-            query_1HTD = query_RHWD[one, :, start : start + BLOCK_TOKENS]
-            key_1GKD, value_1GKD = (part[one].index_select(2, seen_K) for part in (key_RGWD, value_RGWD))
+            query_1HTD = query_RHWD[this_row, :, start : start + BLOCK_TOKENS]
+            key_1GKD, value_1GKD = (part[this_row].index_select(2, seen_K) for part in (key_RGWD, value_RGWD))
             mask_11TK = mask_11TW.index_select(3, seen_K)
             blocks.append(sdpa_attention_forward(module, query_1HTD, key_1GKD, value_1GKD, mask_11TK, **options)[0])
         rows.append(torch.cat(blocks, dim=1))

@@ -1,10 +1,10 @@
-"""What the ranks of a training group do together: sums, maxima, barriers."""
+"""Collective operations of the ranks of a worker group: sums, maxima, barriers."""
 
 from typing import Any
 
 
 class Collectives:
-    """This rank's place in the process group that torch has joined; `device` is where its tensors are."""
+    """The collective operations of this rank, in torch's default process group; its tensors are on `device`."""
 
     def __init__(self, device: Any):
         import torch
@@ -14,15 +14,15 @@ class Collectives:
 
     def all_reduce(self, values: Any) -> None:
         """Replaces each number of a tensor by its sum over all ranks."""
-        moved = values.to(self.device)
-        self.torch.distributed.all_reduce(moved)
-        values.copy_(moved)
+        on_device = values.to(self.device)
+        self.torch.distributed.all_reduce(on_device)
+        values.copy_(on_device)
 
     def all_max(self, values: list[int]) -> list[int]:
-        """The greatest over all ranks, number by number."""
-        moved = self.torch.tensor(values, device=self.device)
-        self.torch.distributed.all_reduce(moved, op=self.torch.distributed.ReduceOp.MAX)
-        return moved.tolist()
+        """The maximum over all ranks, for each number of the list."""
+        on_device = self.torch.tensor(values, device=self.device)
+        self.torch.distributed.all_reduce(on_device, op=self.torch.distributed.ReduceOp.MAX)
+        return on_device.tolist()
 
     def barrier(self) -> None:
         self.torch.distributed.barrier()

@@ -1,4 +1,4 @@
-"""The end of a training: the weights, gathered parameter by parameter, become a committed Hugging Face folder."""
+"""Export: gathers the trained weights, one parameter at a time, and commits them as a Hugging Face folder."""
 
 import shutil
 from typing import Any
@@ -14,15 +14,15 @@ from evolve_ray.train.spec import TrainSpec
 
 
 def gather(model: ShardedModel, collectives: Collectives) -> dict[str, Any]:
-    """Every weight of the plain model by name, adapters merged, on the CPU of rank 0; nothing on the other ranks.
+    """Returns every weight of the plain model by name, adapters merged, on the CPU of rank 0; the other ranks get {}.
 
-    Raises NumericsError on all ranks for a parameter that is not finite: a rank that is left alone would wait for the others.
+    Raises NumericsError if a parameter is not finite. All ranks raise it, because a rank alone would wait for the others.
     """
     from evolve_ray.train import adapters
 
     state: dict[str, Any] = {}
     names, bad = [""], 0
-    for name, parts, scale in adapters.merged(model.module):
+    for name, parts, scale in adapters.weight_parts(model.module):
         names.append(name)
         with model.gathered(parts):
             if collectives.rank == 0:
@@ -41,7 +41,7 @@ def commit_checkpoint(
     spec: TrainSpec, module: Any, state: dict[str, Any], chat: Chat, log: list[dict], num_pairs: int, *,
     reference: bool, train_seconds: float,
 ) -> None:  # fmt: skip
-    """Writes weights, tokenizer, log and card aside and commits them; on rank 0 alone."""
+    """Writes weights, tokenizer, training log and model card to a temporary folder and commits it. Only rank 0 calls this."""
     stage = spec.checkpoint
     out = stage.work.with_name(f"{stage.work.name}-export")
     shutil.rmtree(out, ignore_errors=True)
@@ -60,7 +60,7 @@ def commit_checkpoint(
 
 
 def unfinished_card(objective: str, iteration: int, num_pairs: int, num_updates: int, reference: str) -> str:
-    """The model card until the evaluation writes the whole one; `reference`: content hash of the reference policy, if any."""
+    """The model card until the evaluation writes the full one; `reference` is the content hash of the reference policy or ""."""
     tag = "text-classification" if objective == "reward" else "text-generation"
     lines = [*front_matter(tag, ""), "", "# Model trained by evolve-ray", ""]
     lines += [f"* objective `{objective}`, iteration {iteration}, {num_pairs:,} pairs, {num_updates:,} updates"]

@@ -1,8 +1,9 @@
-"""How a rank reads its share of a batch: what goes into one forward, and the values that come out of it.
+"""Readers: they split a rank's share of a batch into forwards, and compute the values of the pairs in each forward.
 
-Three readers with the same two verbs. `parts` cuts the share into forwards, as many on every rank, which ZeRO-3 needs;
-`values` gives `{name: B}` of a part's pairs and the response tokens (at least 1) of their answers. The weights make the
-gradient the mean over the global batch after DeepSpeed's own averaging over ranks and micro-batches, whatever the parts are.
+All three readers have the same two methods. `parts` splits the share into forwards; every rank gets the same number of them, as
+ZeRO-3 requires. `values` returns `{name: B}` for the pairs of a part, and the number of response tokens (at least 1) of each
+answer. DeepSpeed averages over ranks and micro-batches; the weights of the pairs are such that the gradient is then the mean
+over the global batch, however the parts are cut.
 """
 
 import math
@@ -17,14 +18,14 @@ from evolve_ray.train.logprobs import num_chunks, pair_sequences, sequence_logps
 from evolve_ray.train.schedule import micro_batches, micro_steps
 from evolve_ray.train.spec import TrainSpec
 from evolve_ray.train.tree import Forward, Sequence, lay_out, pack
-from evolve_ray.train.tree_check import refuse_beyond_reach
+from evolve_ray.train.tree_check import check_length
 
 Values = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One forward: its pairs as (row, weight), where rows of weight 0 only fill up, and how a tree reader packed them."""
+    """One forward. `pairs` are (row number, weight); a row of weight 0 is only padding. The other fields are for trees."""
 
     pairs: list[tuple[int, float]]
     forward: Forward | None = None
@@ -33,7 +34,7 @@ class Part:
 
 @dataclass
 class Separate:
-    """One row of a forward for each sequence, `micro_pairs` pairs a forward."""
+    """Reads each sequence as one row of a forward, with `micro_pairs` pairs in each forward."""
 
     spec: TrainSpec
     chat: Chat
@@ -45,17 +46,17 @@ class Separate:
         return [Part(micro) for micro in micro_batches(batch, self.collectives.rank, self.spec.training, self.collectives.world)]
 
     def values(self, model: Any, part: Part) -> Values:
-        built = [self.sequences(row) for row, _ in part.pairs]
+        by_pair = [self.sequences(row) for row, _ in part.pairs]
         flat = sequence_logps(
-            model, [sequence for group in built for sequence in group], self.chat.pad_id, self.collectives.device
+            model, [sequence for sequences in by_pair for sequence in sequences], self.chat.pad_id, self.collectives.device
         )
-        return self.named(flat, [[len(sequence.response) for sequence in group] for group in built])
+        return self.by_name(flat, [[len(sequence.response) for sequence in sequences] for sequences in by_pair])
 
     def sequences(self, row: int) -> list[Sequence]:
         return list(pair_sequences(self.chat, self.spec.template, self.pairs[row], self.needs).values())
 
-    def named(self, flat: torch.Tensor, lengths: list[list[int]]) -> Values:
-        """`flat` holds one value for each sequence, pair by pair, as `lengths` does."""
+    def by_name(self, flat: torch.Tensor, lengths: list[list[int]]) -> Values:
+        """Values and lengths by name. `flat` holds one value for each sequence, pair by pair; `lengths` has the same order."""
         values_BN = flat.view(-1, len(self.needs))
         lengths_BN = torch.tensor(lengths, device=self.collectives.device).view(-1, len(self.needs)).clamp(min=1)
         counts = {name.partition("_after_")[0]: lengths_BN[:, position] for position, name in enumerate(self.needs)}
@@ -63,7 +64,7 @@ class Separate:
 
 
 class Scores(Separate):
-    """The reward model's scores of the answers, in place of log-probabilities."""
+    """Reads the reward model's scores of the answers instead of log-probabilities."""
 
     def values(self, model: Any, part: Part) -> Values:
         from evolve_ray.score.reward_model import classify
@@ -74,15 +75,15 @@ class Scores(Separate):
             for name in self.needs
         ]
         flat = classify(model, [self.chat.context_ids(messages, generate=False) for messages in turns], self.collectives.device)
-        return self.named(flat, [[1] * len(self.needs)] * len(part.pairs))[0], {}
+        return self.by_name(flat, [[1] * len(self.needs)] * len(part.pairs))[0], {}
 
 
 @dataclass
 class Trees(Separate):
-    """Trees of the pairs' sequences, packed up to `trainer.max_tokens` tokens and `micro_pairs` pairs a forward.
+    """Reads trees of the pairs' sequences, with up to `trainer.max_tokens` tokens and `micro_pairs` pairs in each forward.
 
-    A rank with fewer forwards than another, or fewer chunks in one, fills up with what counts nowhere. `config` is the
-    model's; `chunked` is unset for a model whose logits need its own forward.
+    A rank with fewer forwards than another, or fewer chunks in a forward, adds padding, which does not count. `config` is the
+    configuration of the model. `chunked` is False for a model whose logits must come from its own forward.
     """
 
     config: Any = None
@@ -99,18 +100,19 @@ class Trees(Separate):
             one_row=self.collectives.device.type == "cuda",
         )
         for forward in forwards:
-            refuse_beyond_reach(self.config, forward)
-        own = [num_chunks(forward) for forward in forwards]
-        chunks = [most for most in self.collectives.all_max(own + [0] * (math.ceil(len(batch) / world) - len(own))) if most]
-        forwards += [lay_out([], [])] * (len(chunks) - len(forwards))
+            check_length(self.config, forward)
+        rank_chunks = [num_chunks(forward) for forward in forwards]
+        rank_chunks += [0] * (math.ceil(len(batch) / world) - len(rank_chunks))
+        chunk_counts = [count for count in self.collectives.all_max(rank_chunks) if count]
+        forwards += [lay_out([], [])] * (len(chunk_counts) - len(forwards))
         weight = world * micro_steps(self.spec.training, world) / len(batch)
         return [
-            Part([(share[group], weight) for group in forward.groups], forward, most if self.chunked else 0)
-            for forward, most in zip(forwards, chunks, strict=True)
+            Part([(share[group], weight) for group in forward.groups], forward, count if self.chunked else 0)
+            for forward, count in zip(forwards, chunk_counts, strict=True)
         ]
 
     def values(self, model: Any, part: Part) -> Values:
         assert part.forward is not None
         flat = tree_logps(model, part.forward, self.collectives.device, part.chunks)
         lengths = torch.from_numpy(part.forward.owners_N).bincount(minlength=part.forward.num_sequences)
-        return self.named(flat, lengths.tolist())
+        return self.by_name(flat, lengths.tolist())

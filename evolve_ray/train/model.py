@@ -1,4 +1,4 @@
-"""A model under ZeRO-3 on this rank."""
+"""The model of a rank under DeepSpeed ZeRO-3."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from evolve_ray.train.spec import TrainSpec, deepspeed_config
 
 
 class ShardedModel:
-    """The model that this rank trains or reads: one at a time, so that a second one never needs memory.
+    """The model that this rank trains or reads. It holds one model at a time, so a second one never needs memory.
 
-    `engine` is DeepSpeed's, `module` the transformers model inside it, `folder` where it was loaded from. With `trees` the
-    engine reads trees (`logprobs.TreeModel`), and `chunked` says whether its logits may be made in chunks. `classifier`: a
-    reward model in place of a causal language model.
+    `engine` is the DeepSpeed engine, `module` the transformers model inside it, and `folder` the folder it was loaded from. With
+    `trees` the engine takes trees (`logprobs.TreeModel`), and `chunked` is whether its logits may be computed in chunks. With
+    `classifier` it is a reward model, not a causal language model.
     """
 
     def __init__(self, spec: TrainSpec, collectives: Collectives, *, classifier: bool, trees: bool):
@@ -23,15 +23,15 @@ class ShardedModel:
         self.engine: Any = None
         self.module: Any = None
         self.folder = ""
-        # An all-reduce for inference, which no training calls; DeepSpeed would compile it now, for a minute.
+        # Training never calls this all-reduce for inference, but DeepSpeed would compile it now, which takes a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(
             dist_backend="nccl" if spec.trainer.use_gpu else "gloo", auto_mpi_discovery=False, verbose=False
         )
 
-    @deepspeed_ops.refusals_named()
+    @deepspeed_ops.explain_errors()
     def load(self, folder: str, *, frozen: bool = False) -> None:
-        """The model in `folder`, in place of the one before; a `frozen` one has no optimiser."""
+        """Loads the model in `folder` in place of the present one; a `frozen` model has no optimiser and no adapters."""
         import torch
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
         from transformers.integrations import HfDeepSpeedConfig
@@ -43,23 +43,23 @@ class ShardedModel:
         if frozen:
             ds_config.pop("optimizer")
         self._keep = HfDeepSpeedConfig(ds_config)  # while it lives, from_pretrained loads straight into ZeRO-3 shards
-        kind = AutoModelForSequenceClassification if self.classifier else AutoModelForCausalLM
-        module = kind.from_pretrained(folder, dtype=getattr(torch, self.spec.dtype), trust_remote_code=False)
+        model_class = AutoModelForSequenceClassification if self.classifier else AutoModelForCausalLM
+        module = model_class.from_pretrained(folder, dtype=getattr(torch, self.spec.dtype), trust_remote_code=False)
         if trainer.gradient_checkpointing and not frozen:
             module.gradient_checkpointing_enable()
         module.train()
         if trainer.lora_rank and not frozen and not self.classifier:
-            adapters.adapt(module, trainer, self.spec.seed)
+            adapters.add_adapters(module, trainer, self.spec.seed)
         parameters = None if frozen else [parameter for parameter in module.parameters() if parameter.requires_grad]
         forward = tree_check.tree_model(module, self.collectives.device) if self.trees else module
         self.engine, *_ = self.deepspeed.initialize(model=forward, model_parameters=parameters, config=ds_config)
         self.module, self.folder = module, folder
         if self.trees:
-            whole_logits = not tree_check.prove(self.engine, forward, self.collectives.device)
+            whole_logits = not tree_check.check_tree(self.engine, forward, self.collectives.device)
             self.chunked = not any(self.collectives.all_max([whole_logits]))
 
     def unload(self) -> None:
-        """Gives the memory of the model back."""
+        """Frees the memory of the model."""
         import gc
 
         if self.engine is not None:
@@ -68,5 +68,5 @@ class ShardedModel:
             gc.collect()
 
     def gathered(self, parameters: list[Any]) -> Any:
-        """A context in which whole parameters are there in place of this rank's shards; all ranks must enter it."""
+        """A context in which the whole parameters are available instead of this rank's shards; all ranks must enter it."""
         return self.deepspeed.zero.GatheredParameters(parameters)

@@ -1,9 +1,10 @@
-"""Objectives: pure functions of log-probabilities -> (loss per pair, metrics per pair).
+"""Objectives: pure functions from log-probabilities to (loss per pair, metrics per pair).
 
 `policy` and `reference` map a name of `rows.REFERENCE` to a tensor `logps_B`: the sum of log-probabilities over the response
-tokens of each pair (nats, float32), or their mean over those tokens where `training.length_normalised` is set. Notation of
-the paper (arXiv 2502.05605): y_w chosen, y_l rejected, z the refinement instruction, r(y|c) = log pi(y|c) - log pi_ref(y|c);
-e is `training.label_smoothing`, the probability that a preference is the wrong way round. All results have the shape B.
+tokens of each pair (nats, float32), or their mean over those tokens with `training.length_normalised`. Notation of the paper
+(arXiv 2502.05605): y_w is the chosen and y_l the rejected response, z the refinement instruction, and
+r(y|c) = log pi(y|c) - log pi_ref(y|c). e is `training.label_smoothing`, the probability that a preference is the wrong way
+round. All results have the shape B.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ AFTER_CHOSEN = ("chosen_after_chosen", "rejected_after_chosen")
 def sft(policy: Logps, reference: Logps, training: options.Training) -> Result:
     """-log pi(y_w|x) - refine_weight log pi(y_w|x, y_l, z), in nats: activation (paper, section 3.1).
 
-    A pair with y_l = y_w teaches to keep a good draft. Without a weight the refinement sequence is not looked at.
+    A pair with y_l = y_w teaches the model to keep a good draft. With weight 0 the refinement sequence is not used.
     """
     direct = -policy["chosen"]
     if not training.refine_weight:
@@ -38,8 +39,8 @@ def sft(policy: Logps, reference: Logps, training: options.Training) -> Result:
 def dpo(policy: Logps, reference: Logps, training: options.Training) -> Result:
     """-log sigmoid(m) with the margin m = beta [r(y_w|x) - r(y_l|x)] (Rafailov et al. 2023, arXiv 2305.18290, equation 7).
 
-    With label smoothing -(1 - e) log sigmoid(m) - e log sigmoid(-m): conservative DPO (Mitchell 2023, "A note on DPO with
-    noisy preferences"), least where sigmoid(m) = 1 - e.
+    With label smoothing it is -(1 - e) log sigmoid(m) - e log sigmoid(-m): conservative DPO (Mitchell 2023, "A note on DPO with
+    noisy preferences"). Its minimum is at sigmoid(m) = 1 - e.
     """
     margin, metrics = implicit_rewards(policy, reference, training)
     loss = logistic(margin, training.label_smoothing)
@@ -49,8 +50,8 @@ def dpo(policy: Logps, reference: Logps, training: options.Training) -> Result:
 def ipo(policy: Logps, reference: Logps, training: options.Training) -> Result:
     """(h - 1/(2 beta))^2 with h = r(y_w|x) - r(y_l|x), in nats squared (Azar et al. 2023, arXiv 2310.12036, equation 17).
 
-    With label smoothing the target is (1/2 - e) / beta: the expectation over a flipped pair, less a constant. TRL divides
-    each r by its number of tokens, as `length_normalised` does; the equation does not.
+    With label smoothing the target is (1/2 - e) / beta: the expectation if a pair is flipped with probability e, up to a
+    constant. TRL divides each r by its number of tokens, as `length_normalised` does; the equation does not.
     """
     _, metrics = implicit_rewards(policy, reference, training)
     h = ratio(policy, reference, "chosen") - ratio(policy, reference, "rejected")
@@ -59,18 +60,18 @@ def ipo(policy: Logps, reference: Logps, training: options.Training) -> Result:
 
 
 def refine(policy: Logps, reference: Logps, training: options.Training) -> Result:
-    """Two terms, to improve a bad draft and to keep a good one; alone this is the objective `srpo`.
+    """L_refine: one term to improve a bad draft and one to keep a good draft. On its own it is the objective `srpo`.
 
-    Margins: m_improve = beta [r(y_w|x,y_l,z) - r(y_l|x,y_l,z)] and m_keep = beta [r(y_w|x,y_w,z) - r(y_l|x,y_w,z)]. Both
-    have y_w first: the second keeps a good draft from being spoilt, since given y_w, repeating it must beat falling back
-    to y_l. Without label smoothing the forms are
+    Margins: m_improve = beta [r(y_w|x,y_l,z) - r(y_l|x,y_l,z)] and m_keep = beta [r(y_w|x,y_w,z) - r(y_l|x,y_w,z)]. In both of
+    them y_w is preferred. The second one protects a good draft: after the draft y_w, repeating it must be better than y_l.
+    Without label smoothing the forms are
 
     * squared: (m_improve - 1/2)^2 + (m_keep - 1/2)^2 (SRPO, arXiv 2406.01660, with a hard preference; paper, section 3.2);
     * logistic: -log sigmoid(m_improve) - log sigmoid(m_keep), the loss of `dpo` after a draft.
 
-    SRPO regresses the margin of y over a draft y' on p(y > y') - 1/2: the optimal policy of its game has that very margin.
-    With label smoothing p(y_w > y_l) = 1 - e, so the target is 1/2 - e after y_l; after y_w it is e - 1/2 for y_l over y_w,
-    which is 1/2 - e for y_w over y_l again.
+    SRPO regresses the margin of y over a draft y' on p(y > y') - 1/2, which is the margin of the optimal policy of its game.
+    With label smoothing p(y_w > y_l) = 1 - e, so the target after y_l is 1/2 - e. After y_w it is e - 1/2 for y_l over y_w,
+    which is again 1/2 - e for y_w over y_l.
     """
     metrics: dict[str, torch.Tensor] = {}
     for goal, (better, worse) in {"improve": AFTER_REJECTED, "keep": AFTER_CHOSEN}.items():
@@ -86,22 +87,22 @@ def refine(policy: Logps, reference: Logps, training: options.Training) -> Resul
 def evolve(policy: Logps, reference: Logps, training: options.Training) -> Result:
     """(1 - alpha) L_dpo + alpha L_refine (paper, section 3.2); a term of weight 0 is not computed.
 
-    So alpha = 0 is `dpo`, the paper's main baseline, and alpha = 1 is `srpo`, bit for bit.
+    So alpha = 0 equals `dpo`, the paper's main baseline, and alpha = 1 equals `srpo`, bit for bit.
     """
     metrics: dict[str, torch.Tensor] = {}
     loss = torch.zeros_like(next(iter(policy.values())))
     for weight, term in ((1 - training.alpha, dpo), (training.alpha, refine)):
         if weight:
-            part, more = term(policy, reference, training)
-            loss, metrics = loss + weight * part, metrics | more
+            term_loss, term_metrics = term(policy, reference, training)
+            loss, metrics = loss + weight * term_loss, metrics | term_metrics
     return loss, metrics
 
 
 def reward(policy: Logps, reference: Logps, training: options.Training) -> Result:
     """-log sigmoid(s(x, y_w) - s(x, y_l)) of a reward model's scores (Bradley-Terry; Ouyang et al. 2022, arXiv 2203.02155,
-    equation 1), smoothed as `dpo` is.
+    equation 1), with label smoothing as in `dpo`.
 
-    Here `policy["chosen"]` and `policy["rejected"]` hold scores, in the reward model's own unit, and no log-probabilities.
+    Here `policy["chosen"]` and `policy["rejected"]` are scores in the unit of the reward model, not log-probabilities.
     """
     margin = policy["chosen"] - policy["rejected"]
     loss = logistic(margin, training.label_smoothing)
@@ -109,17 +110,17 @@ def reward(policy: Logps, reference: Logps, training: options.Training) -> Resul
 
 
 def ratio(policy: Logps, reference: Logps, name: str) -> torch.Tensor:
-    """r(y|c) = log pi(y|c) - log pi_ref(y|c) of one of the six sequences, in nats."""
+    """r(y|c) = log pi(y|c) - log pi_ref(y|c) of the sequence `name`, in nats."""
     return policy[name] - reference[name]
 
 
 def logistic(margin_B: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-    """Cross entropy, in nats, between sigmoid(margin) and a preference that holds with probability 1 - label_smoothing."""
+    """Cross entropy, in nats, of sigmoid(margin) for a preference that is right with probability 1 - label_smoothing."""
     return -(1 - label_smoothing) * F.logsigmoid(margin_B) - label_smoothing * F.logsigmoid(-margin_B)
 
 
 def implicit_rewards(policy: Logps, reference: Logps, training: options.Training) -> Result:
-    """The margin beta [r(y_w|x) - r(y_l|x)], and the metrics that every objective after `x` alone shares."""
+    """The margin beta [r(y_w|x) - r(y_l|x)], and the metrics of all objectives on responses to the prompt alone."""
     chosen, rejected = (training.beta * ratio(policy, reference, name) for name in DIRECT)
     margin = chosen - rejected
     return margin, {
@@ -132,9 +133,10 @@ def implicit_rewards(policy: Logps, reference: Logps, training: options.Training
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss and the sequences it needs, in the order of `rows.REFERENCE`.
+    """A loss and the sequences that it needs, in the order of `rows.REFERENCE`.
 
-    `reference`: it looks at the reference policy. `scores`: it is fed a reward model's scores in place of log-probabilities.
+    `reference`: whether it uses the reference policy. `scores`: whether it takes scores of a reward model instead of
+    log-probabilities.
     """
 
     loss: Callable[[Logps, Logps, options.Training], Result]
@@ -144,9 +146,9 @@ class Objective:
 
 
 def find(training: options.Training) -> Objective:
-    """The objective of a training phase, with no sequence that a weight of 0 would cancel.
+    """The objective of a training phase, without the sequences that would have weight 0.
 
-    Raises `UserError` for a plug that cannot be used, and for an option that the objective could only ignore.
+    Raises UserError for a plug that is not an `Objective`, and for an option that the objective would ignore.
     """
     with_dpo, with_refine = training.alpha < 1, training.alpha > 0
     shipped = {
@@ -159,23 +161,23 @@ def find(training: options.Training) -> Objective:
     }
     from evolve_ray.config.plugs import find_plug
 
-    found = find_plug(shipped, training.objective, "training.objective")
-    if not isinstance(found, Objective):
+    objective = find_plug(shipped, training.objective, "training.objective")
+    if not isinstance(objective, Objective):
         raise UserError(
-            f"training.objective: {training.objective!r} is of type {type(found).__name__}, "
+            f"training.objective: {training.objective!r} is of type {type(objective).__name__}, "
             "but must be an evolve_ray.train.objectives.Objective"
         )
     ignored = {
-        "nll": found.scores and training.nll,
-        "length_normalised": found.scores and training.length_normalised,
-        "label_smoothing": found.loss is sft and training.label_smoothing,
+        "nll": objective.scores and training.nll,
+        "length_normalised": objective.scores and training.length_normalised,
+        "label_smoothing": objective.loss is sft and training.label_smoothing,
     }
     for name, value in ignored.items():
         if value:
-            raise UserError(f"training.{name}: is {value}, but means nothing to objective {training.objective!r}; leave it out")
-    if training.nll and "chosen" not in found.needs:
-        found = dataclasses.replace(found, needs=("chosen", *found.needs))
-    return found
+            raise UserError(f"training.{name}: is {value}, but objective {training.objective!r} does not use it; remove it")
+    if training.nll and "chosen" not in objective.needs:
+        objective = dataclasses.replace(objective, needs=("chosen", *objective.needs))
+    return objective
 
 
 def total(
@@ -183,17 +185,18 @@ def total(
 ) -> Result:
     """The objective on a batch, plus `training.nll` times the mean negative log-probability of a chosen token after `x`.
 
-    `policy` and `reference` hold sums over response tokens (or scores); `lengths` maps "chosen" and "rejected" to `B` counts
-    of those tokens, at least 1. With `length_normalised` each sum is divided by the tokens of its own response, here and
-    nowhere else. `chosen_shift` and `rejected_shift` stay sums: how far, in nats, the policy has moved from the reference.
+    `policy` and `reference` hold sums over response tokens (or scores). `lengths` maps "chosen" and "rejected" to the numbers
+    of these tokens, of shape B and at least 1. With `length_normalised` each sum is divided by the length of its response;
+    this is the only place that does so. The metrics `chosen_shift` and `rejected_shift` are always sums: how far the policy has
+    moved from the reference, in nats.
     """
-    given, frozen = policy, reference
+    policy_input, reference_input = policy, reference
     if training.length_normalised:
-        given, frozen = (
-            {name: logps_B / lengths[name.partition("_after_")[0]] for name, logps_B in part.items()}
-            for part in (policy, reference)
+        policy_input, reference_input = (
+            {name: logps_B / lengths[name.partition("_after_")[0]] for name, logps_B in logps.items()}
+            for logps in (policy, reference)
         )
-    loss, metrics = objective.loss(given, frozen, training)
+    loss, metrics = objective.loss(policy_input, reference_input, training)
     if training.nll:
         nll = -policy["chosen"] / lengths["chosen"]
         loss, metrics = loss + training.nll * nll, metrics | {"loss_nll": nll}

@@ -1,8 +1,8 @@
-"""One rank of the training group: reference, steps, stored steps, export, in this order.
+"""One rank of the worker group: it computes the reference, takes the optimiser steps, and exports the model, in this order.
 
-The same group first computes the reference log-probabilities and commits them, then trains: no second model is ever in
-memory. Every few steps all ranks store a step; after a crash the group continues from the last stored one with the same pairs
-in the same order.
+The group first computes and commits the reference log-probabilities, and then trains, so there is never a second model in memory.
+All ranks store a step every `trainer.checkpoint_steps` steps. After a crash the group continues from the last stored step, with
+the same pairs in the same order.
 """
 
 import math
@@ -19,7 +19,7 @@ from evolve_ray.train.schedule import batches
 from evolve_ray.train.spec import TrainSpec
 from evolve_ray.train.stored_steps import StoredSteps
 
-PROGRESS_S = 5.0  # seconds between two events of progress; the last step always has one
+PROGRESS_S = 5.0  # seconds between two `training` events; the last step always writes one
 
 
 class Rank:
@@ -49,29 +49,29 @@ class Rank:
         self.stored = StoredSteps(spec, self.collectives)
 
     def load(self, folder: str, *, frozen: bool = False) -> None:
-        """The model in `folder`, in place of the one before."""
+        """Loads the model in `folder` in place of the present one."""
         self.model.load(folder, frozen=frozen)
         self.reader.config, self.reader.chunked = self.model.module.config, self.model.chunked
         if self.collectives.rank == 0:
             self.spec.run.event("model_loaded", iteration=self.spec.iteration, key=self.spec.checkpoint.key)
 
     def run(self) -> None:
-        """Everything from the pairs to the committed checkpoint."""
+        """Does the whole training, from the pairs to the committed checkpoint."""
         import ray.train
 
         reference: dict[str, Any] = {}
-        if self.objective.reference:  # before a step is restored: it comes from whole models, also if made again after a crash
+        if self.objective.reference:  # before a stored step is restored, because it is computed from the untrained model
             epoch = self.batches[: math.ceil(len(self.pairs) / self.spec.training.batch_pairs)]
             reference = self.reference.logps(self.model, self.load, self.reader, epoch)
         if self.model.engine is None or self.model.folder != self.spec.model:
             self.load(self.spec.model)
         log, seconds = self.train(reference)
-        # Once: Ray Train takes reports at its polling interval and blocks the workers of a quicker loop.
+        # Only once: Ray Train takes reports at its polling interval, and would block workers that report more often.
         ray.train.report({"num_steps": len(self.batches), **log[-1]})
         self.export(log, self.reference.seconds + seconds)
 
     def train(self, reference: dict[str, Any]) -> tuple[list[dict], float]:
-        """All steps that are not stored yet; returns the log of every step, and the seconds of the updates made here."""
+        """Takes all steps after the last stored one; returns (log of all steps, seconds of the updates in this attempt)."""
         num_steps, seconds = len(self.batches), 0.0
         start, log = self.stored.restore(self.model.engine, num_steps)
         last_event, num_logged = time.monotonic(), len(log)
@@ -81,15 +81,15 @@ class Rank:
             seconds += time.monotonic() - started
             last = step + 1 == num_steps
             if self.collectives.rank == 0 and (last or time.monotonic() - last_event > PROGRESS_S):
-                here = {"iteration": self.spec.iteration, "key": self.spec.checkpoint.key, "num_steps": num_steps}
-                self.spec.run.event("training", **here, **log[-1], steps=log[num_logged:])
+                fields = {"iteration": self.spec.iteration, "key": self.spec.checkpoint.key, "num_steps": num_steps}
+                self.spec.run.event("training", **fields, **log[-1], steps=log[num_logged:])
                 last_event, num_logged = time.monotonic(), len(log)
             if (step + 1) % self.spec.trainer.checkpoint_steps == 0 and not last:
                 self.stored.save(self.model.engine, step + 1, log)
         return log, seconds
 
     def export(self, log: list[dict], train_seconds: float) -> None:
-        """The checkpoint of the trained model, committed by rank 0."""
+        """Gathers the trained model; rank 0 commits it as the checkpoint."""
         state = gather(self.model, self.collectives)
         if self.collectives.rank == 0:
             commit_checkpoint(

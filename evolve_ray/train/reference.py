@@ -1,8 +1,8 @@
-"""The reference log-probabilities: of all pairs under the reference policy, computed once and committed.
+"""The reference log-probabilities of all pairs, computed once under the reference policy and committed.
 
-They come from the very forwards of the training loop, and through the same engine where the reference is the model that the
-training starts from: then the policy's log-probabilities before the first update are these, bit by bit up to the order of a
-batched sum. Another reference model is loaded first and makes room: one model in memory.
+They come from the same forwards as in the training loop. If the training starts from the reference model, they also come from
+the same engine; then the policy's log-probabilities before the first update are equal to them, bit by bit, except for the order
+of a batched sum. Any other reference model is loaded first and removed before the training: one model in memory.
 """
 
 import time
@@ -17,14 +17,14 @@ from evolve_ray.train.spec import TrainSpec
 
 
 class Reference:
-    """`seconds` is what its forwards took in this attempt, 0 where they were committed already."""
+    """Computes, commits and reads them. `seconds` is the time of the forwards in this attempt, 0 if none were necessary."""
 
     def __init__(self, spec: TrainSpec, names: tuple[str, ...], pairs: list[dict], collectives: Collectives):
         self.spec, self.names, self.pairs, self.collectives = spec, names, pairs, collectives
         self.seconds = 0.0
 
     def logps(self, model: ShardedModel, load: Any, reader: Separate, batches: list[list[int]]) -> dict[str, Any]:
-        """`{name: logps_P}` of all pairs: read if committed, else computed; `batches` are those of one epoch."""
+        """Returns `{name: logps_P}` of all pairs; computes and commits them if they are not committed. `batches`: one epoch."""
         import torch
 
         stage = self.spec.reference
@@ -42,11 +42,11 @@ class Reference:
             assert manifest is not None
         stored = rows.read_table(manifest.path("reference.parquet"))
         if [row["pair_id"] for row in stored] != [pair["pair_id"] for pair in self.pairs]:
-            raise UserError(f"{stage.final}: belongs to other pairs; submit with --rerun-changed to compute it again")
+            raise UserError(f"{stage.final}: was computed for other pairs; submit with --rerun-changed to compute it again")
         return {name: torch.tensor([row[name] for row in stored], dtype=torch.float32) for name in self.names}
 
     def compute(self, engine: Any, reader: Separate, batches: list[list[int]]) -> list[dict]:
-        """One row a pair, in their order. Raises NumericsError for a pair whose log-probability is not finite."""
+        """One row for each pair, in their order. Raises NumericsError if a log-probability is not finite."""
         import torch
 
         values = torch.zeros(len(self.pairs), len(self.names), dtype=torch.float64)
@@ -62,7 +62,7 @@ class Reference:
             if not finite:
                 raise NumericsError(
                     f"reference: the log-probability of pair {pair['pair_id']} is not finite; "
-                    f"look at prompt {pair['prompt_id']} and at the model {self.spec.reference_model}"
+                    f"check prompt {pair['prompt_id']} and the model {self.spec.reference_model}"
                 )
         return [
             {"pair_id": pair["pair_id"], **dict(zip(self.names, row, strict=True))}
@@ -70,10 +70,11 @@ class Reference:
         ]
 
     def commit(self, table: list[dict]) -> None:
+        """Commits the reference stage."""
         stage = self.spec.reference
         assert stage is not None
-        filled = [{name: row.get(name) for name in rows.REFERENCE.names} for row in table]
-        rows.write_table(stage.start() / "reference.parquet", filled, rows.REFERENCE)
+        full_rows = [{name: row.get(name) for name in rows.REFERENCE.names} for row in table]
+        rows.write_table(stage.start() / "reference.parquet", full_rows, rows.REFERENCE)
         stage.commit(
             num_in=len(self.pairs), num_rows=len(table), policy=self.spec.training.reference, model=self.spec.reference_hash
         )

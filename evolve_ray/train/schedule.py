@@ -1,4 +1,4 @@
-"""The order and the rate of training: pure functions, so that a resumed run takes the same steps on the same pairs."""
+"""Batches and learning rates: pure functions, so that a resumed run takes the same steps on the same pairs."""
 
 import math
 
@@ -7,7 +7,7 @@ from evolve_ray.store import rows
 
 
 def batches(num_pairs: int, training: Training, *, seed: int, iteration: int) -> list[list[int]]:
-    """The global batches of all epochs as row numbers: a pure function, so that a resumed run takes the same order."""
+    """The global batches of all epochs, as row numbers of the pairs."""
     import numpy as np
 
     order = []
@@ -19,7 +19,7 @@ def batches(num_pairs: int, training: Training, *, seed: int, iteration: int) ->
 
 
 def learning_rate(step: int, num_steps: int, training: Training) -> float:
-    """The rate of update `step` (from 0): linear warm-up, then the schedule; cosine and linear end at a tenth."""
+    """The learning rate of update `step` (from 0): a linear warm-up, then the schedule; cosine and linear end at one tenth."""
     warmup = max(1, round(training.warmup_fraction * num_steps)) if training.warmup_fraction else 0
     if step < warmup:
         return training.learning_rate * (step + 1) / warmup
@@ -32,16 +32,16 @@ def learning_rate(step: int, num_steps: int, training: Training) -> float:
 
 
 def micro_steps(training: Training, workers: int) -> int:
-    """Micro-batches of one update on each worker."""
+    """The number of micro-batches in one update on each worker."""
     return max(1, math.ceil(training.batch_pairs / (workers * training.micro_pairs)))
 
 
 def micro_batches(batch: list[int], rank: int, training: Training, workers: int) -> list[list[tuple[int, float]]]:
-    """This rank's share of a global batch as micro-batches of (row, weight).
+    """This rank's share of a global batch, as micro-batches of (row number, weight).
 
-    Every rank makes the same number of forwards of the same number of rows, as ZeRO-3 needs; rows that only fill up a ragged
-    batch weigh 0. The weights make the gradient the mean over the global batch after DeepSpeed's own averaging over ranks
-    and micro-batches.
+    Every rank has the same number of forwards with the same number of rows, as ZeRO-3 requires; rows that only fill up a batch
+    have weight 0. DeepSpeed averages over ranks and micro-batches; the weights are such that the gradient is then the mean over
+    the global batch.
     """
     accumulation = micro_steps(training, workers)
     share = batch[rank::workers]

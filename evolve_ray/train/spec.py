@@ -1,4 +1,4 @@
-"""What a training worker is given, and the DeepSpeed configuration that follows from it."""
+"""The spec of a training, and its DeepSpeed configuration."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,10 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """Everything a training worker needs, picklable."""
+    """Everything that a training worker needs, picklable.
+
+    `pairs`, `model` and `reference_model` are paths; `reference` is None for an objective without a reference policy.
+    """
 
     pairs: str
     model: str
@@ -30,7 +33,7 @@ class TrainSpec:
 
 
 def deepspeed_config(spec: TrainSpec) -> dict:
-    """ZeRO-3, AdamW, one global batch per update. `trainer.deepspeed` from the recipe is merged over it."""
+    """The DeepSpeed configuration: ZeRO-3, AdamW, one global batch per update; options of `trainer.deepspeed` override it."""
     training, trainer = spec.training, spec.trainer
     accumulation = micro_steps(training, trainer.workers)
     base = {
@@ -56,11 +59,11 @@ def deepspeed_config(spec: TrainSpec) -> dict:
     return merge(base, trainer.deepspeed)
 
 
-def merge(base: dict, over: dict) -> dict:
-    """`over` wins, table by table."""
-    both = {
-        key: merge(base[key], over[key])
-        for key in base.keys() & over.keys()
-        if isinstance(base[key], dict) and isinstance(over[key], dict)
+def merge(base: dict, override: dict) -> dict:
+    """Merges two configurations, nested tables too; values of `override` replace those of `base`."""
+    merged_tables = {
+        key: merge(base[key], override[key])
+        for key in base.keys() & override.keys()
+        if isinstance(base[key], dict) and isinstance(override[key], dict)
     }
-    return base | over | both
+    return base | override | merged_tables

@@ -1,4 +1,4 @@
-"""Steps of a training that are stored on the way, so that a killed training continues from the last of them."""
+"""Stored steps: a training stores its state from time to time, so that a killed training continues from the last stored step."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from evolve_ray.train.spec import TrainSpec
 
 
 class StoredSteps:
-    """Each step is a folder with a manifest, committed by all ranks together; the newest takes the place of the one before."""
+    """A stored step is a folder that all ranks write together, committed with a manifest. A new one replaces the one before."""
 
     def __init__(self, spec: TrainSpec, collectives: Collectives):
         self.spec, self.collectives, self.interval = spec, collectives, spec.trainer.checkpoint_steps
@@ -21,23 +21,26 @@ class StoredSteps:
         return self.spec.checkpoint.work / "steps" / f"step-{step:06d}"
 
     def save(self, engine: Any, step: int, log: list[dict]) -> None:
-        """All ranks write their shards aside; rank 0 commits the folder and removes the one before."""
-        aside, first = self.folder(step).with_name(f".step-{step:06d}"), self.collectives.rank == 0
-        if first:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+        """All ranks write their shards to a temporary folder; rank 0 commits it and removes the step before."""
+        temporary, is_first = self.folder(step).with_name(f".step-{step:06d}"), self.collectives.rank == 0
+        if is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
         self.collectives.barrier()
-        engine.save_checkpoint(str(aside), tag="state", save_latest=False)
+        engine.save_checkpoint(str(temporary), tag="state", save_latest=False)
         self.collectives.barrier()
-        if first:
-            (aside / "log.json").write_text(json.dumps(log), encoding="utf-8")
+        if is_first:
+            (temporary / "log.json").write_text(json.dumps(log), encoding="utf-8")
             key, world = self.spec.checkpoint.key, self.collectives.world
-            commit(aside, self.folder(step), stage="step", key=key, step=step, world=world)
+            commit(temporary, self.folder(step), stage="step", key=key, step=step, world=world)
             shutil.rmtree(self.folder(step - self.interval), ignore_errors=True)
         self.collectives.barrier()
 
     def restore(self, engine: Any, num_steps: int) -> tuple[int, list[dict]]:
-        """(the step to continue with, the log up to it), from the last committed step whose bytes are what its manifest says."""
+        """Returns (the next step, the log before it), from the last stored step whose hashes match its manifest; (0, []) if none.
+
+        Raises UserError if it was stored with another number of workers.
+        """
         for step in range((num_steps - 1) // self.interval * self.interval, 0, -self.interval):
             manifest = read_manifest(self.folder(step), verify=True)
             if manifest is None:
@@ -45,10 +48,10 @@ class StoredSteps:
             if manifest.stats["world"] != self.collectives.world:
                 raise UserError(
                     f"trainer.workers: is {self.collectives.world}, but {manifest.folder} was written by "
-                    f"{manifest.stats['world']}; resume with that many workers, or delete {manifest.folder} to start this "
-                    "training anew"
+                    f"{manifest.stats['world']} workers; resume with that number, or delete {manifest.folder} to start this "
+                    "training again"
                 )
-            # DeepSpeed's shards are pickles: they are loaded only because their hashes are in our own manifest.
+            # DeepSpeed's shards are pickles. They are loaded only because our own manifest has their hashes.
             engine.load_checkpoint(str(manifest.folder), tag="state")
             return step, json.loads(manifest.path("log.json").read_text(encoding="utf-8"))
         return 0, []

@@ -1,6 +1,7 @@
-"""Whether a model can be read in trees: refused by name before training, never found out from its losses.
+"""Checks that a model can take trees, before the training starts, so that wrong losses never happen.
 
-What a model's configuration says is checked first; then a few tokens are read both ways. Both checks cost a moment.
+First the model's configuration is checked. Then the model computes a few tokens as a tree and as plain rows, and the results are
+compared. Both checks are fast.
 """
 
 from typing import Any
@@ -12,71 +13,76 @@ from evolve_ray.train import attention
 from evolve_ray.train.logprobs import TreeModel
 from evolve_ray.train.tree import Forward, Sequence, lay_out
 
-WAY_OUT = 'set trainer.forward = "separate"'
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # nats a token; a wrong mask is off by far more
+ADVICE = 'set trainer.forward = "separate"'
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # nats a token; a wrong mask differs by far more
 
 
 def tree_model(model: Any, device: torch.device) -> TreeModel:
-    """The model with the attention that trees need: FlexAttention on a GPU, else SDPA on the keys that are seen."""
+    """The model with an attention for trees: FlexAttention on a GPU, otherwise SDPA over the visible keys (`attention.py`).
+
+    Raises UserError if a layer of the model cannot take the mask of a tree.
+    """
     flex = device.type == "cuda"
     takes_mask = model._supports_flex_attn if flex else model._supports_sdpa
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
-    other = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
-    if model._is_stateful or other or not takes_mask:
+    layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    unsupported = layer_types - {"full_attention", "sliding_attention", "chunked_attention"}
+    if model._is_stateful or unsupported or not takes_mask:
         raise UserError(
-            f"trainer.forward: is 'tree', but {model.config.model_type} has layers that take no mask of a tree"
-            f"{' (' + ', '.join(sorted(other)) + ')' if other else ''}; {WAY_OUT}"
+            f"trainer.forward: is 'tree', but {model.config.model_type} has layers that cannot take the mask of a tree"
+            f"{' (' + ', '.join(sorted(unsupported)) + ')' if unsupported else ''}; {ADVICE}"
         )
     model.set_attn_implementation("flex_attention" if flex else attention.NAME)
     return TreeModel(model)
 
 
-def reach(config: Any) -> int | None:
-    """Tokens that every layer sees back to: up to there a sliding window or a chunk hides nothing. None: all of them."""
+def attention_limit(config: Any) -> int | None:
+    """The longest sequence from which no sliding window and no chunk of attention hides a token; None: no limit."""
     config = config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ("sliding_attention", "chunked_attention")
-    names = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-    found = [getattr(config, name, None) for kind, name in names.items() if kind in kinds]
-    return min((limit for limit in found if limit), default=None)
+    layer_types = getattr(config, "layer_types", None) or ("sliding_attention", "chunked_attention")
+    options = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    limits = [getattr(config, option, None) for layer_type, option in options.items() if layer_type in layer_types]
+    return min((limit for limit in limits if limit), default=None)
 
 
-def refuse_beyond_reach(config: Any, forward: Forward) -> None:
-    limit, deepest = reach(config), int(forward.positions_RW.max()) + 1
-    if limit is not None and deepest > limit:
+def check_length(config: Any, forward: Forward) -> None:
+    """Raises UserError if a sequence of the forward is longer than `attention_limit`."""
+    limit, longest = attention_limit(config), int(forward.positions_RW.max()) + 1
+    if limit is not None and longest > limit:
         raise UserError(
-            f"trainer.forward: is 'tree', but {config.model_type} has layers that see {limit} tokens back and a sequence has "
-            f"{deepest}; {WAY_OUT}"
+            f"trainer.forward: is 'tree', but {config.model_type} has layers that see only {limit} tokens back, and a sequence "
+            f"has {longest} tokens; {ADVICE}"
         )
 
 
-def prove(model: Any, tree: TreeModel, device: torch.device) -> bool:
-    """Reads a few tokens as a tree and one by one; gives back whether the head alone makes the model's logits.
+def check_tree(model: Any, tree: TreeModel, device: torch.device) -> bool:
+    """Computes a few tokens as a tree and as separate rows; returns whether the head alone computes the model's logits.
 
-    Where it does not (soft caps, scales) chunks would be wrong, and the model's own logits must be taken. `model` is the
-    engine around `tree`. Raises `UserError` where the tree gives other log-probabilities than the model's own forward.
+    If it does not (soft caps, scales), chunks of logits would be wrong, and the logits must come from the model's own forward.
+    `model` is the engine around `tree`. Raises UserError if the log-probabilities of the tree and of the rows differ.
     """
     vocabulary = tree.model.get_input_embeddings().num_embeddings
-    trunk, *branches = [tuple((17 * place + 5 * part + 3) % vocabulary for place in range(9)) for part in range(4)]
-    sequences = [Sequence((*trunk, *one), two) for one in branches for two in branches]
+    trunk, *branches = [tuple((17 * position + 5 * part + 3) % vocabulary for position in range(9)) for part in range(4)]
+    sequences = [Sequence((*trunk, *draft), response) for draft in branches for response in branches]
     training = tree.training
-    tree.eval()  # dropout would make any two forwards differ
+    tree.eval()  # with dropout any two forwards would differ
     with torch.no_grad():
-        joined = per_token(model, lay_out([sequences], [[0]]), device, chunks=0)
-        alone = per_token(model, lay_out([[s] for s in sequences], [[n] for n in range(len(sequences))]), device, 0, plain=True)
-        difference = (joined - alone).abs().max().item()
+        in_tree = token_logps(model, lay_out([sequences], [[0]]), device, chunks=0)
+        rows = lay_out([[sequence] for sequence in sequences], [[row] for row in range(len(sequences))])
+        in_rows = token_logps(model, rows, device, 0, plain=True)
+        difference = (in_tree - in_rows).abs().max().item()
         if not difference <= TOLERANCE[next(tree.parameters()).dtype]:
             raise UserError(
-                f"trainer.forward: is 'tree', but {tree.model.config.model_type} gives log-probabilities in a tree that differ "
-                f"from its own by {difference:.3g} nats a token; {WAY_OUT}"
+                f"trainer.forward: is 'tree', but the log-probabilities of {tree.model.config.model_type} in a tree differ from "
+                f"those of its own forward by {difference:.3g} nats a token; {ADVICE}"
             )
-        line = lay_out([[Sequence(trunk[:1], trunk[1:])]], [[0]])  # every node predicts: both products have the same shape
-        alike = torch.equal(*(per_token(model, line, device, chunks) for chunks in (0, 1)))
+        line = lay_out([[Sequence(trunk[:1], trunk[1:])]], [[0]])  # every node predicts, so both ways have the same shapes
+        same_logits = torch.equal(*(token_logps(model, line, device, chunks) for chunks in (0, 1)))
     tree.train(training)
-    return alike
+    return same_logits
 
 
-def per_token(model: Any, forward: Forward, device: torch.device, chunks: int, *, plain: bool = False) -> torch.Tensor:
-    """`logps_N` of all targets; `plain` rows are read as the model always reads them."""
+def token_logps(model: Any, forward: Forward, device: torch.device, chunks: int, *, plain: bool = False) -> torch.Tensor:
+    """`logps_N` of all targets, in nats; with `plain` each row is one ordinary sequence."""
     ids, positions, ends, where, targets = (
         torch.from_numpy(part).to(device)
         for part in (forward.ids_RW, forward.positions_RW, forward.ends_RW, forward.where_N, forward.targets_N)

@@ -1,7 +1,7 @@
-"""The probe after an iteration: does the engine answer with the checkpoint's weights, and how far has the policy moved?
+"""The probe after an iteration: do the engines use the weights of the checkpoint, and how far has the policy moved?
 
-The engine's log-probabilities of its own tokens must be those that a plain transformers forward of the checkpoint gives: a
-stale weight or a stale prefix cache shows here. The same forwards under the models before give the KL divergences.
+An engine's log-probabilities of its own tokens must equal those of a plain transformers forward of the checkpoint; old weights
+or an old prefix cache would make a difference. The same forwards under earlier models give the KL divergences.
 """
 
 from typing import Any
@@ -13,35 +13,35 @@ VERSION = 1
 
 
 class Prober:
-    """An actor's worker: plain forwards of one model after the other, `spec` is (device, dtype)."""
+    """The worker of a probing actor: plain forwards, with one model at a time. `spec` is (device, dtype)."""
 
     def __init__(self, spec: tuple[str, str]):
         self.spec = spec
 
     def token_logps(self, folder: str, samples: list[dict]) -> list[list[float]]:
-        """log p of each response token of each sample under the model in `folder`, in nats."""
+        """For each sample the log-probability of each response token under the model in `folder`, in nats."""
         import torch
         from transformers import AutoModelForCausalLM
 
         device, dtype = self.spec
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=False)
         model = model.to(device).eval()
-        found = []
+        logps = []
         with torch.inference_mode():
             for sample in samples:
                 response_N = torch.tensor(sample["response"], device=device)
                 ids_1T = torch.tensor([[*sample["context"], *sample["response"]]], device=device)
                 logits_NV = model(input_ids=ids_1T, use_cache=False).logits[0, len(sample["context"]) - 1 : -1].float()
                 logps_N = logits_NV.gather(1, response_N[:, None])[:, 0] - logits_NV.logsumexp(dim=1)
-                found.append(logps_N.tolist())
-        return found
+                logps.append(logps_N.tolist())
+        return logps
 
 
 def compare(pools: Pools, probe: options.Probe, dtype: str, models: dict[str, str], samples: list[list[dict]]) -> dict[str, Any]:
-    """Figures of one probe; `samples` come from each engine, drawn from the policy at temperature 1.
+    """The figures of one probe. `samples` holds the samples of each engine, drawn from the policy at temperature 1.
 
-    `mean_difference` and `max_difference` (nats a token) are between engine and checkpoint. `kl_iteration` and `kl_initial`
-    estimate KL(policy || model), in nats a response, as the mean of log policy - log model over the policy's own samples.
+    `mean_difference` and `max_difference` (nats a token) compare engine and checkpoint. `kl_iteration` and `kl_initial` estimate
+    KL(policy || model) in nats a response: the mean of log policy - log model over samples of the policy.
     """
     actors = pools.open(PoolOptions("probers", Prober, 1, probe.cpus, probe.gpus, restarts=3))
     flat = [sample for part in samples for sample in part]
@@ -49,12 +49,12 @@ def compare(pools: Pools, probe: options.Probe, dtype: str, models: dict[str, st
     logps = {name: call_all(actors, spec, "token_logps", folder, flat)[0] for name, folder in models.items()}
     differences = [
         abs(engine - plain)
-        for sample, own in zip(flat, logps["policy"], strict=True)
-        for engine, plain in zip(sample["logps"], own, strict=True)
+        for sample, policy_logps in zip(flat, logps["policy"], strict=True)
+        for engine, plain in zip(sample["logps"], policy_logps, strict=True)
     ]
     sums = {name: [sum(tokens) for tokens in part] for name, part in logps.items()}
     kl = {
-        f"kl_{name}": sum(own - other for own, other in zip(sums["policy"], sums[name], strict=True)) / len(flat)
+        f"kl_{name}": sum(policy - model for policy, model in zip(sums["policy"], sums[name], strict=True)) / len(flat)
         for name in models
         if name != "policy"
     }

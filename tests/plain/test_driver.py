@@ -76,7 +76,7 @@ def test_second_driver_ends_with_exit_code_three_and_names_the_first(recipe, tmp
 def test_fault_found_in_the_run_is_an_event_too_and_frees_the_lock(recipe, tmp_path, capsys):
     arguments = [str(recipe()), "--run", str(tmp_path / "run"), "model.path=./nowhere"]
     assert main(arguments) == main(arguments) == 2
-    sentence = "model.path: ./nowhere: is no model folder; give a Hugging Face folder or name"
+    sentence = "model.path: ./nowhere: is not a model folder; use a Hugging Face model folder or name"
     assert capsys.readouterr().err.splitlines() == [f"error: {sentence}"] * 2
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["driver_start", "driver_failed"] * 2

@@ -13,7 +13,7 @@ from evolve_ray.generate.spec import GenerateSpec
 from evolve_ray.generate.vllm import VllmEngine
 from evolve_ray.refine.template import load_template
 from evolve_ray.store.run import Run, Stage
-from evolve_ray.train.group import group
+from evolve_ray.train.group import torch_trainer
 from evolve_ray.train.schedule import micro_steps
 from evolve_ray.train.spec import TrainSpec, deepspeed_config
 from tests.plain.processes import ROOT
@@ -87,7 +87,7 @@ def test_an_argument_that_vllm_does_not_know_is_refused_by_its_name(caught, monk
 
     monkeypatch.setattr(sys.modules["vllm"], "LLM", refuse)
     config = recipe(1, "engine.args.tensor_paralel_size=2")
-    with pytest.raises(UserError, match=r"engine\.args: vLLM does not take them: .*'tensor_paralel_size'"):
+    with pytest.raises(UserError, match=r"engine\.args: vLLM does not accept them: .*'tensor_paralel_size'"):
         VllmEngine(engine_spec(config), types.SimpleNamespace(stop_ids=[1]))
 
 
@@ -102,7 +102,7 @@ def test_engines_take_whole_gpus_and_their_environment(nodes, actors):
 @pytest.mark.parametrize(("nodes", "workers"), [(1, 8), (4, 32)])
 def test_ray_train_gets_a_gpu_a_worker_nccl_and_the_environment(caught, tmp_path, nodes, workers):
     config = recipe(nodes, "trainer.env.NCCL_SOCKET_IFNAME=eth0")
-    group(train_spec(config, tmp_path), tmp_path, tmp_path / "error.json")
+    torch_trainer(train_spec(config, tmp_path), tmp_path, tmp_path / "error.json")
     assert caught["TorchConfig"] == {"backend": "nccl"}
     assert caught["ScalingConfig"] == {
         "num_workers": workers, "use_gpu": True, "resources_per_worker": {"CPU": 4, "GPU": 1},
@@ -115,7 +115,7 @@ def test_ray_train_gets_a_gpu_a_worker_nccl_and_the_environment(caught, tmp_path
 
 def test_without_gpus_it_is_gloo_on_the_cpu(caught, tmp_path):
     config = load(ROOT / "jobs/recipes/tiny.toml")
-    group(train_spec(config, tmp_path), tmp_path, tmp_path / "error.json")
+    torch_trainer(train_spec(config, tmp_path), tmp_path, tmp_path / "error.json")
     assert caught["TorchConfig"] == {"backend": "gloo"}
     assert caught["ScalingConfig"]["resources_per_worker"] == {"CPU": 0.4}
     assert caught["RunConfig"]["worker_runtime_env"]["env_vars"] == {"DS_ACCELERATOR": "cpu"}

@@ -266,7 +266,7 @@ def test_a_users_controller_decides(loop):
 
 @pytest.mark.parametrize("name", ["wrong", "unknown"])
 def test_a_users_controller_must_give_a_decision(loop, name):
-    with pytest.raises(UserError, match=r"controller\.name: .* must give a Decision: continue, stop, roll_back"):
+    with pytest.raises(UserError, match=r"controller\.name: .* must return a Decision: continue, stop, roll_back"):
         loop(HACKABLE, f"controller.name={__name__}:{name}")
 
 

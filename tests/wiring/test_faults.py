@@ -186,7 +186,7 @@ def test_scores_that_nobody_can_assign_to_drafts_are_lost_rows_and_end_the_run_w
     """Whatever loss is allowed: which draft has no score cannot be told, so no row can be rejected by name."""
     context = make_context(folder, tmp_path / "run", "scorer.name=tests.fakes:ShortScorer", "scorer.max_rejected_fraction=0.9")
     with pytest.raises(
-        IntegrityError, match=r"^scorer tests\.fakes:ShortScorer: gave 15 values for 16 responses, .* mend it"
+        IntegrityError, match=r"^scorer tests\.fakes:ShortScorer: returned 15 values for 16 responses; .* fix it"
     ) as caught:
         draft(context, pools)
     assert caught.value.exit_code == 4

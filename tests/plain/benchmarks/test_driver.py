@@ -310,10 +310,10 @@ def test_json_list_is_read_as_prompts(place):
     assert [(row["prompt"], row["line"]) for row in found] == [(prompt, n) for n, prompt in enumerate(PROMPTS, 1)]
     assert count_rows(str(place / "reference.json")) == 6
     (place / "odd.json").write_text('[{"instruction": "a"}, 3]')
-    with pytest.raises(UserError, match=r"odd\.json:2: is a JSON int, but must be an object"):
+    with pytest.raises(UserError, match=r"odd\.json:2: is a JSON int, but must be a JSON object"):
         read_prompts(str(place / "odd.json"), prompt_column="instruction")
     (place / "odd.json").write_text('[{"instruction": "a"}')
-    with pytest.raises(UserError, match=r"odd\.json: is no JSON list"):
+    with pytest.raises(UserError, match=r"odd\.json: is not a valid JSON list"):
         read_prompts(str(place / "odd.json"), prompt_column="instruction")
     (place / "lines.json").write_text('{"instruction": "a"}\n{"instruction": "b"}\n')
     assert len(read_prompts(str(place / "lines.json"), prompt_column="instruction")[0]) == 2

@@ -75,13 +75,13 @@ def test_run_that_was_moved_with_its_neighbours_is_found_where_it_is(run, tmp_pa
 
 def test_model_that_is_not_the_one_of_the_report_is_refused(run):
     (run / "iteration-01" / "checkpoint" / "model.safetensors").write_text("other")
-    with pytest.raises(IntegrityError, match=r"its content hash is \w{12}, but .*report\.json says"):
+    with pytest.raises(IntegrityError, match=r"its content hash is \w{12}, but .*report\.json has"):
         checkpoints.find(str(run))
 
 
 def test_model_that_is_gone_and_run_without_report_are_named(run):
     (run.parent / "world").rename(run.parent / "away")
-    with pytest.raises(UserError, match="world: is gone"):
+    with pytest.raises(UserError, match="world: does not exist"):
         checkpoints.find(f"{run}@base")
     (run / "report.json").rename(run / "events.jsonl")
     with pytest.raises(UserError, match=r"has no report\.json yet"):
@@ -102,7 +102,7 @@ def test_names_and_folders_tell_models_apart(run, tmp_path):
 
 
 def test_no_model_is_named_as_what_it_is(tmp_path):
-    with pytest.raises(UserError, match=f"MODEL {tmp_path}/none: .*is no model folder"):
+    with pytest.raises(UserError, match=f"MODEL {tmp_path}/none: .*is not a model folder"):
         checkpoints.find(f"{tmp_path}/none")
 
 

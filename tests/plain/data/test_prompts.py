@@ -46,18 +46,18 @@ def faults(jsonl, *lines, **columns):
     [
         (b'{"prompt": "\xff"}', "is not UTF-8 at byte 12 of the line"),
         (b'{"prompt": "a"', "is not a JSON object: "),
-        (b'{"prompt": "a", "prompt": "b"}', "is not a JSON object: a key stands twice in one object"),
-        (b'{"prompt": "a", "more": {"x": 1, "x": 2}}', "is not a JSON object: a key stands twice in one object"),
-        (b'{"prompt": NaN}', "is not a JSON object: NaN is no JSON number"),
-        (b'{"prompt": "a", "x": -Infinity}', "is not a JSON object: -Infinity is no JSON number"),
-        (b'["prompt"]', "is a JSON list, but must be an object"),
-        (b"3", "is a JSON int, but must be an object"),
+        (b'{"prompt": "a", "prompt": "b"}', "is not a JSON object: an object has the same key twice"),
+        (b'{"prompt": "a", "more": {"x": 1, "x": 2}}', "is not a JSON object: an object has the same key twice"),
+        (b'{"prompt": NaN}', "is not a JSON object: NaN is not a JSON number"),
+        (b'{"prompt": "a", "x": -Infinity}', "is not a JSON object: -Infinity is not a JSON number"),
+        (b'["prompt"]', "is a JSON list, but must be a JSON object"),
+        (b"3", "is a JSON int, but must be a JSON object"),
         (b"[" * 100_000, "is not a JSON object: "),
         (b'{"question": "a", "id": 1}', "has no column 'prompt'; its columns are: question, id"),
         (b"{}", "has no column 'prompt'; its columns are: none"),
         (b'{"prompt": ""}', "column 'prompt' is empty"),
         (b'{"prompt": " \\n\\t"}', "column 'prompt' is empty"),
-        (b'{"prompt": "a\\ud83d"}', "column 'prompt' holds half of a surrogate pair"),
+        (b'{"prompt": "a\\ud83d"}', "column 'prompt' contains half of a surrogate pair"),
         (b'{"prompt": true}', "column 'prompt' is bool, but must be a string"),
         (b'{"prompt": null}', "column 'prompt' is NoneType, but must be a string"),
         (b'{"prompt": ["a"]}', "column 'prompt' is list, but must be a string"),
@@ -134,12 +134,12 @@ def test_duplicates_become_one_prompt_and_are_counted(jsonl):
 
 def test_same_id_with_another_text_names_both_lines(jsonl):
     said = faults(jsonl, {"prompt": "a", "id": 7}, {"prompt": "b", "id": 8}, {"prompt": "c", "id": 7}, id_column="id")
-    assert "prompts.jsonl:3: id '7' stands at line 1 too, with another text" in said
+    assert "prompts.jsonl:3: id '7' is also on line 1, with another text" in said
 
 
 def test_same_id_with_another_answer_is_a_conflict(jsonl):
     lines = [{"prompt": "a", "id": "x", "answer": answer} for answer in ("1", "2")]
-    assert "id 'x' stands at line 1 too" in faults(jsonl, *lines, id_column="id", answer_column="answer")
+    assert "id 'x' is also on line 1" in faults(jsonl, *lines, id_column="id", answer_column="answer")
 
 
 def test_same_id_with_the_same_text_is_a_duplicate(jsonl):
@@ -150,7 +150,7 @@ def test_same_id_with_the_same_text_is_a_duplicate(jsonl):
 @pytest.mark.parametrize("data", [b"", b"\n\n", b"\xef\xbb\xbf", b"  \r\n"])
 def test_file_without_rows_is_refused(tmp_path, data):
     (tmp_path / "p.jsonl").write_bytes(data)
-    with pytest.raises(UserError, match=r"p\.jsonl: holds no prompts"):
+    with pytest.raises(UserError, match=r"p\.jsonl: contains no prompts"):
         read_prompts(str(tmp_path / "p.jsonl"), prompt_column="prompt")
 
 
@@ -177,7 +177,7 @@ def test_faults_in_parquet_are_named_by_row(tmp_path):
 
 def test_damaged_parquet_is_refused(tmp_path):
     (tmp_path / "p.parquet").write_bytes(b"PAR1 nothing")
-    with pytest.raises(UserError, match="is no readable Parquet file"):
+    with pytest.raises(UserError, match="cannot be read as a Parquet file"):
         read_prompts(str(tmp_path / "p.parquet"), prompt_column="q")
 
 
@@ -188,5 +188,5 @@ def test_folder_saved_by_datasets_is_read_with_its_split(tmp_path):
     datasets.DatasetDict({"train": one, "test": one.select([1])}).save_to_disk(tmp_path / "both")
     read = {name: read_prompts(str(tmp_path / name), prompt_column="prompt", source_split="test")[0] for name in ("one", "both")}
     assert {name: [row["prompt"] for row in table] for name, table in read.items()} == {"one": ["a", "b"], "both": ["b"]}
-    with pytest.raises(UserError, match=r"both: is neither a file nor a dataset that can be loaded \(split 'dev'\)"):
+    with pytest.raises(UserError, match=r"both: is not a file, and `datasets` cannot load it \(split 'dev'\)"):
         read_prompts(str(tmp_path / "both"), prompt_column="prompt", source_split="dev")

@@ -12,7 +12,7 @@ from evolve_ray.config import options
 from evolve_ray.errors import UserError
 from evolve_ray.generate.drive import Drive
 from evolve_ray.generate.spec import Completion, GenerateSpec
-from evolve_ray.generate.vllm import GUESSED, VllmEngine
+from evolve_ray.generate.vllm import SPECULATION_METRICS, VllmEngine
 from evolve_ray.refine.strategies import STRATEGIES
 from evolve_ray.refine.template import load_template
 from evolve_ray.store.rows import GENERATION, derive_seed
@@ -358,7 +358,7 @@ def test_an_engine_that_speculates_counts_its_guesses_since_the_last_call():
         return [SimpleNamespace(name=name, value=value) for name, value in values.items()]
 
     engine = VllmEngine.__new__(VllmEngine)
-    engine.counted = dict.fromkeys(GUESSED, 0)
+    engine.last_counts = dict.fromkeys(SPECULATION_METRICS, 0)
     engine.llm = SimpleNamespace(llm_engine=SimpleNamespace(log_stats=True), get_metrics=metrics)
     assert engine.counts() == {"num_guessed_tokens": 0, "num_accepted_tokens": 0}
     guessed = 100
@@ -371,9 +371,9 @@ def test_an_engine_that_speculates_counts_its_guesses_since_the_last_call():
 
 def test_a_process_ends_with_the_second_one_of_its_engine():
     code = (
-        "import time\nfrom types import SimpleNamespace\nfrom evolve_ray.generate.vllm import end_with_core\n"
-        "end_with_core(None)\nresources = SimpleNamespace(engine_dead=False)\nend_with_core(resources)\ntime.sleep(1)\n"
-        "print('alive', flush=True)\nresources.engine_dead = True\ntime.sleep(60)"
+        "import time\nfrom types import SimpleNamespace\nfrom evolve_ray.generate.vllm import exit_with_engine_core\n"
+        "exit_with_engine_core(None)\nresources = SimpleNamespace(engine_dead=False)\nexit_with_engine_core(resources)\n"
+        "time.sleep(1)\nprint('alive', flush=True)\nresources.engine_dead = True\ntime.sleep(60)"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert (ended.returncode, ended.stdout) == (1, "alive\n")

@@ -82,13 +82,13 @@ def test_config_that_is_no_object_is_refused(folder, check, field, config):
 
 @pytest.mark.parametrize("names", [["LlamaForSequenceClassification"], ["BertModel"], [], None])
 def test_policy_must_be_a_causal_language_model(folder, names):
-    with pytest.raises(UserError, match=r"^model\.path: .*is no causal language model"):
+    with pytest.raises(UserError, match=r"^model\.path: .*is not a causal language model"):
         check_policy(folder({**POLICY, "architectures": names}), 128)
 
 
 @pytest.mark.parametrize("names", [["LlamaForCausalLM"], [], None])
 def test_reward_model_must_be_a_sequence_classifier(folder, names):
-    with pytest.raises(UserError, match=r"^scorer\.model: .*is no sequence classifier"):
+    with pytest.raises(UserError, match=r"^scorer\.model: .*is not a sequence classifier"):
         check_reward_model(folder({**REWARD, "architectures": names}))
 
 
@@ -105,7 +105,7 @@ def test_context_may_be_as_long_as_the_positions_and_no_longer(folder):
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere"])
 def test_path_that_leads_nowhere_is_refused_by_its_option(name):
-    with pytest.raises(UserError, match=rf"^scorer\.model: {name}: is no model folder"):
+    with pytest.raises(UserError, match=rf"^scorer\.model: {name}: is not a model folder"):
         resolve(name, "scorer.model")
 
 
@@ -141,7 +141,7 @@ def test_committed_folder_has_the_hash_of_its_plain_copy(folder, tmp_path):
 def test_tokenizer_with_a_token_beyond_the_embedding_is_refused_with_the_token(folder, config):
     path = folder({**POLICY, **config})
     check_vocabulary(path, "model.path", {"a": 0, "b": 2})
-    with pytest.raises(UserError, match=r"^model\.path: .*token '<x>' has id 3, but config\.json says vocab_size 3"):
+    with pytest.raises(UserError, match=r"^model\.path: .*token '<x>' has id 3, but config\.json has vocab_size 3"):
         check_vocabulary(path, "model.path", {"a": 0, "<x>": 3, "<y>": 4})
 
 

@@ -202,10 +202,10 @@ def test_template_without_a_part_is_refused_by_its_name(tmp_path, part):
     ("parts", "message"),
     [
         ({"refine": "  "}, "refine: is missing or empty"),
-        ({"system": "be good"}, "system: unknown part of a template; known are first, refine, one_message, several"),
-        ({"first": "the prompt"}, r"first: lacks the field \{prompt\}"),
-        ({"one_message": "{prompt}"}, r"one_message: lacks the field \{draft\}"),
-        ({"one_message": "{draft}"}, r"one_message: lacks the field \{prompt\}"),
+        ({"system": "be good"}, "system: is not a part of a template; the parts are first, refine, one_message, several"),
+        ({"first": "the prompt"}, r"first: has no field \{prompt\}"),
+        ({"one_message": "{prompt}"}, r"one_message: has no field \{draft\}"),
+        ({"one_message": "{draft}"}, r"one_message: has no field \{prompt\}"),
     ],
 )
 def test_faulty_part_of_a_template_is_named(tmp_path, parts, message):
@@ -225,12 +225,12 @@ def test_template_without_what_the_strategy_needs_is_refused(tmp_path, strategy,
 @pytest.mark.parametrize("data", [b"first = ", b"first = '\xff'"])
 def test_template_file_that_is_no_toml_is_refused(tmp_path, data):
     (tmp_path / "own.toml").write_bytes(data)
-    with pytest.raises(UserError, match=r"own\.toml: is not a valid template"):
+    with pytest.raises(UserError, match=r"own\.toml: is not a valid TOML file"):
         load_template(str(tmp_path / "own.toml"), "conversation")
 
 
 def test_unknown_template_lists_the_shipped_ones():
-    with pytest.raises(UserError, match=r"template\.name: no template 'fancy'; shipped are default, tiny"):
+    with pytest.raises(UserError, match=r"template\.name: no template 'fancy'; use one of default, tiny"):
         load_template("fancy", "conversation")
 
 

@@ -250,7 +250,7 @@ def test_response_that_one_member_cannot_score_gets_no_number(name):
 
 
 def test_member_with_a_wrong_number_of_values_is_named():
-    with pytest.raises(IntegrityError, match=f"scorer member {SHORT}: gave 1 values for 2 responses"):
+    with pytest.raises(IntegrityError, match=f"scorer member {SHORT}: returned 1 values for 2 responses"):
         combined("mean", LENGTH, SHORT, responses=["a", "b"])
 
 
@@ -259,7 +259,7 @@ def test_no_responses_have_no_scores():
 
 
 def test_scorer_that_stands_there_twice_is_refused():
-    with pytest.raises(UserError, match=rf"scorer\.members: '{LENGTH}' stands there 2 times"):
+    with pytest.raises(UserError, match=rf"scorer\.members: '{LENGTH}' occurs 2 times"):
         combined("mean", LENGTH, "verifier", LENGTH, responses=[], verifier=ExactMatch())
 
 

@@ -98,13 +98,13 @@ def test_selected_pairs_are_not_selected_again(tables):
 @pytest.mark.parametrize("scores", [dict.fromkeys(SCORES, 0.5), dict.fromkeys(SCORES)])
 def test_run_without_a_single_pair_stops_clearly(tables, scores):
     context, *inputs = tables(scores)
-    with pytest.raises(UserError, match=r"no pairs came out of 6 drafts .*nothing is trained on nothing"):
+    with pytest.raises(UserError, match=r"the selection made no pairs from 6 drafts .*nothing to train on"):
         stages_pairs.select(context, 1, *inputs[1:])
 
 
 def test_score_of_a_draft_that_does_not_exist_is_refused(tables):
     context, *inputs = tables(SCORES, extra=["p0-9"])
-    with pytest.raises(IntegrityError, match=r"scores 1 drafts that .* does not hold"):
+    with pytest.raises(IntegrityError, match=r"has scores of 1 drafts that are not in "):
         stages_pairs.select(context, 1, *inputs[1:])
 
 
@@ -115,7 +115,7 @@ def forgetful(prompt, drafts, options):
 
 def test_selection_that_loses_drafts_is_refused(tables):
     context, *inputs = tables(SCORES, f"selection.name={__name__}:forgetful")
-    with pytest.raises(IntegrityError, match="has 2 drafts, but 0 used and 0 rejected; every draft must be accounted for"):
+    with pytest.raises(IntegrityError, match="has 2 drafts, but 0 are in pairs and 0 rejected"):
         stages_pairs.select(context, 1, *inputs[1:])
 
 
@@ -186,7 +186,7 @@ def test_option_of_another_stage_runs_nothing_again(tables, monkeypatch):
 
 def test_run_whose_scores_are_all_tied_stops_clearly(tables):
     context, *inputs = tables(dict.fromkeys(SCORES, 0.5))
-    with pytest.raises(UserError, match="nothing is trained on nothing"):
+    with pytest.raises(UserError, match="there is nothing to train on"):
         stages_pairs.select(context, 1, *inputs[1:])
 
 

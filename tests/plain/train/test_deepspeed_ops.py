@@ -10,7 +10,10 @@ from evolve_ray.errors import UserError
 from evolve_ray.train import deepspeed_ops
 from tests.plain.processes import ROOT
 
-RANK = "import sys\nfrom pathlib import Path\nfrom evolve_ray.train.deepspeed_ops import settle\nsettle(Path(sys.argv[1]))\n"
+RANK = (
+    "import sys\nfrom pathlib import Path\nfrom evolve_ray.train.deepspeed_ops import lock_build_folder\n"
+    "lock_build_folder(Path(sys.argv[1]))\n"
+)
 
 
 def rank(folder, more=""):
@@ -46,10 +49,10 @@ def test_build_of_a_living_rank_is_left_alone_and_that_of_a_killed_one_is_not(tm
 
 def test_folder_that_the_user_named_stays(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "theirs"))
-    assert deepspeed_ops.settle() == tmp_path / "theirs"
+    assert deepspeed_ops.lock_build_folder() == tmp_path / "theirs"
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert deepspeed_ops.settle() == tmp_path / "cache" / "evolve-ray" / "operators"
+    assert deepspeed_ops.lock_build_folder() == tmp_path / "cache" / "evolve-ray" / "operators"
 
 
 class Options(pydantic.BaseModel, extra="forbid"):
@@ -59,17 +62,17 @@ class Options(pydantic.BaseModel, extra="forbid"):
 
 
 def test_what_deepspeed_refuses_of_its_options_is_named_in_one_line():
-    said = r"^trainer\.deepspeed: DeepSpeed does not take it: .* stag Extra inputs are not permitted"
-    with pytest.raises(UserError, match=said), deepspeed_ops.refusals_named():
+    said = r"^trainer\.deepspeed: DeepSpeed does not accept it: .* stag Extra inputs are not permitted"
+    with pytest.raises(UserError, match=said), deepspeed_ops.explain_errors():
         Options(stag=3)
     missing = "Unable to JIT load the async_io op due to it not being compatible"
     with (
-        pytest.raises(UserError, match=rf"^trainer\.deepspeed: asks for an operator .*: {missing}; install"),
-        deepspeed_ops.refusals_named(),
+        pytest.raises(UserError, match=rf"^trainer\.deepspeed: needs an operator .*: {missing}; install"),
+        deepspeed_ops.explain_errors(),
     ):
         raise RuntimeError(missing)
 
 
 def test_an_error_of_a_lost_peer_passes():
-    with pytest.raises(RuntimeError, match="Connection closed by peer"), deepspeed_ops.refusals_named():
+    with pytest.raises(RuntimeError, match="Connection closed by peer"), deepspeed_ops.explain_errors():
         raise RuntimeError("Connection closed by peer")

@@ -304,7 +304,7 @@ def test_reward_model_without_a_chat_template_is_refused_before_anything_starts(
 
 
 def test_model_that_is_no_reward_model_is_refused_by_the_option_that_names_it(prepare, tiny_model):
-    with pytest.raises(UserError, match=r"^scorer\.members: .*is no sequence classifier"):
+    with pytest.raises(UserError, match=r"^scorer\.members: .*is not a sequence classifier"):
         prepare(TEXTS, "scorer.name=mean", f"scorer.members=['reward_model={tiny_model}', '{__name__}:Zero']", "scorer.model=''")
 
 
@@ -314,9 +314,9 @@ def test_model_that_is_no_reward_model_is_refused_by_the_option_that_names_it(pr
         (b'{"prompt": "two"', "is not a JSON object: Expecting ',' delimiter"),
         (b'{"text": "two"}', "has no column 'prompt'; its columns are: text"),
         (b'{"prompt": "\xff"}', "is not UTF-8 at byte 12 of the line"),
-        (b'{"prompt": NaN}', "is not a JSON object: NaN is no JSON number"),
-        (b'{"prompt": "a", "prompt": "b"}', "is not a JSON object: a key stands twice in one object"),
-        (b'{"prompt": "\\ud800"}', "column 'prompt' holds half of a surrogate pair"),
+        (b'{"prompt": NaN}', "is not a JSON object: NaN is not a JSON number"),
+        (b'{"prompt": "a", "prompt": "b"}', "is not a JSON object: an object has the same key twice"),
+        (b'{"prompt": "\\ud800"}', "column 'prompt' contains half of a surrogate pair"),
     ],
     ids=["broken", "missing key", "no UTF-8", "NaN", "key twice", "lone surrogate"],
 )

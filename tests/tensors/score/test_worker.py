@@ -101,7 +101,7 @@ def test_number_of_numpy_is_a_number(worker, kind):
 
 @pytest.mark.parametrize("values", [[1.0] * 3, [1.0] * 5, []])
 def test_wrong_number_of_values_is_refused(worker, values):
-    with pytest.raises(IntegrityError, match=f"scorer {__name__}:Listed: gave {len(values)} values for 4 responses"):
+    with pytest.raises(IntegrityError, match=f"scorer {__name__}:Listed: returned {len(values)} values for 4 responses"):
         worker(values).process(0, PROMPTS)
 
 
@@ -153,14 +153,14 @@ def test_combined_score_that_is_not_finite_rejects_its_draft_alone(worker):
 
 
 def test_judge_gives_what_can_be_compared(worker):
-    values = worker([0.5, math.nan, math.inf, np.float32(-1.0)]).judge(["q"] * 4, [None] * 4, RESPONSES)
+    values = worker([0.5, math.nan, math.inf, np.float32(-1.0)]).score_texts(["q"] * 4, [None] * 4, RESPONSES)
     assert values == [0.5, -math.inf, -math.inf, -1.0]
     assert all(type(value) is float for value in values)
 
 
 def test_judge_with_a_wrong_number_of_values_is_refused(worker):
-    with pytest.raises(IntegrityError, match=f"scorer {__name__}:Listed: gave 3 values for 4 responses"):
-        worker([1.0] * 3).judge(["q"] * 4, [None] * 4, RESPONSES)
+    with pytest.raises(IntegrityError, match=f"scorer {__name__}:Listed: returned 3 values for 4 responses"):
+        worker([1.0] * 3).score_texts(["q"] * 4, [None] * 4, RESPONSES)
 
 
 @pytest.mark.parametrize(

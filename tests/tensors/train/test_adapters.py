@@ -23,7 +23,7 @@ def model(tiny_model):
 
 def test_a_fresh_adapter_changes_no_bit_and_freezes_the_rest(model):
     before = read(model)
-    adapters.adapt(model, Trainer(lora_rank=3), seed=1)
+    adapters.add_adapters(model, Trainer(lora_rank=3), seed=1)
     assert torch.equal(read(model), before)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained
@@ -36,20 +36,20 @@ def test_ranks_start_from_the_same_adapters(tiny_model):
     for _ in range(2):
         model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
         torch.rand(7)  # what else a rank drew before
-        adapters.adapt(model, Trainer(lora_rank=3), seed=1)
+        adapters.add_adapters(model, Trainer(lora_rank=3), seed=1)
         factors.append([value for name, value in model.named_parameters() if adapters.FACTORS in name])
     assert all(torch.equal(*both) for both in zip(*factors, strict=True))
 
 
 def test_a_merged_checkpoint_is_the_plain_model_with_what_was_learnt(model, tiny_model):
-    adapters.adapt(model, Trainer(lora_rank=3, lora_alpha=6), seed=1)
+    adapters.add_adapters(model, Trainer(lora_rank=3, lora_alpha=6), seed=1)
     for name, value in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(value, std=0.3)
     learnt = read(model)
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     before = read(plain)
-    state = {name: adapters.merge(parts, scale) for name, parts, scale in adapters.merged(model)}
+    state = {name: adapters.merge(parts, scale) for name, parts, scale in adapters.weight_parts(model)}
     assert state.keys() == {name for name, _ in plain.named_parameters()}
     plain.load_state_dict(state, strict=False)
     assert torch.allclose(read(plain), learnt, rtol=1e-5)
@@ -57,5 +57,5 @@ def test_a_merged_checkpoint_is_the_plain_model_with_what_was_learnt(model, tiny
 
 
 def test_a_model_without_adapters_is_exported_as_it_is(model):
-    state = {name: adapters.merge(parts, scale) for name, parts, scale in adapters.merged(model)}
+    state = {name: adapters.merge(parts, scale) for name, parts, scale in adapters.weight_parts(model)}
     assert all(torch.equal(state[name], parameter) for name, parameter in model.named_parameters())

@@ -414,10 +414,16 @@ OWN_SCORES = objectives.Objective(objectives.reward, objectives.DIRECT, referenc
     [
         ({"objective": "none:Such"}, r"training\.objective: 'none:Such' cannot be loaded"),
         ({"objective": f"{__name__}:LN2"}, r"training\.objective: .*LN2' is of type float, but must be"),
-        ({"objective": "reward", "nll": 0.1}, r"training\.nll: is 0\.1, but means nothing to objective 'reward'"),
-        ({"objective": f"{__name__}:OWN_SCORES", "nll": 0.1}, r"training\.nll: is 0\.1, but means nothing to"),
-        ({"objective": "reward", "length_normalised": True}, r"training\.length_normalised: is True, but means nothing to"),
-        ({"objective": "sft", "label_smoothing": 0.2}, r"training\.label_smoothing: is 0\.2, but means nothing to"),
+        ({"objective": "reward", "nll": 0.1}, r"training\.nll: is 0\.1, but objective 'reward' does not use it; remove it"),
+        ({"objective": f"{__name__}:OWN_SCORES", "nll": 0.1}, r"training\.nll: is 0\.1, but objective .* does not use it"),
+        (
+            {"objective": "reward", "length_normalised": True},
+            r"training\.length_normalised: is True, but objective 'reward' does not",
+        ),
+        (
+            {"objective": "sft", "label_smoothing": 0.2},
+            r"training\.label_smoothing: is 0\.2, but objective 'sft' does not",
+        ),
     ],
 )
 def test_objective_that_cannot_be_used_is_refused_by_field(options, message):

@@ -21,7 +21,7 @@ from evolve_ray.store.run import Run, Stage
 from evolve_ray.train.collectives import Collectives
 from evolve_ray.train.export import gather
 from evolve_ray.train.forwards import Part
-from evolve_ray.train.group import fit, raise_kept, worker
+from evolve_ray.train.group import fit, raise_rank_error, worker
 from evolve_ray.train.objectives import Objective
 from evolve_ray.train.rank import Rank
 from evolve_ray.train.schedule import batches, micro_batches
@@ -283,7 +283,7 @@ def run_worker(monkeypatch, tmp_path, fail):
     """A rank whose training ends with what `fail` raises; gives back the file in which errors that last are kept."""
     monkeypatch.setattr(Rank, "__init__", lambda self, spec: None)
     monkeypatch.setattr(Rank, "run", lambda self: fail())
-    monkeypatch.setattr("evolve_ray.train.deepspeed_ops.settle", lambda: None)
+    monkeypatch.setattr("evolve_ray.train.deepspeed_ops.lock_build_folder", lambda: None)
     kept = tmp_path / "error.json"
     given = SimpleNamespace(checkpoint=SimpleNamespace(work=tmp_path / ".checkpoint-1", final=tmp_path / "checkpoint"))
     with pytest.raises((EvolveError, RuntimeError, ActorDiedError)):
@@ -295,14 +295,14 @@ def run_worker(monkeypatch, tmp_path, fail):
 def test_full_disk_under_a_training_ends_it_with_the_path_and_exit_code_five(monkeypatch, tmp_path, fail):
     kept = run_worker(monkeypatch, tmp_path, fail)
     with pytest.raises(ResourceError, match=rf"{tmp_path}/\.checkpoint-1: cannot be written: .* MiB are free there"):
-        raise_kept(kept)
+        raise_rank_error(kept)
 
 
 @pytest.mark.parametrize(("fail", "said"), [(full_gpu, "CUDA out of memory"), (full_memory, "can't allocate memory")])
 def test_full_memory_ends_a_training_with_what_to_change_and_exit_code_five(monkeypatch, tmp_path, fail, said):
     kept = run_worker(monkeypatch, tmp_path, fail)
     with pytest.raises(ResourceError, match=rf"checkpoint: a rank .*{said}.*; lower training.micro_pairs or trainer.max_tokens"):
-        raise_kept(kept)
+        raise_rank_error(kept)
 
 
 @pytest.mark.parametrize("fail", [lost_peer, lost_actor])
@@ -318,7 +318,7 @@ def fitted(monkeypatch, tmp_path, error, max_failures=2):
         begun.append(error)
         raise error
 
-    monkeypatch.setattr("evolve_ray.train.group.group", lambda *_: SimpleNamespace(fit=fit_once))
+    monkeypatch.setattr("evolve_ray.train.group.torch_trainer", lambda *_: SimpleNamespace(fit=fit_once))
     given = SimpleNamespace(trainer=Trainer(max_failures=max_failures), checkpoint=SimpleNamespace(final=tmp_path / "checkpoint"))
     with pytest.raises((ResourceError, ControllerError)) as caught:
         fit(given, tmp_path / "storage")

@@ -15,7 +15,7 @@ from evolve_ray.refine.template import Template
 from evolve_ray.store.rows import REFERENCE
 from evolve_ray.train import attention, logprobs, tree_check
 from evolve_ray.train.logprobs import block_mask, dense_mask, num_chunks, pair_sequences, sequence_logps, tree_logps
-from evolve_ray.train.tree import FORWARD_TOKENS, Sequence, grow, lay_out, level, num_shared, pack
+from evolve_ray.train.tree import FORWARD_TOKENS, Sequence, build_tree, lay_out, num_shared, pack, split_rows
 from tests.plain.conftest import llama_config
 
 CPU = torch.device("cpu")
@@ -144,7 +144,7 @@ def nodes_of(sequences):
 @given(st.lists(drawn_sequence, max_size=8))
 @settings(deadline=None, max_examples=200)
 def test_a_trie_has_each_beginning_once_and_knows_its_ancestors(sequences):
-    tree = grow(sequences)
+    tree = build_tree(sequences)
     paths: list[tuple[int, ...]] = []
     for node, (token, depth) in enumerate(zip(tree.ids, tree.depths, strict=True)):
         above = [other for other in range(node + 1) if node < tree.ends[other]]
@@ -167,7 +167,7 @@ def test_packing_keeps_every_group_once_and_the_limits(groups, max_tokens, max_g
     assert sorted(group for forward in forwards for group in forward.groups) == list(range(len(groups)))
     for forward in forwards:
         assert len(forward.groups) <= max_groups
-        largest = max(1, *(len(grow(groups[group]).ids) for group in forward.groups))
+        largest = max(1, *(len(build_tree(groups[group]).ids) for group in forward.groups))
         if one_row:
             assert forward.ids_RW.shape[0] == 1
             assert forward.ids_RW.shape[1] % 128 == 0
@@ -186,7 +186,7 @@ def test_packing_keeps_every_group_once_and_the_limits(groups, max_tokens, max_g
 @settings(deadline=None, max_examples=100)
 def test_rows_are_cut_into_the_forwards_that_cost_least(lengths):
     lengths.sort(reverse=True)
-    cuts = level(lengths)
+    cuts = split_rows(lengths)
     assert [row for first, end in cuts for row in range(first, end)] == list(range(len(lengths)))
 
     def cost(ends):
@@ -208,10 +208,10 @@ def test_tokens_of_a_pair_are_those_of_the_formula(lengths):
     x, w, l, z = lengths  # noqa: E741
     first = {"x": 3, "w": 11, "l": 12, "z": 30}
     sequences = pair(tokens(x, first["x"]), tokens(w, first["w"]), tokens(l, first["l"]), tokens(z, first["z"]))
-    assert len(grow(sequences).ids) == x + 2 * z + 3 * (w + l) - 4
+    assert len(build_tree(sequences).ids) == x + 2 * z + 3 * (w + l) - 4
     assert sum(len(s.context) + len(s.response) for s in sequences) == 6 * x + 4 * z + 5 * (w + l)
     if lengths == (128, 256, 256, 32):
-        assert (len(grow(sequences).ids), 6 * x + 4 * z + 5 * (w + l)) == (1724, 3456)
+        assert (len(build_tree(sequences).ids), 6 * x + 4 * z + 5 * (w + l)) == (1724, 3456)
 
 
 @pytest.mark.parametrize("layout", ["conversation", "one_message"])
@@ -221,7 +221,7 @@ def test_a_rendered_pair_shares_its_trunk(tiny_model, layout):
     template = Template(layout=layout, first="{prompt}", refine="fix", one_message="fix {prompt} {draft}")
     row = {"prompt": "sort:bca", "chosen": "abc", "rejected": "cab", "chosen_finished": True, "rejected_finished": True}
     sequences = pair_sequences(chat, template, row, NAMES)
-    size = len(grow(list(sequences.values())).ids)
+    size = len(build_tree(list(sequences.values())).ids)
     x, w, l = (len(part) for part in (sequences["chosen"].context, *(sequences[n].response for n in ("chosen", "rejected"))))  # noqa: E741
     after = len(sequences["chosen_after_chosen"].context)
     if layout == "conversation":
@@ -236,7 +236,7 @@ def test_pairs_of_one_prompt_share_its_trunk():
     x, z = tokens(20, 3), tokens(3, 30)
     groups = [pair(x, tokens(4, 11), tokens(6, 12), z), pair(x, tokens(5, 13), tokens(4, 14), z), pair(tokens(9, 40), z, x, z)]
     (forward,) = packed(groups, keys=["a", "a", "b"], max_tokens=400)
-    alone = [len(grow(group).ids) for group in groups]
+    alone = [len(build_tree(group).ids) for group in groups]
     assert forward.num_tokens == sum(alone) - 20
     assert forward.ids_RW.shape == (1 if alone[2] + 20 > sum(alone[:2]) else 2, sum(alone[:2]) - 20)
 
@@ -324,7 +324,7 @@ def test_attention_reads_no_key_that_a_block_does_not_see(monkeypatch):
 def test_every_architecture_is_read_exactly(kind):
     model = make(kind).eval()
     tree = tree_check.tree_model(model, CPU)
-    chunked = tree_check.prove(tree, tree, CPU)
+    chunked = tree_check.check_tree(tree, tree, CPU)
     assert chunked == (kind not in ALL_LOGITS)
     assert_same(model, [PAIR, EDGES["one answer begins the other"][0]], chunks=3 if chunked else 0)
 
@@ -378,24 +378,24 @@ def test_a_model_without_a_mask_of_its_own_is_refused_by_name(kind):
 
 def test_a_sequence_beyond_a_sliding_window_is_refused():
     model = make("mistral", sliding_window=20)
-    assert tree_check.reach(model.config) == 20
+    assert tree_check.attention_limit(model.config) == 20
     short, long = (lay_out([[Sequence(tokens(length - 3, 3), (4, 5, 6, 7))]], [[0]]) for length in (20, 21))
-    tree_check.refuse_beyond_reach(model.config, short)
-    with pytest.raises(UserError, match="mistral has layers that see 20 tokens back and a sequence has 21"):
-        tree_check.refuse_beyond_reach(model.config, long)
-    assert tree_check.reach(make("qwen2").config) is None
-    assert tree_check.reach(make("gemma3_text").config) == 64
+    tree_check.check_length(model.config, short)
+    with pytest.raises(UserError, match="mistral has layers that see only 20 tokens back, and a sequence has 21 tokens"):
+        tree_check.check_length(model.config, long)
+    assert tree_check.attention_limit(make("qwen2").config) is None
+    assert tree_check.attention_limit(make("gemma3_text").config) == 64
 
 
 def test_a_model_that_ignores_the_mask_is_refused_by_its_numbers(monkeypatch):
     monkeypatch.setattr(logprobs, "dense_mask", lambda ends: dense_mask(torch.full_like(ends, 10**6)))
     tree = tree_check.tree_model(make(), CPU)
-    with pytest.raises(UserError, match=r"llama gives log-probabilities in a tree that differ from its own by .* nats a token"):
-        tree_check.prove(tree, tree, CPU)
+    with pytest.raises(UserError, match=r"log-probabilities of llama in a tree differ from those of its own forward by .* nats"):
+        tree_check.check_tree(tree, tree, CPU)
 
 
 def test_the_small_world_passes_its_own_check():
     model = AutoModelForCausalLM.from_config(llama_config(transformers.LlamaConfig, 64))
     tree = tree_check.tree_model(model.train(), CPU)
-    assert tree_check.prove(tree, tree, CPU)
+    assert tree_check.check_tree(tree, tree, CPU)
     assert tree.training
