@@ -60,7 +60,7 @@ def round_figures(chains: list[dict[int, dict]], number: int, seed: int) -> dict
 
 
 def changes(moves: list[tuple[dict, dict]]) -> dict[str, int]:
-    """Counts of prompts whose reward rose, fell or stayed, whose text stayed, and whose answer became or stayed right or wrong."""
+    """Counts of prompts whose reward rose, fell or stayed, whose text stayed, whose answer became or stayed right or wrong."""
     counts = {
         "improved": sum(after["score"] > before["score"] for before, after in moves),
         "degraded": sum(after["score"] < before["score"] for before, after in moves),
