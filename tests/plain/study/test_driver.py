@@ -173,7 +173,9 @@ def keys(config, root, monkeypatch):
     rows.write_jsonl(root / "summary.jsonl", [{}])
     prompter = Prompter(context, {})
     context.held_out = prompter.held_out()
-    context.given = {name: prompter.triples(name, part) for name in ("activation", "offline") if (part := getattr(config, name))}
+    context.triples = {
+        name: prompter.triples(name, part) for name in ("activation", "offline") if (part := getattr(config, name))
+    }
     evaluate(context, 0, policy, "base", folder="base_evaluation")
     evaluate(context, 0, activate(context, policy), "activation")
     return context.found
