@@ -345,7 +345,7 @@ def test_only_report_runs_nothing_and_leaves_unfinished_runs_out(jobs, capsys):
 def test_report_on_no_finished_run_is_refused(jobs, capsys):
     write_run(jobs.out / "seed-0" / "tiny", end="driver_failed")
     assert jobs.main("--quick", "--only-report") == 2
-    assert "has no finished run of these recipes and seeds; leave --only-report out to run them" in capsys.readouterr().err
+    assert "has no finished run of these recipes and seeds; remove --only-report to run them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -354,7 +354,7 @@ def test_report_on_no_finished_run_is_refused(jobs, capsys):
         (("--recipes", "tiny,tiny_iterative_dop"), r"has no recipe 'tiny_iterative_dop'; the nearest is 'tiny_iterative_dpo'$"),
         (
             ("--recipes", "large"),
-            r"large.toml: has no \[toy\], \[activation\], \[verifier\], evaluation.splits.heldout, .*leave it out",
+            r"large.toml: has no \[toy\], \[activation\], \[verifier\], evaluation.splits.heldout, .*remove it from",
         ),
         (("--seeds", "0,one"), r"--seeds 0,one: must be whole numbers from 0"),
         (("--seeds", "-1"), r"--seeds -1: must be whole numbers from 0"),
