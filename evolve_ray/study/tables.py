@@ -103,7 +103,7 @@ def claim_table(claims: list[dict[str, Any]]) -> str:
     lines = []
     for claim in claims:
         reached = {True: "yes", False: "**no**", None: claim.get("note", "")}[claim["reached"]]
-        figures = [effect_text(claim), ", ".join(f"{seed}: {effect_text(one)}" for seed, one in claim["per_seed"].items())]
+        figures = [effect_text(claim), ", ".join(f"{seed}: {effect_text(part)}" for seed, part in claim["per_seed"].items())]
         lines.append([claim["claim"], claim["statement"], reached, *figures, claim["unit"]])
     return markdown(["claim", "statement", "reached", "effect", "by seed", "unit"], lines)
 

@@ -325,7 +325,7 @@ def test_compute_counts_shared_stages_once(jobs):
     lines = {
         line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in page.splitlines() if line.startswith("|")
     }
-    assert lines["recipe"] == ["iteration 0 s", "evaluation s", "all s", "tokens drafted", "tokens in evaluation"]
+    assert lines["recipe"] == ["iteration 0 s", "evaluation s", "all s", "tokens of drafts", "tokens of evaluation"]
     assert lines["tiny"] == ["4", "2", "6", "0", "100"]
     assert lines["tiny_iterative_dpo"] == ["0", "2", "2", "0", "100"]
 
