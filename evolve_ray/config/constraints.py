@@ -60,8 +60,8 @@ def check_together(config: Config, reader: Reader) -> None:
         reader.fail("controller.max_kl", "needs the probe, which is off; set probe.prompts above 0")
     for place, name in enumerate(config.trackers.use):
         if name not in TRACKERS:
-            near = difflib.get_close_matches(str(name), TRACKERS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the trackers are {', '.join(TRACKERS)}"
+            nearest = difflib.get_close_matches(str(name), TRACKERS, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"the trackers are {', '.join(TRACKERS)}"
             reader.fail("trackers.use", f"holds {describe(name)}, which is not a tracker; {hint}")
         if name in config.trackers.use[:place]:
             reader.fail("trackers.use", f"names {name!r} twice; name each tracker once")

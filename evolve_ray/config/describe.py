@@ -73,8 +73,8 @@ def as_text(wanted: str = "") -> str:
     """All tables, or the `wanted` one, for the terminal. Raises `UserError` for an unknown table."""
     by_name = {name: (kind, optional) for name, kind, optional in tables()}
     if wanted and wanted not in by_name:
-        near = difflib.get_close_matches(wanted, by_name, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"the tables are {', '.join(filter(None, by_name))}"
+        nearest = difflib.get_close_matches(wanted, by_name, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"the tables are {', '.join(filter(None, by_name))}"
         raise UserError(f"--options {wanted}: is not a table of a recipe; {hint}")
     parts = []
     for name in [wanted] if wanted else by_name:

@@ -36,8 +36,8 @@ class Reader:
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for key in tree:
             if key not in fields:
-                near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"the options here are {', '.join(fields)}"
+                nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+                hint = f"did you mean {nearest[0]!r}?" if nearest else f"the options here are {', '.join(fields)}"
                 self.fail(join(dotted, key), f"unknown option; {hint}")
         hints = typing.get_type_hints(cls)
         values = {}
@@ -72,9 +72,9 @@ class Reader:
             self.fail(dotted, f"is {value}, but must be at most {bounds['high']} ({bounds['text']})")
         is_plug = bounds["plug"] and re.fullmatch(r"[\w.]+:\w+", str(value))
         if bounds["choices"] and value not in bounds["choices"] and not is_plug:
-            near = difflib.get_close_matches(value, bounds["choices"], n=1)
+            nearest = difflib.get_close_matches(value, bounds["choices"], n=1)
             allowed = f"one of {', '.join(bounds['choices'])}" + (" or module:Name" if bounds["plug"] else "")
-            self.fail(dotted, f"is {value!r}, but must be {allowed}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            self.fail(dotted, f"is {value!r}, but must be {allowed}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
         return value
 
     def check_free(self, value: Any, dotted: str) -> None:

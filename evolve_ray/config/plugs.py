@@ -6,10 +6,10 @@ from typing import Any
 from evolve_ray.errors import UserError
 
 
-def find_plug(known: dict[str, Any], name: str, field: str) -> Any:
-    """The plug with a short name in `known`, or `module:Name`. Raises `UserError` with `field` if it cannot be loaded."""
-    if name in known:
-        return known[name]
+def find_plug(plugs: dict[str, Any], name: str, field: str) -> Any:
+    """The plug with a short name in `plugs`, or `module:Name`. Raises `UserError` with `field` if it cannot be loaded."""
+    if name in plugs:
+        return plugs[name]
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)

@@ -30,17 +30,17 @@ def whole_chains(prompts: list[dict], drafts: Iterable[dict], scores: Iterable[d
     drafts = list(drafts)
     splits = list(dict.fromkeys(prompt["split"] for prompt in prompts))
     tables = by_prompt(drafts, scores, "round", splits)
-    whole = {}
+    complete = {}
     for split in splits:
         prompt_ids = [prompt["prompt_id"] for prompt in prompts if prompt["split"] == split]
         num_rounds = max((draft["round"] for draft in drafts if draft["split"] == split), default=0)
         chains = tables[split]
-        whole[split] = {
+        complete[split] = {
             prompt_id: chains[prompt_id]
             for prompt_id in prompt_ids
             if num_rounds and len(chains.get(prompt_id, ())) == num_rounds
         }
-    return whole
+    return complete
 
 
 def round_figures(chains: list[dict[int, dict]], number: int, seed: int) -> dict[str, Any]:

@@ -73,8 +73,8 @@ class Context:
 
     def why_again(self, before: dict[str, str], now: dict[str, str]) -> str:
         """Why a stage is computed again: its inputs changed, or else its own options or source."""
-        others = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-        why = f"its input changed: {' and '.join(others)}" if others else "its options or its source changed"
+        changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+        why = f"its input changed: {' and '.join(changed)}" if changed else "its options or its source changed"
         return f"{why} (in the recipe: {self.changed})" if self.changed else why
 
     @contextlib.contextmanager

@@ -29,21 +29,21 @@ COLORS = ("a", "b", "c", "d", "e", "f")
 def best_of(report: dict[str, Any]) -> str:
     """The scorer's best response of a chain against its best of the same number of independent samples."""
     parts = []
-    drawn: list[Series] = []
+    series: list[Series] = []
     for place, split in enumerate(splits_of(report)):
         models = [(model, figures) for model, figures in evaluated(report, split) if figures.get("best_of")]
         if not models:
             continue
         measure = measure_of(models)
         ticks = list(dict.fromkeys(tick_of(model) for model, _ in models))
-        drawn = []
+        series = []
         for number, run in enumerate(runs_of(report)):
             of_run = [(model, figures["best_of"]) for model, figures in models if model.get("run", "") == run]
             for side, color, marker in (("chain", "a", "o"), ("parallel", "b", "s")):
                 label = f"{run}: best of {side}" if run else f"best of {side}"
                 shade = RUN_COLORS[number % len(RUN_COLORS)] if run else color
                 points = [point(ticks.index(tick_of(model)), best[side][measure.name], measure) for model, best in of_run]
-                drawn.append(Series(label, shade, marker, points, dashed=side == "parallel"))
+                series.append(Series(label, shade, marker, points, dashed=side == "parallel"))
         lines = []
         for model, figures in models:
             best = figures["best_of"]
@@ -61,14 +61,14 @@ def best_of(report: dict[str, Any]) -> str:
             "prompts",
         ]
         alt = f"{measure.title} on {split}: the scorer's best of a chain and of the same number of parallel samples, by model"
-        svg = charts.lines(f"best{place}", alt, drawn, ticks, x=MODEL_AXIS, y=measure.title)
+        svg = charts.lines(f"best{place}", alt, series, ticks, x=MODEL_AXIS, y=measure.title)
         parts.append(figure(split, svg, header, lines))
     text = (
         "The scorer picks the best draft of a chain, and the best of the same number of independent answers (parallel samples). "
         "Tokens are the generated tokens per prompt."
     )
     return section(
-        "best", "Best of a chain against best of parallel samples", text, charts.key(drawn) if drawn else "", panels(parts)
+        "best", "Best of a chain against best of parallel samples", text, charts.key(series) if series else "", panels(parts)
     )
 
 
@@ -84,7 +84,7 @@ def compute(report: dict[str, Any]) -> str:
             continue
         measure = measure_of(models)
         header = ["model", "answers", "generated tokens per prompt", measure.title]
-        lines, drawn = [], []
+        lines, series = [], []
         for entry in entries:
             sides = [(f"y{step['round']}", step) for step in entry["chain"]]
             best = entry["best_of"] or {}
@@ -96,20 +96,20 @@ def compute(report: dict[str, Any]) -> str:
             ]
             if entry["model"] in model_of:
                 points = [point(step["mean_tokens"], step[measure.name], measure) for step in entry["chain"]]
-                drawn.append(Series(entry["model"], *color_and_marker(report, model_of[entry["model"]]), points))
+                series.append(Series(entry["model"], *color_and_marker(report, model_of[entry["model"]]), points))
         if best:
             for side, color, marker in (("chain", "c", "P"), ("parallel", "b", "X")):
                 end = point(best[side]["mean_tokens"], best[side][measure.name], measure)
-                drawn.append(Series(f"best of {best['num_responses']}, {side} ({entries[-1]['model']})", color, marker, [end]))
+                series.append(Series(f"best of {best['num_responses']}, {side} ({entries[-1]['model']})", color, marker, [end]))
         if entries[-1].get("longer"):
             end = point(entries[-1]["longer"]["mean_tokens"], entries[-1]["longer"][measure.name], measure)
-            drawn.append(Series(f"one longer answer ({entries[-1]['model']})", "d", "D", [end]))
-        legend |= {series.label: series for series in drawn}
+            series.append(Series(f"one longer answer ({entries[-1]['model']})", "d", "D", [end]))
+        legend |= {part.label: part for part in series}
         alt = (
             f"{measure.title} on {split} against generated tokens per prompt, one curve for each model from y1 to the last round"
         )
         svg = charts.lines(
-            f"compute{place}", alt, drawn, None, x="generated tokens per prompt, all rounds so far", y=measure.title
+            f"compute{place}", alt, series, None, x="generated tokens per prompt, all rounds so far", y=measure.title
         )
         parts.append(figure(split, svg, header, lines))
     text = "Each curve is one model, from y1 to the last round. Left is cheaper, up is better."
@@ -137,11 +137,11 @@ def drift(report: dict[str, Any]) -> str:
             series += [Series(split, color, marker, points)] if points else []
         plots.append((title, unit, series))
     probes = [("KL to the previous policy", "kl_iteration", "a", "o"), ("KL to the first policy", "kl_initial", "b", "s")]
-    moved = [
+    kl_series = [
         Series(label, color, marker, [as_point(x, m["probe"][name]) for x, m in enumerate(models) if m.get("probe")])
         for label, name, color, marker in probes
     ]
-    plots.append(("How far the policy moved", "KL, nats per response", [series for series in moved if series.points]))
+    plots.append(("How far the policy moved", "KL, nats per response", [part for part in kl_series if part.points]))
     agreement = [
         Series(label, color, marker, [as_point(x, share) for x, m in enumerate(models) if (share := truth(m, *path)) is not None])
         for label, path, color, marker in (
@@ -149,7 +149,7 @@ def drift(report: dict[str, Any]) -> str:
             ("chosen draft is better by the verifier", ("labels", "accuracy"), "b", "s"),
         )
     ]
-    plots.append(("Scorer against verifier", "share", [series for series in agreement if series.points]))
+    plots.append(("Scorer against verifier", "share", [part for part in agreement if part.points]))
     parts = [plot(f"drift{place}", *arguments, ticks) for place, arguments in enumerate(plots) if arguments[2]]
     lines = [[name_of(model), *drift_cells(model["drift"])] for model in models if model.get("drift")]
     by_iteration = details("Drafts of each iteration", table(DRIFT, lines)) if lines else ""

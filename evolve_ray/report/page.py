@@ -138,13 +138,13 @@ def rounds(report: dict[str, Any]) -> str:
         models = evaluated(report, split)
         if not models:
             continue
-        measure, drawn = measure_of(models), []
+        measure, series = measure_of(models), []
         for model, figures in pick_for_drawing(models):
             points = [point(k, part[measure.name], measure) for k, part in enumerate(rounds_in_order(figures))]
-            drawn.append(Series(name_of(model), *color_and_marker(report, model), points))
-        legend |= {series.label: series for series in drawn}
+            series.append(Series(name_of(model), *color_and_marker(report, model), points))
+        legend |= {part.label: part for part in series}
         ticks = [f"y{k}" for k in range(1, max(len(figures["rounds"]) for _, figures in models) + 1)]
-        svg = charts.lines(f"round{place}", f"{measure.title} of each round on {split}, by model", drawn, ticks, y=measure.title)
+        svg = charts.lines(f"round{place}", f"{measure.title} of each round on {split}, by model", series, ticks, y=measure.title)
         parts.append(figure(split, svg, *round_table(models, measure)))
     text = (
         "y1 is the direct answer to the prompt, y2 is the refinement of y1, y3 that of y2, and so on. All models get the same "
@@ -168,13 +168,13 @@ def transitions(report: dict[str, Any]) -> str:
             changed = last["against_first"]
             ups, downs = (changed[name] for name in (("wrong_to_right", "right_to_wrong") if exact else ("improved", "degraded")))
             moves.append(Move(name_of(model), ups, downs, last["n"] - ups - downs))
-            kept = [changed["kept_right"], changed["kept_wrong"]] if exact else [changed["unchanged"]]
-            lines.append([name_of(model), ups, downs, *kept, changed["same_text"], last["n"]])
+            stayed = [changed["kept_right"], changed["kept_wrong"]] if exact else [changed["unchanged"]]
+            lines.append([name_of(model), ups, downs, *stayed, changed["same_text"], last["n"]])
         alt = f"Number of prompts of {split} whose answer changed: {better}, and {worse}, by model"
         same = ["stayed right", "stayed wrong"] if exact else ["same reward"]
         header = ["model", better, worse, *same, "same text", "prompts"]
-        drawn = charts.moves(f"move{place}", alt, moves, better=better, worse=worse)
-        parts.append(figure(split, drawn, header, lines))
+        svg = charts.moves(f"move{place}", alt, moves, better=better, worse=worse)
+        parts.append(figure(split, svg, header, lines))
     text = (
         "Each bar counts the prompts whose answer became better or worse from the first round to the last. The numbers below a "
         "figure also count the prompts whose answer stayed the same."
@@ -184,29 +184,29 @@ def transitions(report: dict[str, Any]) -> str:
 
 def over_models(report: dict[str, Any]) -> str:
     """Direct and refined answers, model after model."""
-    parts, drawn = [], []
+    parts, series = [], []
     for place, split in enumerate(splits_of(report)):
         models = evaluated(report, split)
         if not models:
             continue
         measure = measure_of(models)
         ticks = list(dict.fromkeys(tick_of(model) for model, _ in models))
-        drawn = curves(report, models, ticks, measure)
+        series = curves(report, models, ticks, measure)
         alt = f"{measure.title} on {split}, model after model: direct answers y1 and last refinements"
         header = ["model", "y1", "last refinement", "prompts"]
         lines = []
         for model, figures in models:
             ends = [figures["rounds"]["1"], last_round(figures)]
             lines.append([name_of(model), *(interval_text(end[measure.name], measure) for end in ends), ends[0]["n"]])
-        svg = charts.lines(f"model{place}", alt, drawn, ticks, x=MODEL_AXIS, y=measure.title)
+        svg = charts.lines(f"model{place}", alt, series, ticks, x=MODEL_AXIS, y=measure.title)
         parts.append(figure(split, svg, header, lines))
     text = "The direct answer y1 and the last refinement of each model, in the order of training."
-    return section("models", "Direct and refined answers", text, charts.key(drawn) if drawn else "", panels(parts))
+    return section("models", "Direct and refined answers", text, charts.key(series) if series else "", panels(parts))
 
 
 def curves(report: dict[str, Any], models: Evaluated, ticks: list[str], measure: Measure) -> list[Series]:
     """The series of y1 and of the last round; if several runs are compared, both for each run in the colour of the run."""
-    runs, drawn = runs_of(report), []
+    runs, series = runs_of(report), []
     for place, run in enumerate(runs):
         of_run = [(model, figures) for model, figures in models if model.get("run", "") == run]
         for refined in (True, False):
@@ -216,8 +216,8 @@ def curves(report: dict[str, Any], models: Evaluated, ticks: list[str], measure:
             ends = [(model, last_round(figures) if refined else figures["rounds"]["1"]) for model, figures in of_run]
             points = [point(ticks.index(tick_of(model)), end[measure.name], measure) for model, end in ends]
             label = "refined (last round)" if refined else "direct (y1)"
-            drawn.append(Series(f"{run}: {label}" if run else label, color, marker, points, dashed=not refined))
-    return drawn
+            series.append(Series(f"{run}: {label}" if run else label, color, marker, points, dashed=not refined))
+    return series
 
 
 def side_by_side(report: dict[str, Any]) -> str:

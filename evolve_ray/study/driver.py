@@ -98,8 +98,10 @@ def read_recipes(text: str, folder: Path) -> list[str]:
     existing = sorted(path.stem for path in folder.glob("*.toml"))
     for name in names:
         if name not in existing:
-            near = difflib.get_close_matches(name, existing, n=1, cutoff=0.0)
-            raise UserError(f"--recipes: {folder} has no recipe {name!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
+            nearest = difflib.get_close_matches(name, existing, n=1, cutoff=0.0)
+            raise UserError(
+                f"--recipes: {folder} has no recipe {name!r}" + (f"; the nearest is {nearest[0]!r}" if nearest else "")
+            )
         config = load(folder / f"{name}.toml")
         missing = [f"[{table}]" for table in ("toy", "activation", "verifier") if getattr(config, table) is None]
         missing += [f"evaluation.splits.{split}" for split in SPLITS if split not in config.evaluation.splits]

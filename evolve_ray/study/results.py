@@ -133,18 +133,18 @@ def read_outcomes(folder: Path, judged: dict[str, float]) -> dict[str, Outcomes]
     outcomes = {}
     for split, chain in chains.items():
         rounds = max(max(answers) for answers in chain.values())
-        whole = every(chain, range(1, rounds + 1))
-        if not whole:
+        complete = complete_prompts(chain, range(1, rounds + 1))
+        if not complete:
             raise IntegrityError(
                 f"{folder}: no prompt of split {split} has a verified answer in every round; see its rejected.jsonl"
             )
-        outcomes[split] = Outcomes(whole, every(parallels.get(split, {}), range(rounds)))
+        outcomes[split] = Outcomes(complete, complete_prompts(parallels.get(split, {}), range(rounds)))
     if not outcomes:
         raise IntegrityError(f"{folder}: is listed in report.json but holds no answers; delete the run and run the study again")
     return outcomes
 
 
-def every(answers: dict[str, dict[int, Answer | None]], numbers: range) -> dict[str, list[Answer]]:
+def complete_prompts(answers: dict[str, dict[int, Answer | None]], numbers: range) -> dict[str, list[Answer]]:
     """`{prompt: answers}` of the prompts that have a verified answer at each of `numbers`."""
     complete = {}
     for key, by_number in answers.items():
