@@ -23,7 +23,7 @@ def stage_rows(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-class Aside:
+class PageWriter:
     """Draws pages in a thread while the run goes on, one at a time; the next call or `wait` raises the error of a drawing."""
 
     def __init__(self) -> None:
