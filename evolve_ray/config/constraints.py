@@ -98,4 +98,4 @@ def check_together(config: Config, reader: Reader) -> None:
         paths += [member.removeprefix("reward_model=") for member in config.scorer.members]
         for path in paths:
             if path.startswith("toy:"):
-                reader.fail("toy", f"{path!r} is a part of the tiny world; add a [toy] table to the recipe")
+                reader.fail("toy", f"{path!r} is part of the tiny world; add a [toy] table to the recipe")
