@@ -50,7 +50,7 @@ def activate(context: Context, policy: Policy) -> Policy:
     config = context.config
     if config.activation:
         name = "activation" if config.offline else "checkpoint"
-        policy = train(context, 0, policy, context.given["activation"], config.activation.training, name)
+        policy = train(context, 0, policy, context.triples["activation"], config.activation.training, name)
     if config.offline:
-        policy = train(context, 0, policy, context.given["offline"], config.offline.training, "checkpoint")
+        policy = train(context, 0, policy, context.triples["offline"], config.offline.training, "checkpoint")
     return policy

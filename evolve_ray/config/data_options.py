@@ -1,4 +1,4 @@
-"""What a run starts from: the tiny world, the model, the prompts, the words of the template."""
+"""Options of what a run starts from: the tiny world, the model, the prompts, the template."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from evolve_ray.config.option import option
 
 @dataclass(frozen=True)
 class Toy:
-    """The tiny world: models and data made on the spot; recipes name its parts as `toy:base`, `toy:train`, ..."""
+    """The tiny world: small models and data that the run makes itself; recipes name its parts `toy:base`, `toy:train`, ..."""
 
     seed: int = option("seed of its models and data", 0, low=0)
     hidden: int = option("hidden size of its models", 96, low=8)
@@ -41,22 +41,24 @@ class Source:
     answer_pattern: str = option(
         "regular expression: the first group of its last match in the answer column is the answer; empty: the whole column", ""
     )
-    id_column: str = option("column with ids of your own; empty: ids are content hashes", "")
+    id_column: str = option("column with your own ids; empty: ids are content hashes", "")
 
 
 @dataclass(frozen=True)
 class Prompts(Source):
     """Training prompts; each iteration takes fresh ones."""
 
-    per_iteration: int = option("fresh prompts of each iteration", 5000, unit="rows", low=1)
-    max_rejected_fraction: float = option("share of prompts that may be too long before the run stops", 0.0, low=0.0, high=1.0)
+    per_iteration: int = option("fresh prompts for each iteration", 5000, unit="rows", low=1)
+    max_rejected_fraction: float = option(
+        "largest share of prompts that may be too long; if more are, the run stops", 0.0, low=0.0, high=1.0
+    )
 
 
 @dataclass(frozen=True)
 class Template:
     """How prompts, drafts and the refinement instruction become chat messages."""
 
-    name: str = option("a shipped template (`default`, `tiny`) or a .toml file of your own", "default")
+    name: str = option("a shipped template (`default`, `tiny`) or your own .toml file", "default")
     layout: str = option(
         "`conversation`: prompt, draft and instruction are turns; `one_message`: all in one user turn",
         "conversation",

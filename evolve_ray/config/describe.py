@@ -1,6 +1,6 @@
-"""Every option in words, from the options themselves: `jobs/iterate.py --options [TABLE]`, and docs/options.md.
+"""Writes every option as text, from the options themselves: for `jobs/iterate.py --options [TABLE]`, and for docs/options.md.
 
-`python -m evolve_ray.config.describe > docs/options.md` writes the page again.
+`python -m evolve_ray.config.describe > docs/options.md` writes that page again.
 """
 
 import dataclasses
@@ -17,33 +17,33 @@ from evolve_ray.errors import UserError
 HEAD = """\
 # Options
 
-Every option of a recipe, made from the options themselves by `python -m evolve_ray.config.describe > docs/options.md`. On the
-command line `key=value` sets any of them (`training.beta=0.2`), `TABLE=none` takes an optional table away, and
+Every option of a recipe. `python -m evolve_ray.config.describe > docs/options.md` writes this page from the options themselves.
+On the command line `key=value` sets an option (`training.beta=0.2`), `TABLE=none` removes an optional table, and
 `python jobs/iterate.py --options TABLE` prints a table. An option marked *runtime* changes where and how fast a run computes,
-never what: it may differ when a run is resumed. Where a plug is allowed, `module:Name` names one of your own, see
+but not its results: it may change when a run is resumed. Where a plug is allowed, `module:Name` names your own, see
 [extending.md](extending.md).
 """
 
 
 def tables(kind: type = Config, dotted: str = "") -> list[tuple[str, type, bool]]:
-    """(name, dataclass, whether a recipe may lack it) of every table, the top level first as ""."""
-    found: list[tuple[str, type, bool]] = [(dotted, kind, False)] if not dotted else []
+    """(name, dataclass, whether a recipe may leave it out) of every table; the top level is first, with the name ""."""
+    all_tables: list[tuple[str, type, bool]] = [(dotted, kind, False)] if not dotted else []
     for name, hint in typing.get_type_hints(kind).items():
         optional = isinstance(hint, types.UnionType)
-        table = next((arm for arm in typing.get_args(hint) if arm is not type(None)), hint) if optional else hint
+        table = next((part for part in typing.get_args(hint) if part is not type(None)), hint) if optional else hint
         if dataclasses.is_dataclass(table):
-            own = f"{dotted}.{name}" if dotted else name
-            found += [(own, typing.cast(type, table), optional), *tables(typing.cast(type, table), own)]
-    return found
+            full_name = f"{dotted}.{name}" if dotted else name
+            all_tables += [(full_name, typing.cast(type, table), optional), *tables(typing.cast(type, table), full_name)]
+    return all_tables
 
 
 def options_of(kind: type) -> list[dataclasses.Field]:
-    """The options of one table, without the tables inside it."""
+    """The options of one table, without its inner tables."""
     return [field for field in dataclasses.fields(kind) if "text" in field.metadata]
 
 
 def bounds(field: dataclasses.Field) -> str:
-    """What a value may be, in words."""
+    """The allowed values as text: choices, or type and bounds."""
     metadata, hint = field.metadata, typing.cast(type, field.type)
     if metadata["choices"]:
         return ", ".join(f"`{choice}`" for choice in metadata["choices"]) + (", `module:Name`" if metadata["plug"] else "")
@@ -63,22 +63,22 @@ def default(field: dataclasses.Field) -> str:
 
 
 def describe(field: dataclasses.Field) -> str:
-    """The line of an option with its unit, and whether it is a runtime option."""
+    """The text of an option, with its unit, and whether it is a runtime option."""
     notes = [field.metadata["unit"]] if field.metadata["unit"] else []
     notes += ["runtime"] if field.metadata["runtime"] else []
     return field.metadata["text"] + (f" ({', '.join(notes)})" if notes else "")
 
 
 def as_text(wanted: str = "") -> str:
-    """All tables for the terminal, or the one that is named."""
-    known = {name: (kind, optional) for name, kind, optional in tables()}
-    if wanted and wanted not in known:
-        near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(filter(None, known))}"
-        raise UserError(f"--options {wanted}: is no table of a recipe; {hint}")
+    """All tables, or the `wanted` one, for the terminal. Raises `UserError` for an unknown table."""
+    by_name = {name: (kind, optional) for name, kind, optional in tables()}
+    if wanted and wanted not in by_name:
+        nearest = difflib.get_close_matches(wanted, by_name, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"the tables are {', '.join(filter(None, by_name))}"
+        raise UserError(f"--options {wanted}: is not a table of a recipe; {hint}")
     parts = []
-    for name in [wanted] if wanted else known:
-        kind, optional = known[name]
+    for name in [wanted] if wanted else by_name:
+        kind, optional = by_name[name]
         title = f"[{name}]{' (optional)' if optional else ''}" if name else "top level"
         lines = [f"{title}: {(kind.__doc__ or '').splitlines()[0]}"]
         for field in options_of(kind):
@@ -88,15 +88,15 @@ def as_text(wanted: str = "") -> str:
 
 
 def as_markdown() -> str:
-    """docs/options.md."""
+    """The text of docs/options.md."""
     parts = [HEAD]
-    shown: dict[type, str] = {}
+    written: dict[type, str] = {}
     for name, kind, optional in tables():
         title = f"`[{name}]`{', optional' if optional else ''}" if name else "Top level"
-        if kind in shown:
-            parts.append(f"## {title}\n\nThe options of `[{shown[kind]}]`.\n")
+        if kind in written:
+            parts.append(f"## {title}\n\nThe same options as `[{written[kind]}]`.\n")
             continue
-        shown[kind] = name
+        written[kind] = name
         doc = " ".join(line.strip() for line in (kind.__doc__ or "").splitlines()).strip()
         lines = [f"## {title}", "", doc, "", "| option | what it is | values | default |", "| --- | --- | --- | --- |"]
         for field in options_of(kind):

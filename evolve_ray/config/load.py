@@ -1,16 +1,21 @@
-"""Reads a recipe (TOML) or a stored configuration (JSON) into `Config`, with `key=value` overrides."""
+"""Reads a recipe (TOML) or a stored configuration (JSON) into a `Config`, with `key=value` overrides."""
 
 import tomllib
 from pathlib import Path
 
 from evolve_ray.config.constraints import check_together
 from evolve_ray.config.options import Config
-from evolve_ray.config.parse import Reader, parse_value, place
+from evolve_ray.config.parse import Reader, parse_value, set_value
 from evolve_ray.errors import UserError
+
+OPTIONAL = ("toy", "activation", "offline", "verifier", "refresh")  # tables that `TABLE=none` on the command line removes
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Reads a recipe and applies `key=value` overrides (dotted keys; values in TOML syntax, bare words as strings)."""
+    """The configuration of a recipe with `key=value` overrides (dotted keys; values in TOML syntax, or bare words).
+
+    Raises `UserError` with the file, the line and the option for anything that is wrong.
+    """
     path = Path(path)
     try:
         text = path.read_bytes().decode("utf-8")
@@ -28,7 +33,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 
 
 def build(tree: dict, where: str, text: str, overrides: list[str] | tuple[str, ...]) -> Config:
-    """The configuration of a parsed tree with overrides; `text` is where the lines of faults are looked up."""
+    """The configuration of a parsed tree with overrides; `text` is the source of the tree, to find the lines of errors."""
     overridden = set()
     for item in overrides:
         key, equals, raw = item.partition("=")
@@ -38,7 +43,7 @@ def build(tree: dict, where: str, text: str, overrides: list[str] | tuple[str, .
         if key.strip() in OPTIONAL and raw.strip() == "none":
             tree.pop(key.strip(), None)
         else:
-            place(tree, key.strip().split("."), parse_value(raw.strip()))
+            set_value(tree, key.strip().split("."), parse_value(raw.strip()))
 
     reader = Reader(where, text, overridden)
     config = reader.build(Config, tree)
@@ -46,9 +51,6 @@ def build(tree: dict, where: str, text: str, overrides: list[str] | tuple[str, .
     return config
 
 
-OPTIONAL = ("toy", "activation", "offline", "verifier", "refresh")  # tables that `TABLE=none` on the command line takes away
-
-
 def from_json(tree: dict, where: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The configuration that `resolved` wrote; absent tables are null there."""
+    """The configuration from the JSON that `resolved` wrote, in which absent tables are null."""
     return build({name: value for name, value in tree.items() if value is not None}, where, "", overrides)

@@ -1,6 +1,6 @@
-"""One option: a field with one line that says what it is, its unit, its bounds and its default, all in one place.
+"""An option: a dataclass field with its description, unit, bounds and default in one place.
 
-Errors, docs/options.md and `jobs/iterate.py --options` are made from it.
+Errors, docs/options.md and `jobs/iterate.py --options` use them.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ def option(
     plug: bool = False,
     runtime: bool = False,
 ) -> Any:
-    """A field with its bounds (`low`..`high` inclusive, `above` exclusive); `plug` also allows `module:Name`.
+    """A field with its bounds (`low` and `high` inclusive, `above` exclusive); `plug` also allows `module:Name`.
 
-    `runtime` options change where and how fast a run computes, never what: they are in no stage's key and may differ when a
-    run is resumed.
+    A `runtime` option changes where and how fast a run computes, but not its results: it is in no stage key and may change when
+    a run is resumed.
     """
     metadata = {
         "text": text, "unit": unit, "low": low, "high": high, "above": above, "choices": choices, "plug": plug,
@@ -35,5 +35,5 @@ def option(
 
 
 def section(kind: type) -> Any:
-    """A table of options that is there with its defaults where a recipe leaves it out."""
+    """A table of options; it has its defaults if a recipe leaves it out."""
     return field(default_factory=kind)

@@ -1,7 +1,7 @@
-"""Every option of a run: strict and frozen, a dataclass for each table of a recipe.
+"""All options of a run, strict and frozen: a dataclass for each table of a recipe.
 
-A recipe is a TOML file with the sections below. An unknown key, a wrong type or a value out of range is refused with the
-file, the line and the nearest name, before anything heavy is imported.
+A recipe is a TOML file with the tables below. An unknown key, a wrong type or a value out of range is an error with the file,
+the line and the nearest name, before anything heavy is imported.
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class Config:
     prompts: Prompts
     model: Model
     name: str = option("name of the run, and of its folder in runs/", "run")
-    seed: int = option("seed of everything that is drawn", 0, low=0)
+    seed: int = option("seed of all random choices", 0, low=0)
     iterations: int = option("iterations after the activation", 3, low=0, runtime=True)
     toy: Toy | None = None
     activation: Preferences | None = None
@@ -43,11 +43,11 @@ class Config:
 
 
 def texts_in_view(strategy: Strategy) -> int:
-    """Responses that one context of a strategy can hold, the one being written included."""
+    """The most responses in one context of a strategy, including the response that is generated."""
     return {"few_shot": strategy.shots + 1, "critique": 3}.get(strategy.name, 2)
 
 
 def trainings(config: Config) -> list[tuple[str, Training]]:
-    """Every phase of training of a recipe, with the name of its table."""
+    """(name of the table, training) of every training of a recipe."""
     parts = (("activation", config.activation), ("offline", config.offline), ("refresh", config.refresh))
     return [("training", config.training), *((f"{name}.training", part.training) for name, part in parts if part)]

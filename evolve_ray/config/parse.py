@@ -1,4 +1,4 @@
-"""Strict reading: a TOML tree becomes frozen dataclasses, or one sentence that says which option is wrong and where."""
+"""Strict reading: a TOML tree becomes frozen dataclasses, or one error that names the wrong option and its line."""
 
 import dataclasses
 import difflib
@@ -13,7 +13,7 @@ from evolve_ray.errors import UserError
 
 
 class Reader:
-    """Turns a parsed TOML tree into dataclasses and says where in the file a fault lies."""
+    """Turns a parsed TOML tree into dataclasses; its errors name the line of the file, or the command line."""
 
     def __init__(self, where: str, text: str, overridden: set[str]):
         self.where = where
@@ -21,6 +21,7 @@ class Reader:
         self.overridden = overridden
 
     def fail(self, dotted: str, message: str) -> typing.NoReturn:
+        """Raises `UserError` with the place of an option, its dotted name and the message."""
         if any(dotted == key or dotted.startswith(key + ".") for key in self.overridden):
             place = "command line"
         else:
@@ -29,34 +30,36 @@ class Reader:
         raise UserError(f"{place}: {dotted}: {message}")
 
     def build(self, cls: type, tree: Any, dotted: str = "") -> Any:
+        """The dataclass `cls` from a table, with its inner tables; `dotted` is the name of the table."""
         if not isinstance(tree, dict):
             self.fail(dotted, f"is {describe(tree)}, but must be a table of options")
-        fields = {f.name: f for f in dataclasses.fields(cls)}
+        fields = {field.name: field for field in dataclasses.fields(cls)}
         for key in tree:
             if key not in fields:
-                near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(fields)}"
+                nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+                hint = f"did you mean {nearest[0]!r}?" if nearest else f"the options here are {', '.join(fields)}"
                 self.fail(join(dotted, key), f"unknown option; {hint}")
         hints = typing.get_type_hints(cls)
         values = {}
-        for name, f in fields.items():
+        for name, field in fields.items():
             if name in tree:
-                values[name] = self.value(hints[name], f, tree[name], join(dotted, name))
-            elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-                what = f" ({f.metadata['text']})" if "text" in f.metadata else ""
-                self.fail(join(dotted, name), f"is missing and has no default{what}; add it to the recipe or as key=value")
+                values[name] = self.value(hints[name], field, tree[name], join(dotted, name))
+            elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                meaning = f" ({field.metadata['text']})" if "text" in field.metadata else ""
+                self.fail(join(dotted, name), f"is missing and has no default{meaning}; add it to the recipe or as key=value")
         return cls(**values)
 
-    def value(self, hint: Any, f: dataclasses.Field, value: Any, dotted: str) -> Any:
+    def value(self, hint: Any, field: dataclasses.Field, value: Any, dotted: str) -> Any:
+        """The value of an option after all checks of its type, bounds and choices; a table becomes its dataclass."""
         if isinstance(hint, types.UnionType):
-            hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
+            hint = next(part for part in typing.get_args(hint) if part is not type(None))
         if dataclasses.is_dataclass(hint):
             return self.build(typing.cast(type, hint), value, dotted)
         if hint is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value) is not hint:
-            self.fail(dotted, f"is {describe(value)}, but must be {NAMES[hint]} ({f.metadata['text']})")
-        bounds = f.metadata
+            self.fail(dotted, f"is {describe(value)}, but must be {NAMES[hint]} ({field.metadata['text']})")
+        bounds = field.metadata
         if isinstance(value, float) and not math.isfinite(value):
             self.fail(dotted, f"is not a finite number ({bounds['text']})")
         if isinstance(value, dict):
@@ -67,15 +70,15 @@ class Reader:
             self.fail(dotted, f"is {value}, but must be above {bounds['above']} ({bounds['text']})")
         if bounds["high"] is not None and value > bounds["high"]:
             self.fail(dotted, f"is {value}, but must be at most {bounds['high']} ({bounds['text']})")
-        plugged = bounds["plug"] and re.fullmatch(r"[\w.]+:\w+", str(value))
-        if bounds["choices"] and value not in bounds["choices"] and not plugged:
-            near = difflib.get_close_matches(value, bounds["choices"], n=1)
-            known = f"one of {', '.join(bounds['choices'])}" + (" or module:Name" if bounds["plug"] else "")
-            self.fail(dotted, f"is {value!r}, but must be {known}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        is_plug = bounds["plug"] and re.fullmatch(r"[\w.]+:\w+", str(value))
+        if bounds["choices"] and value not in bounds["choices"] and not is_plug:
+            nearest = difflib.get_close_matches(value, bounds["choices"], n=1)
+            allowed = f"one of {', '.join(bounds['choices'])}" + (" or module:Name" if bounds["plug"] else "")
+            self.fail(dotted, f"is {value!r}, but must be {allowed}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
         return value
 
     def check_free(self, value: Any, dotted: str) -> None:
-        """A table that goes to a library as it is may hold what JSON can hold."""
+        """A table that is passed on to a library may only hold values of JSON, since it is stored in config.json."""
         if isinstance(value, dict):
             for key, part in value.items():
                 self.check_free(part, join(dotted, key))
@@ -100,7 +103,7 @@ def join(dotted: str, key: str) -> str:
 
 
 def find_line(text: str, dotted: str) -> int:
-    """The line on which `dotted` (or its nearest enclosing table) is set; 0 if nowhere."""
+    """The line that sets `dotted`, or else that of its nearest enclosing table; 0 if there is none."""
     section, table_line = "", 0
     for number, line in enumerate(text.split("\n"), start=1):
         header = re.match(r"\s*\[\s*([^\[\]]+?)\s*\]", line)
@@ -111,33 +114,36 @@ def find_line(text: str, dotted: str) -> int:
             continue
         key = re.match(r"\s*([\w\-.\"]+)\s*=", line)
         if key:
-            full = join(section, key.group(1).replace('"', ""))
-            if dotted == full or dotted.startswith(full + "."):
+            full_name = join(section, key.group(1).replace('"', ""))
+            if dotted == full_name or dotted.startswith(full_name + "."):
                 return number
     return table_line
 
 
 def parse_value(raw: str) -> Any:
+    """A value in TOML syntax; any other text is a string."""
     try:
         return tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
         return raw
 
 
-def place(tree: dict, keys: list[str], value: Any) -> None:
+def set_value(tree: dict, keys: list[str], value: Any) -> None:
+    """Sets the value at dotted `keys`, and adds the tables on the way."""
     for depth, key in enumerate(keys[:-1]):
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
-            raise UserError(f"command line: {'.'.join(keys)}: {'.'.join(keys[: depth + 1])} is a value, not a table")
+            name, value_name = ".".join(keys), ".".join(keys[: depth + 1])
+            raise UserError(f"command line: {name}: {value_name} is a value, not a table; use a dotted name from --options")
     tree[keys[-1]] = value
 
 
 def pattern_fault(pattern: str, has_column: bool) -> str:
-    """What is wrong with an `answer_pattern`; "": nothing."""
+    """What is wrong with an `answer_pattern`; "" if nothing is."""
     try:
         groups = re.compile(pattern).groups
     except re.error as error:
         return f"is not a regular expression: {error}"
     if not groups:
-        return r"has no group; put the answer into one, for example '####\s*(.+)'"
-    return "" if has_column else "has no column to read; name it with answer_column beside it"
+        return r"has no group; put a group around the answer, for example '####\s*(.+)'"
+    return "" if has_column else "has no column to read; set answer_column in the same table"

@@ -1,4 +1,4 @@
-"""The configuration as plain JSON values: for stage keys, for config.json, and to name what differs."""
+"""The configuration as plain JSON values: for stage keys, for config.json, and to compare two configurations."""
 
 import dataclasses
 from typing import Any
@@ -7,7 +7,7 @@ from evolve_ray.config.parse import join
 
 
 def resolved(part: Any, *, runtime: bool = True) -> Any:
-    """A section as plain JSON values; without its `runtime` fields when it goes into a stage's key."""
+    """A section as plain JSON values; `runtime=False` leaves out its runtime options, for stage keys."""
     if not dataclasses.is_dataclass(part):
         return part
     return {
@@ -18,7 +18,7 @@ def resolved(part: Any, *, runtime: bool = True) -> Any:
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` -> `{"a.b": 1}`; used to name the fields in which two configurations differ."""
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:

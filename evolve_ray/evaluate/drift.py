@@ -1,6 +1,6 @@
-"""Drift and diversity of one iteration's drafts: is the scorer right, do lengths run away, do answers become alike?
+"""Drift and diversity of the drafts of one iteration: is the scorer right, do lengths grow, do answers become alike?
 
-The drafts were written by the policy that the iteration started from. One shard's texts are in memory at a time.
+The drafts come from the policy that the iteration started from. Only the texts of one shard are in memory at a time.
 """
 
 from array import array
@@ -13,26 +13,29 @@ import numpy as np
 from evolve_ray.evaluate.figures import distinct
 
 VERSION = 1
-DIVERSITY_PROMPTS = 1000  # distinct-2 falls with the size of the sample, so every iteration's is of as many prompts
+DIVERSITY_PROMPTS = 1000  # distinct-2 falls with the size of the sample, so each iteration uses the same number of prompts
 
 
 def figures(shards: Iterable[tuple[list[dict], list[dict]]], pairs: Iterable[dict]) -> dict[str, Any]:
-    """Figures of drafts, their scores and the pairs that were selected from them; `shards` gives (drafts, scores) of each.
+    """Figures of drafts, their scores and the pairs selected from them; `shards` yields (drafts, scores) of each shard.
 
-    Drafts and pairs come in the same order of prompts, so that those of one shard are in memory at a time.
+    Drafts and pairs must come in the same order of prompts; that way only one shard is in memory at a time.
 
-    Lengths are in tokens; rates and shares are from 0 to 1; correlations are Pearson's, null where one side is constant,
-    over all drafts and `within_prompt` (deviations from the prompt's mean). `truth` is null without a verifier. In it
-    `pair_order` counts pairs of one prompt's drafts: ordered by the scorer as by the verifier, the other way round, or alike
-    though the verifier tells them apart. `labels` counts selected pairs whose chosen draft is truly better, equal, worse.
+    Lengths are in tokens; rates and shares are from 0 to 1. Correlations are Pearson's, over all drafts and `within_prompt`
+    (of the deviations from the mean of the prompt); null if one side is constant.
+
+    `truth` compares the scorer with the verifier, and is null without one. Its `pair_order` counts the pairs of drafts of one
+    prompt that the scorer orders as the verifier does (`agree`), orders the other way round (`disagree`), or scores equally
+    although the verifier does not (`scorer_ties`); `truth_ties` are equal for the verifier. Its `labels` counts the selected
+    pairs whose chosen draft is better, equal or worse by the verifier.
     """
     counts: Counter[str] = Counter()
     winning: Counter[int] = Counter()
     rounds: dict[int, Counter[str]] = defaultdict(Counter)
     texts: dict[int, list[str]] = defaultdict(list)
     columns = {name: array("d") for name in ("prompt", "score", "correct", "tokens")}
-    left = iter(pairs)
-    pair = next(left, None)
+    remaining = iter(pairs)
+    pair = next(remaining, None)
     for drafts, scores in shards:
         score_of = {row["draft_id"]: row for row in scores}
         for group in by_prompt(drafts):
@@ -41,13 +44,13 @@ def figures(shards: Iterable[tuple[list[dict], list[dict]]], pairs: Iterable[dic
                 for draft in group:
                     texts[draft["round"]].append(draft["text"])
             scored = [{**draft, **score_of[draft["draft_id"]]} for draft in group if draft["draft_id"] in score_of]
-            known = [draft for draft in scored if draft["correct"] is not None]
-            count_order(known, counts)
-            correct_of, ids = {draft["draft_id"]: draft["correct"] for draft in known}, {draft["draft_id"] for draft in group}
+            verified = [draft for draft in scored if draft["correct"] is not None]
+            count_order(verified, counts)
+            correct_of, ids = {draft["draft_id"]: draft["correct"] for draft in verified}, {draft["draft_id"] for draft in group}
             while pair is not None and pair["chosen_id"] in ids:
                 winning[pair["chosen_round"]] += 1
                 count_label(pair, correct_of, counts)
-                pair = next(left, None)
+                pair = next(remaining, None)
             columns["prompt"].extend([counts["num_prompts"] - 1] * len(scored))
             columns["score"].extend(draft["score"] for draft in scored)
             columns["correct"].extend(np.nan if draft["correct"] is None else draft["correct"] for draft in scored)
@@ -78,7 +81,7 @@ def figures(shards: Iterable[tuple[list[dict], list[dict]]], pairs: Iterable[dic
 
 
 def by_prompt(drafts: list[dict]) -> list[list[dict]]:
-    """The answers of each prompt, critiques left out."""
+    """The answers of each prompt, without critiques."""
     groups: dict[str, list[dict]] = defaultdict(list)
     for draft in drafts:
         if draft["kind"] == "answer":
@@ -87,7 +90,7 @@ def by_prompt(drafts: list[dict]) -> list[list[dict]]:
 
 
 def count_texts(group: list[dict], counts: Counter, rounds: dict[int, Counter]) -> None:
-    """Adds one prompt's drafts: how many, how long, cut, the same as another, or the same as the draft they refine."""
+    """Counts the drafts of one prompt: number, tokens, cut ones, duplicates, and refinements equal to the draft they refine."""
     text_of = {draft["draft_id"]: draft["text"] for draft in group}
     copies = Counter(text_of.values())
     counts["num_prompts"] += 1
@@ -100,20 +103,20 @@ def count_texts(group: list[dict], counts: Counter, rounds: dict[int, Counter]) 
 
 
 def count_order(group: list[dict], counts: Counter) -> None:
-    """Adds the pairs of one prompt's drafts by how the scorer orders them against the verifier."""
+    """Counts the pairs of drafts of one prompt by how scorer and verifier order them."""
     upper = np.triu_indices(len(group), k=1)
-    given, true = (
+    scored, true = (
         np.sign(np.subtract.outer(values, values))[upper]
         for values in (np.array([draft[name] for draft in group], dtype=np.float64) for name in ("score", "correct"))
     )
     counts["truth_ties"] += int(np.sum(true == 0))
-    counts["agree"] += int(np.sum((true != 0) & (given == true)))
-    counts["disagree"] += int(np.sum((true != 0) & (given == -true)))
-    counts["scorer_ties"] += int(np.sum((true != 0) & (given == 0)))
+    counts["agree"] += int(np.sum((true != 0) & (scored == true)))
+    counts["disagree"] += int(np.sum((true != 0) & (scored == -true)))
+    counts["scorer_ties"] += int(np.sum((true != 0) & (scored == 0)))
 
 
 def count_label(pair: dict, correct_of: dict[str, float], counts: Counter) -> None:
-    """Adds a selected pair by how the verifier orders its two drafts, where it knows both."""
+    """Counts a selected pair by how the verifier orders its two drafts; a pair with an unverified draft is not counted."""
     if pair["chosen_id"] in correct_of and pair["rejected_id"] in correct_of:
         order = int(np.sign(correct_of[pair["chosen_id"]] - correct_of[pair["rejected_id"]]))
         counts[("equal", "better", "worse")[order]] += 1
@@ -121,15 +124,15 @@ def count_label(pair: dict, correct_of: dict[str, float], counts: Counter) -> No
 
 def truth(score: np.ndarray, correct: np.ndarray, prompt: np.ndarray, counts: Counter) -> dict[str, Any] | None:
     """The scorer and the selected pairs against the verifier; see `figures`."""
-    known = ~np.isnan(correct)
-    if not known.any():
+    verified = ~np.isnan(correct)
+    if not verified.any():
         return None
     return {
         "pair_order": {
             "share": ratio(counts["agree"], counts["agree"] + counts["disagree"]),
             **{f"num_{name}": counts[name] for name in ("agree", "disagree", "scorer_ties", "truth_ties")},
         },
-        "score_correct": correlations(score[known], correct[known], prompt[known]),
+        "score_correct": correlations(score[verified], correct[verified], prompt[verified]),
         "labels": {
             "accuracy": ratio(counts["better"], counts["better"] + counts["equal"] + counts["worse"]),
             **{f"num_{name}": counts[name] for name in ("better", "equal", "worse")},
@@ -137,21 +140,21 @@ def truth(score: np.ndarray, correct: np.ndarray, prompt: np.ndarray, counts: Co
     }
 
 
-def correlations(one: np.ndarray, other: np.ndarray, prompt: np.ndarray) -> dict[str, float | None]:
-    return {"all": correlation(one, other), "within_prompt": correlation(centred(one, prompt), centred(other, prompt))}
+def correlations(x: np.ndarray, y: np.ndarray, prompt: np.ndarray) -> dict[str, float | None]:
+    return {"all": correlation(x, y), "within_prompt": correlation(centred(x, prompt), centred(y, prompt))}
 
 
-def correlation(one: np.ndarray, other: np.ndarray) -> float | None:
-    """Pearson's, or None where a side does not vary."""
-    if not len(one):
+def correlation(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Pearson's correlation; None if a side is constant or empty."""
+    if not len(x):
         return None
-    one, other = one - one.mean(), other - other.mean()
-    scale = np.sqrt((one**2).sum() * (other**2).sum())
-    return float((one * other).sum() / scale) if scale > 1e-9 else None
+    x, y = x - x.mean(), y - y.mean()
+    scale = np.sqrt((x**2).sum() * (y**2).sum())
+    return float((x * y).sum() / scale) if scale > 1e-9 else None
 
 
 def centred(values: np.ndarray, prompt: np.ndarray) -> np.ndarray:
-    """Deviations from the mean of the values' own prompt."""
+    """Deviations of the values from the mean of their prompt."""
     group = prompt.astype(int)
     sums, sizes = np.bincount(group, weights=values), np.bincount(group)
     return values - (sums / np.maximum(sizes, 1))[group]
@@ -161,11 +164,11 @@ def ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def against_first(found: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
-    """`found` with `tokens_ratio` beside every mean response length: that length over the one in iteration 1."""
+def against_first(now: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+    """The figures `now` with a `tokens_ratio` beside every mean response length: that length over the one of iteration 1."""
 
-    def compared(here: dict[str, Any], there: dict[str, Any] | None) -> dict[str, Any]:
-        return {**here, "tokens_ratio": ratio(here["mean_response_tokens"], there["mean_response_tokens"]) if there else None}
+    def compared(part: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
+        return {**part, "tokens_ratio": ratio(part["mean_response_tokens"], before["mean_response_tokens"]) if before else None}
 
-    rounds = {number: compared(figures, first["rounds"].get(number)) for number, figures in found["rounds"].items()}
-    return {**compared(found, first), "rounds": rounds}
+    rounds = {number: compared(part, first["rounds"].get(number)) for number, part in now["rounds"].items()}
+    return {**compared(now, first), "rounds": rounds}

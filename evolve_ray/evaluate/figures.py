@@ -1,4 +1,4 @@
-"""What an evaluation says: per split and round the reward, correctness, changes against earlier rounds, and diversity."""
+"""The figures of an evaluation by split and round: reward, exact match, changes against earlier rounds, diversity."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -8,20 +8,20 @@ from evolve_ray.evaluate.intervals import interval
 
 
 def summarise(prompts: list[dict], drafts: Iterable[dict], scores: Iterable[dict], *, seed: int) -> dict[str, Any]:
-    """`{split: {"rounds": {round: figures}, "gain": figures}}`, from the evaluation's own tables.
+    """`{split: {"num_prompts": n, "rounds": {round: figures}, "gain": figures}}`, from the tables of an evaluation.
 
-    Only prompts with a score in every round count, so that all rounds of a split speak of the same prompts; `num_prompts` and
-    `n` show how many that is.
+    Only prompts with a score in every round are counted, so that all rounds of a split are about the same prompts.
+    `num_prompts` is the number of prompts of the split, `n` the number of those that are counted.
     """
     summary: dict[str, Any] = {}
-    for split, found in whole_chains(prompts, drafts, scores).items():
+    for split, chains_by_prompt in whole_chains(prompts, drafts, scores).items():
         summary[split] = {"num_prompts": sum(prompt["split"] == split for prompt in prompts), "rounds": {}}
-        if not found:
+        if not chains_by_prompt:
             continue
-        whole = list(found.values())
-        for number in range(1, len(whole[0]) + 1):
-            summary[split]["rounds"][str(number)] = round_figures(whole, number, seed)
-        summary[split]["gain"] = gain_figures(whole, len(whole[0]), seed)
+        chains = list(chains_by_prompt.values())
+        for number in range(1, len(chains[0]) + 1):
+            summary[split]["rounds"][str(number)] = round_figures(chains, number, seed)
+        summary[split]["gain"] = gain_figures(chains, len(chains[0]), seed)
     return summary
 
 
@@ -29,24 +29,28 @@ def whole_chains(prompts: list[dict], drafts: Iterable[dict], scores: Iterable[d
     """`{split: {prompt id: {round: draft with its score}}}` of the prompts with a score in every round, in their order."""
     drafts = list(drafts)
     splits = list(dict.fromkeys(prompt["split"] for prompt in prompts))
-    chains = by_prompt(drafts, scores, "round", splits)
-    whole = {}
+    tables = by_prompt(drafts, scores, "round", splits)
+    complete = {}
     for split in splits:
-        asked = [prompt["prompt_id"] for prompt in prompts if prompt["split"] == split]
-        rounds = max((draft["round"] for draft in drafts if draft["split"] == split), default=0)
-        found = chains[split]
-        whole[split] = {prompt_id: found[prompt_id] for prompt_id in asked if rounds and len(found.get(prompt_id, ())) == rounds}
-    return whole
+        prompt_ids = [prompt["prompt_id"] for prompt in prompts if prompt["split"] == split]
+        num_rounds = max((draft["round"] for draft in drafts if draft["split"] == split), default=0)
+        chains = tables[split]
+        complete[split] = {
+            prompt_id: chains[prompt_id]
+            for prompt_id in prompt_ids
+            if num_rounds and len(chains.get(prompt_id, ())) == num_rounds
+        }
+    return complete
 
 
 def round_figures(chains: list[dict[int, dict]], number: int, seed: int) -> dict[str, Any]:
-    here = [chain[number] for chain in chains]
+    drafts = [chain[number] for chain in chains]
     figures = {
-        "n": len(here),
-        **values_of(here, seed),
-        "mean_response_tokens": sum(draft["num_tokens"] for draft in here) / len(here),
-        "distinct_2": distinct([draft["text"] for draft in here], 2),
-        "num_cut": sum(draft["finish_reason"] == "length" for draft in here),
+        "n": len(drafts),
+        **values_of(drafts, seed),
+        "mean_response_tokens": sum(draft["num_tokens"] for draft in drafts) / len(drafts),
+        "distinct_2": distinct([draft["text"] for draft in drafts], 2),
+        "num_cut": sum(draft["finish_reason"] == "length" for draft in drafts),
     }
     if number > 1:
         figures["against_first"] = changes([(chain[1], chain[number]) for chain in chains])
@@ -56,7 +60,7 @@ def round_figures(chains: list[dict[int, dict]], number: int, seed: int) -> dict
 
 
 def changes(moves: list[tuple[dict, dict]]) -> dict[str, int]:
-    """Counts of prompts whose reward rose, fell or stayed, whose text stayed, and of answers made and kept right or wrong."""
+    """Counts of prompts whose reward rose, fell or stayed, whose text stayed, whose answer became or stayed right or wrong."""
     counts = {
         "improved": sum(after["score"] > before["score"] for before, after in moves),
         "degraded": sum(after["score"] < before["score"] for before, after in moves),
@@ -72,12 +76,12 @@ def changes(moves: list[tuple[dict, dict]]) -> dict[str, int]:
 
 
 def gain_figures(chains: list[dict[int, dict]], rounds: int, seed: int) -> dict[str, Any]:
-    """Round `rounds` minus the first."""
+    """Round `rounds` minus the first round."""
     return differences([(chain[1], chain[rounds]) for chain in chains], seed)
 
 
 def differences(pairs: list[tuple[dict, dict]], seed: int) -> dict[str, Any]:
-    """Mean of the second minus the first, paired by prompt, of reward and (where there is a verifier) exact match."""
+    """Mean of the second draft minus the first, paired by prompt: of the reward and, with a verifier, of exact match."""
     figures = {"reward": interval([after["score"] - before["score"] for before, after in pairs], seed)}
     if pairs[0][0]["correct"] is not None:
         right = [float(after["correct"] == 1.0) - float(before["correct"] == 1.0) for before, after in pairs]
@@ -91,8 +95,9 @@ Tables = Sequence[Iterable[dict]]  # drafts, scores
 def add_best_of(summary: dict[str, Any], chains: Tables, samples: Tables, *, seed: int) -> None:
     """Adds `best_of` to each split: the scorer's best of a chain against its best of as many parallel samples.
 
-    `chains` and `samples` are (drafts, scores). Equal numbers of responses; `mean_tokens` (generated, all responses of a
-    prompt) says how equal their cost is. Only prompts count whose responses all have a score. Of equal scores the earliest.
+    `chains` and `samples` are (drafts, scores). Both sides have the same number of responses; `mean_tokens` (generated tokens
+    of all responses to a prompt) shows whether they also cost the same. Only prompts whose responses all have a score are
+    counted. If scores are equal, the earliest response is the best.
     """
     sides = {
         "chain": by_prompt(chains[0], chains[1], "round", summary),
@@ -100,15 +105,17 @@ def add_best_of(summary: dict[str, Any], chains: Tables, samples: Tables, *, see
     }
     for split, figures in summary.items():
         rounds = len(figures["rounds"])
-        here = {side: table.get(split, {}) for side, table in sides.items()}
-        size = min(rounds, max((len(found) for found in here["parallel"].values()), default=0))
-        asked = [p for p in here["chain"] if all(len(table.get(p, ())) >= size for table in here.values())] if size else []
-        if not asked:
+        tables = {side: table.get(split, {}) for side, table in sides.items()}
+        size = min(rounds, max((len(responses) for responses in tables["parallel"].values()), default=0))
+        prompt_ids = (
+            [p for p in tables["chain"] if all(len(table.get(p, ())) >= size for table in tables.values())] if size else []
+        )
+        if not prompt_ids:
             continue
         best: dict[str, list[dict]] = {}
-        figures["best_of"] = {"num_responses": size, "n": len(asked)}
-        for side, table in here.items():
-            groups = [[table[prompt_id][place] for place in sorted(table[prompt_id])[:size]] for prompt_id in asked]
+        figures["best_of"] = {"num_responses": size, "n": len(prompt_ids)}
+        for side, table in tables.items():
+            groups = [[table[prompt_id][place] for place in sorted(table[prompt_id])[:size]] for prompt_id in prompt_ids]
             best[side] = [max(group, key=lambda draft: draft["score"]) for group in groups]
             tokens = sum(draft["num_tokens"] for group in groups for draft in group) / len(groups)
             figures["best_of"][side] = {"mean_tokens": tokens, **values_of(best[side], seed)}
@@ -116,15 +123,15 @@ def add_best_of(summary: dict[str, Any], chains: Tables, samples: Tables, *, see
 
 
 def against_previous(splits: Iterable[str], before: Tables, now: Tables, *, seed: int) -> dict[str, Any]:
-    """What changed from one model's chains to the next one's, paired by prompt, per split; (drafts, scores) of each.
+    """What changed from the chains of one model to those of the next, by split and paired by prompt; each is (drafts, scores).
 
-    `first`: y1 minus the y1 before; `last`: y_last minus the y_last before; `gain`: the change of y_last - y1. Each with its
-    interval, in `measure`: exact match where there is a verifier, else the reward; `reward` has the same three of the reward.
-    Only prompts count that have a score in every round of both; a split without such a prompt is left out.
+    `first`: y1 minus the y1 before; `last`: y_last minus the y_last before; `gain`: the change of y_last - y1. Each has its
+    interval, in the unit of `measure`: exact match with a verifier, else the reward. `reward` holds the same three for the
+    reward. Only prompts with a score in every round of both models are counted; a split without such a prompt is left out.
     """
     splits = list(splits)
     chains = [by_prompt(drafts, scores, "round", splits) for drafts, scores in (before, now)]
-    found: dict[str, Any] = {}
+    changes_of: dict[str, Any] = {}
     for split in splits:
         old, new = (table[split] for table in chains)
         rounds = max((max(chain) for table in (old, new) for chain in table.values()), default=0)
@@ -133,11 +140,11 @@ def against_previous(splits: Iterable[str], before: Tables, now: Tables, *, seed
             continue
         rewards = first_last_gain(both, rounds, lambda draft: draft["score"], seed)
         if both[0][0][1]["correct"] is None:
-            found[split] = {"n": len(both), "measure": "reward", **rewards, "reward": rewards}
+            changes_of[split] = {"n": len(both), "measure": "reward", **rewards, "reward": rewards}
         else:
             right = first_last_gain(both, rounds, lambda draft: float(draft["correct"] == 1.0), seed)
-            found[split] = {"n": len(both), "measure": "exact_match", **right, "reward": rewards}
-    return found
+            changes_of[split] = {"n": len(both), "measure": "exact_match", **right, "reward": rewards}
+    return changes_of
 
 
 Chain = dict[int, dict]  # by round
@@ -151,7 +158,7 @@ def first_last_gain(both: list[tuple[Chain, Chain]], rounds: int, value: Callabl
 
 
 def by_prompt(drafts: Iterable[dict], scores: Iterable[dict], place: str, splits: Iterable[str]) -> dict[str, dict[str, dict]]:
-    """`{split: {prompt id: {round or sample: draft with its score}}}`."""
+    """`{split: {prompt id: {round or sample: draft with its score}}}`; `place` is "round" or "sample"."""
     score_of = {row["draft_id"]: row for row in scores}
     table: dict[str, dict[str, dict]] = {split: defaultdict(dict) for split in splits}
     for draft in drafts:
@@ -161,7 +168,7 @@ def by_prompt(drafts: Iterable[dict], scores: Iterable[dict], place: str, splits
 
 
 def values_of(drafts: list[dict], seed: int) -> dict[str, Any]:
-    """Reward, and exact match where there is a verifier, with their intervals."""
+    """The reward and, with a verifier, exact match, with their intervals."""
     figures = {"reward": interval([draft["score"] for draft in drafts], seed)}
     if drafts[0]["correct"] is not None:
         figures["exact_match"] = interval([float(draft["correct"] == 1.0) for draft in drafts], seed)
@@ -169,7 +176,7 @@ def values_of(drafts: list[dict], seed: int) -> dict[str, Any]:
 
 
 def distinct(texts: list[str], n: int) -> float:
-    """Distinct n-grams over all n-grams: of words, or of characters where the texts are single words."""
+    """Distinct n-grams over all n-grams: of words, or of characters if the texts are mostly single words."""
     split = [text.split() for text in texts]
     units: list[Any] = split if sum(map(len, split)) > 2 * len(texts) else texts
     grams = [tuple(unit[first : first + n]) for unit in units for first in range(len(unit) - n + 1)]

@@ -1,6 +1,6 @@
-"""What a run starts from, checked before an engine starts: models, template, prompts, given pairs.
+"""The inputs of a run, checked before an engine starts: models, template, prompts, preference triples.
 
 In: a `Config` and a run directory.
-Out: a `Context` with committed prompts, or the faults of all inputs.
-Never imports: stages: it prepares, it does not run.
+Out: a `Context` with committed prompts, or one error that names the faults of all inputs.
+Never imports: stages; this room prepares a run, it does not run it.
 """

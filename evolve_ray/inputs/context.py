@@ -1,4 +1,4 @@
-"""A run with its checked inputs, and what every stage does the same way."""
+"""A run with its checked inputs, and what all stages share: progress lines, timing, deadlines, rejected rows."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ from evolve_ray.watch.trackers import Trackers
 
 @dataclass(frozen=True)
 class Policy:
-    """A model folder and the hash of its content."""
+    """A model folder with the hash of its content."""
 
     folder: Path
     hash: str
@@ -37,7 +37,7 @@ class Policy:
 
 @dataclass
 class Context:
-    """A run with its checked inputs, and the few things that every stage does the same way."""
+    """A run with its checked inputs, and what all stages share."""
 
     config: Config
     run: Run
@@ -47,49 +47,55 @@ class Context:
     template: Template
     policy: Policy
     reward_models: dict[str, Policy] = field(default_factory=dict)  # by their names in the recipe
-    initial: Policy | None = None  # what iteration 1 started from
-    prompts: dict[int, Manifest] = field(default_factory=dict)
-    given: dict[str, Manifest] = field(default_factory=dict)
+    initial: Policy | None = None  # the policy that iteration 1 starts from
+    prompts: dict[int, Manifest] = field(default_factory=dict)  # by iteration
+    triples: dict[str, Manifest] = field(default_factory=dict)  # by table of the recipe: "activation", "offline"
     held_out: Manifest | None = None
     pools: Pools = field(default_factory=Pools)
     trackers: Trackers = field(default_factory=Trackers)
-    changed: str = ""  # the options of the recipe in which this run differs from what it was before
-    told: str = ""  # the stage that was said last: one with two parts is said once
+    changed: str = ""  # the options that changed since the last run in this run directory, as text
+    last_line: str = ""  # the stage that was printed last, so that a stage with two parts is printed once
 
     def stage(self, final: Path, name: str, key: dict, inputs: dict[str, str]) -> Stage:
-        """The stage at `final` for these inputs; with --rerun-changed, what stands there for others is put aside."""
+        """The stage at `final` for this key and these inputs.
+
+        With --rerun-changed, a committed stage with another key or other inputs is moved aside, so that it is computed again.
+        """
         stage = Stage(final, name, rows.digest([name, key, inputs]), inputs)
         old = stage.superseded() if self.rerun_changed else None
         if old:
             why, aside = self.why_again(old.inputs, inputs), stage.put_aside()
-            self.say(f"  {final.relative_to(self.run.root)}: {why}; the old one is at {aside.name}")
+            self.say(
+                f"  {final.relative_to(self.run.root)}: {why}; it is computed again, and the old one is kept at {aside.name}"
+            )
             self.run.event("superseded", folder=str(final), aside=aside.name, why=why)
         return stage
 
     def why_again(self, before: dict[str, str], now: dict[str, str]) -> str:
-        """Why a stage is computed again: what it is made from is other than before, or it is its own options or source."""
-        others = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-        why = f"is made from other {' and '.join(others)} now" if others else "its options or its source changed"
+        """Why a stage is computed again: its inputs changed, or else its own options or source."""
+        changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+        why = f"its input changed: {' and '.join(changed)}" if changed else "its options or its source changed"
         return f"{why} (in the recipe: {self.changed})" if self.changed else why
 
     @contextlib.contextmanager
     def timed(self, stage: str, iteration: int | None) -> Iterator[None]:
+        """Prints the name of the stage, and writes events when it starts and ends."""
         line = f"  {stage}" if iteration is None else f"  iteration {iteration}: {stage}"
-        if line != self.told:
+        if line != self.last_line:
             self.say(line)
-        self.told = line
+        self.last_line = line
         with self.run.timed(stage, iteration):
             yield
 
     @contextlib.contextmanager
-    def followed(self, kind: str, line: Callable[[dict], str]) -> Iterator[None]:
-        """Prints the events of `kind` that other processes append meanwhile."""
+    def print_events(self, kind: str, line: Callable[[dict], str]) -> Iterator[None]:
+        """Prints a `line` for each event of `kind` that other processes append to events.jsonl inside the block."""
         done = threading.Event()
 
         def follow(file: Any) -> None:
             while not done.wait(1.0):
                 while raw := file.readline():
-                    if not raw.endswith(b"\n"):  # a line that is still being written
+                    if not raw.endswith(b"\n"):  # another process is still writing this line
                         file.seek(-len(raw), os.SEEK_CUR)
                         break
                     event = json.loads(raw)
@@ -108,28 +114,30 @@ class Context:
 
     @contextlib.contextmanager
     def deadline(self, name: str, stall_s: float, progress: Callable[[], Any], advice: str) -> Iterator[None]:
-        """Ends a stage of the main thread that for `stall_s` appends no event and changes no `progress`, wherever it waits.
+        """Raises `StalledError` if the block makes no progress for `stall_s` seconds; for the main thread only.
 
-        Where Ray waits, it heeds a KeyboardInterrupt of a handler and drops every other error.
+        Progress is a new event in events.jsonl or another value of `progress()`. A timer signal checks both, so the deadline
+        also holds while the stage waits inside Ray. There a signal handler can only raise KeyboardInterrupt: Ray drops any
+        other exception. So the handler raises that, and the block turns it into the `StalledError`.
         """
         events = self.run.root / "events.jsonl"
-        seen: Any = None
+        last_progress: Any = None
         stalled: list[StalledError] = []
-        idle, last, tick = 0.0, time.monotonic(), min(5.0, stall_s / 4)
+        idle, last_check, tick = 0.0, time.monotonic(), min(5.0, stall_s / 4)
 
-        def look(*_: Any) -> None:
-            nonlocal seen, idle, last
-            passed = time.monotonic() - last
-            last += passed
-            idle += min(passed, 2 * tick)  # a driver that was stopped itself has seen nothing
+        def check(*_: Any) -> None:
+            nonlocal last_progress, idle, last_check
+            passed = time.monotonic() - last_check
+            last_check += passed
+            idle += min(passed, 2 * tick)  # the driver itself may have been suspended: that time does not count as idle
             now = (events.stat().st_size, progress())
-            if now != seen:
-                seen, idle = now, 0.0
+            if now != last_progress:
+                last_progress, idle = now, 0.0
             elif idle > stall_s:
                 stalled.append(StalledError(f"{name}: made no progress for {stall_s:g} s; {advice}"))
                 raise KeyboardInterrupt
 
-        before = signal.signal(signal.SIGALRM, look)
+        before = signal.signal(signal.SIGALRM, check)
         signal.setitimer(signal.ITIMER_REAL, tick, tick)
         try:
             yield
@@ -142,9 +150,9 @@ class Context:
             signal.signal(signal.SIGALRM, before)
 
     def collect_rejected(self, iteration: int) -> None:
-        """rejected.jsonl of an iteration: what each of its stages rejected, in the order of the data."""
+        """Writes rejected.jsonl of an iteration: the rejected rows of all its stages, in the order of the data."""
         folder = self.run.iteration(iteration)
-        folder.mkdir(parents=True, exist_ok=True)  # iteration 0 has no stage without held-out prompts and given pairs
+        folder.mkdir(parents=True, exist_ok=True)  # iteration 0 may have no stage: no held-out prompts, no preference triples
         order = ("held_out", "base_evaluation", "activation_pairs", "offline_pairs", "prompts", "generations", "scores", "pairs")
         parts = [folder / name / "rejected.jsonl" for name in (*order, "evaluation")]
         write_atomic(folder / "rejected.jsonl", (block for part in parts if part.exists() for block in blocks(part)))

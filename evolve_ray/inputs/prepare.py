@@ -1,4 +1,4 @@
-"""What a run starts from: models, template, prompts and given pairs, all checked before an engine starts."""
+"""Checks and commits the inputs of a run before an engine starts: models, template, prompts, preference triples."""
 
 import importlib.util
 import json
@@ -21,24 +21,26 @@ from evolve_ray.toy.parts import toy_parts
 
 
 def settle_config(config: Config, run: Run, *, rerun_changed: bool) -> str:
-    """Stores the resolved configuration; a run directory of another configuration is refused by the names of the fields.
+    """Stores the resolved configuration; raises `UserError` with the changed options if the run has another configuration.
 
-    With `rerun_changed` these are returned, with their values before and now.
+    With `rerun_changed` it returns the changed options as text instead, with their values before and now.
     """
     path, shown = run.root / "config.json", ""
     if path.exists():
         try:
             stored = json.loads(path.read_bytes())
         except ValueError:
-            raise IntegrityError(f"{path}: is damaged; delete it and submit again: the stages know their own options") from None
+            raise IntegrityError(
+                f"{path}: is damaged; delete it and submit again: no result is lost, each stage keeps its own options"
+            ) from None
         before = flatten(resolved(from_json(stored, str(path)), runtime=False))
-        here = flatten(resolved(config, runtime=False))
-        changed = sorted(name for name in before.keys() | here.keys() if before.get(name, "unset") != here.get(name, "unset"))
-        shown = ", ".join(f"{name} ({before.get(name, 'unset')} -> {here.get(name, 'unset')})" for name in changed[:8])
+        now = flatten(resolved(config, runtime=False))
+        changed = sorted(name for name in before.keys() | now.keys() if before.get(name, "unset") != now.get(name, "unset"))
+        shown = ", ".join(f"{name} ({before.get(name, 'unset')} -> {now.get(name, 'unset')})" for name in changed[:8])
         if changed and not rerun_changed:
             raise UserError(
-                f"{run.root}: belongs to another configuration; changed: {shown}; use another --run, or submit with "
-                "--rerun-changed to compute again what depends on them"
+                f"{run.root}: was started with another configuration; changed: {shown}; use another --run, or submit with "
+                "--rerun-changed to compute the stages again that depend on these options"
             )
     write_atomic(path, json.dumps(resolved(config), indent=1, ensure_ascii=False).encode())
     return shown
@@ -48,7 +50,7 @@ def prepare(
     config: Config, run: Run, say: Callable[[str], None], start_ray: Callable[[], None], *, rerun_changed: bool,
     changed: str = "",
 ) -> Context:  # fmt: skip
-    """Checks and commits everything that a run starts from; a fault in any input is raised here, before Ray starts."""
+    """Checks and commits all inputs of a run; raises `UserError` for a fault in any of them, before Ray starts."""
     context, toy = begin(config, run, say, start_ray, rerun_changed=rerun_changed, changed=changed)
     Prompter(context, toy).commit_all()
     return context
@@ -58,7 +60,7 @@ def begin(
     config: Config, run: Run, say: Callable[[str], None], start_ray: Callable[[], None], *, rerun_changed: bool,
     changed: str = "", model: str | None = None,
 ) -> tuple[Context, dict[str, str]]:  # fmt: skip
-    """A context with everything but prompts, and the tiny world's parts by name; `model` in place of `model.path`."""
+    """(a context without prompts, the paths of the tiny world's parts by name); `model` replaces `model.path`."""
     check_plugs(config)
     template = load_template(config.template.name, config.template.layout, config.strategy.name)
     toy = toy_parts(config, run, say) if config.toy else {}
@@ -75,18 +77,18 @@ def begin(
 
 
 def check_plugs(config: Config) -> None:
-    """Every `module:Name` of the recipe can be loaded, and the verifier has what it needs."""
-    named = [("strategy.name", config.strategy.name), ("engine.name", config.engine.name), ("scorer.name", config.scorer.name)]
-    named += [("selection.name", config.selection.name), ("controller.name", config.controller.name)]
-    named += [(f"{name}.objective", training.objective) for name, training in trainings(config)]
-    named += [("verifier.name", config.verifier.name)] if config.verifier else []
-    named += [("scorer.members", member) for member in config.scorer.members if not member.startswith("reward_model=")]
-    for field_name, name in named:
+    """Raises `UserError` if a `module:Name` of the recipe cannot be loaded, or a package of the recipe is missing."""
+    plugs = [("strategy.name", config.strategy.name), ("engine.name", config.engine.name), ("scorer.name", config.scorer.name)]
+    plugs += [("selection.name", config.selection.name), ("controller.name", config.controller.name)]
+    plugs += [(f"{name}.objective", training.objective) for name, training in trainings(config)]
+    plugs += [("verifier.name", config.verifier.name)] if config.verifier else []
+    plugs += [("scorer.members", member) for member in config.scorer.members if not member.startswith("reward_model=")]
+    for field_name, name in plugs:
         if ":" in name:
             find_plug({}, name, field_name)
     if config.verifier and config.verifier.name in VERIFIERS:
         build_verifier(config.verifier)
     if config.trainer.lora_rank and importlib.util.find_spec("peft") is None:
         raise UserError(
-            "trainer.lora_rank: needs the package peft; pip install -e '.[lora]', or leave it out to train all weights"
+            "trainer.lora_rank: needs the package peft; pip install -e '.[lora]', or remove the option to train all weights"
         )

@@ -1,4 +1,4 @@
-"""Commits the prompts of every iteration, the held-out prompts and the given triples, or names the faults of all their files."""
+"""Commits the prompts of all iterations, the held-out prompts and the preference triples, or names the faults of all files."""
 
 import dataclasses
 import itertools
@@ -23,12 +23,12 @@ from evolve_ray.store.run import Stage
 if TYPE_CHECKING:
     from evolve_ray.inputs.context import Context
 
-# Options of [evaluation] that decide what is held out; how it is answered is in the evaluation's key.
+# Options of [evaluation] that decide which prompts are held out; the other options are in the key of the evaluation.
 HELD_OUT = ("splits", "prompt_column", "answer_column", "answer_pattern", "split", "limit")
 
 
 class Prompter:
-    """Commits the prompts of every iteration, the held-out prompts and the given triples; reads sources only if it must."""
+    """Commits the prompts of all iterations, the held-out prompts and the triples; reads a file only if its stage is missing."""
 
     def __init__(self, context: "Context", toy: dict[str, str]):
         self.context, self.toy, self.config = context, toy, context.config
@@ -36,13 +36,13 @@ class Prompter:
         self._limit: int | None = None
 
     def commit_all(self) -> None:
-        """Commits everything, or names the faults of all files in one sentence each."""
+        """Commits everything, or raises one `UserError` with the faults of all files."""
         context, config = self.context, self.config
         faults: list[str] = []
 
-        def attempt(read: Callable[..., Any], *given: Any) -> Any:
+        def attempt(read: Callable[..., Any], *arguments: Any) -> Any:
             try:
-                return read(*given)
+                return read(*arguments)
             except UserError as error:
                 faults.append(str(error))
 
@@ -51,14 +51,14 @@ class Prompter:
         for name in ("activation", "offline"):
             part = getattr(config, name)
             if part:
-                # Without the held-out prompts nobody knows what to train on: then it is only looked at.
-                context.given[name] = attempt(self.triples, name, part) if not faults else attempt(self.read_triples, part)
+                # A fault in the held-out prompts: the rows that overlap with them are unknown, so the file is only checked.
+                context.triples[name] = attempt(self.triples, name, part) if not faults else attempt(self.read_triples, part)
         attempt(self.training) if not faults else attempt(self.read_training, config.prompts)
         if faults:
             raise UserError("; and ".join(dict.fromkeys(faults)))
 
     def source_key(self, path: str) -> list[str]:
-        """A file by its content, anything else by its name."""
+        """The part of a stage key for a source: a file by the hash of its content, anything else by its name."""
         path = self.toy.get(path, path)
         return ["file", sha256_file(Path(path))] if Path(path).is_file() else ["name", path]
 
@@ -80,23 +80,23 @@ class Prompter:
         return self._chat
 
     def limit(self) -> int:
-        """Tokens that a first ask may have, so that the longest context of the strategy still fits."""
+        """The most tokens that a first ask may have, so that the longest context of the strategy still fits."""
         config, template = self.config, self.context.template
-        widest = {
+        longest_ask = {
             "few_shot": template.after_several("", [""] * config.strategy.shots),
             "critique": template.revision("", "", ""),
         }.get(config.strategy.name, template.refinement("", ""))
         room = config.model.context_tokens - texts_in_view(config.strategy) * config.sampling.max_tokens
-        return room - len(self.chat.context_ids(widest))
+        return room - len(self.chat.context_ids(longest_ask))
 
     def fitting(self, table: list[dict]) -> tuple[list[dict], list[dict]]:
-        """(rows that fit the context, with their tokens; rejected ones)."""
+        """(rows that fit the context, with their `num_tokens`; rejected rows)."""
         self._limit = self.limit() if self._limit is None else self._limit
         field = "model.context_tokens - the responses in view * sampling.max_tokens - the template"
         return with_token_counts(table, self.count, self._limit, field=field)
 
     def check_loss(self, too_long: list[dict], num_rows: int, path: str) -> None:
-        """More than the allowed fraction of prompts too long is the user's to decide."""
+        """Raises `UserError` if more than `prompts.max_rejected_fraction` of the prompts are too long."""
         if len(too_long) > self.config.prompts.max_rejected_fraction * num_rows:
             shown = "; ".join(f"{row['file']}:{row['line']}: {row['reason']}" for row in too_long[:MAX_SHOWN])
             raise UserError(
@@ -105,7 +105,7 @@ class Prompter:
             )
 
     def commit(self, stage: Stage, table: Any, rejected: list[dict], name: str, schema: Any, num_in: int) -> Manifest:
-        """Prompts stand in row groups, so that who works on a shard reads a part of them alone."""
+        """Commits a table; prompts are written in row groups, so that an actor reads only the part of its shard."""
         rows.write_table(stage.start() / name, table, schema, group_rows=BLOCK_ROWS if schema == rows.PROMPT else None)
         return stage.commit(rejected, num_in=num_in, num_rows=len(table))
 
@@ -123,28 +123,29 @@ class Prompter:
             return manifest
         table, rejected, num_in = [], [], 0
         for split, path in part.splits.items():
-            found, duplicates = read_prompts(
+            prompts, duplicates = read_prompts(
                 self.toy.get(path, path), prompt_column=part.prompt_column, answer_column=part.answer_column,
                 answer_pattern=part.answer_pattern, source_split=part.split, split=split,
             )  # fmt: skip
-            num_in += len(found) + len(duplicates)
-            beyond = found[part.limit :] if part.limit else []
+            num_in += len(prompts) + len(duplicates)
+            beyond = prompts[part.limit :] if part.limit else []
             rejected += duplicates + [rows.reject(row, "held_out", f"beyond evaluation.limit {part.limit}") for row in beyond]
-            kept, too_long = self.fitting(found[: part.limit or None])
-            self.check_loss(too_long, len(kept) + len(too_long), path)
+            fitting, too_long = self.fitting(prompts[: part.limit or None])
+            self.check_loss(too_long, len(fitting) + len(too_long), path)
             rejected += too_long
-            table += [{**row, "prompt_id": evaluation_id(split, row["prompt_id"])} for row in kept]
+            table += [{**row, "prompt_id": evaluation_id(split, row["prompt_id"])} for row in fitting]
         return self.commit(stage, table, rejected, "prompts.parquet", rows.PROMPT, num_in)
 
     def triples(self, name: str, part: Preferences) -> Manifest:
-        columns = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.name not in ("path", "training")}
-        key = {"options": columns, "source": self.source_key(part.path)}
+        """The preference triples of `[activation]` or `[offline]`, committed as pairs in iteration 0."""
+        options = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.name not in ("path", "training")}
+        key = {"options": options, "source": self.source_key(part.path)}
         stage = self.context.stage(self.context.run.iteration(0) / f"{name}_pairs", "pairs", key, self.held_inputs())
         manifest = stage.committed()
         if manifest:
             return manifest
-        found, rejected = self.read_triples(part)
-        return self.commit(stage, found, rejected, "pairs.parquet", rows.PAIR, len(found) + len(rejected))
+        pairs, rejected = self.read_triples(part)
+        return self.commit(stage, pairs, rejected, "pairs.parquet", rows.PAIR, len(pairs) + len(rejected))
 
     def read_triples(self, part: Preferences) -> tuple[list[dict], list[dict]]:
         return data_triples.read_triples(
@@ -153,23 +154,23 @@ class Prompter:
         )  # fmt: skip
 
     def held_inputs(self) -> dict[str, str]:
-        """What a stage that leaves out evaluation prompts is made from besides its own file."""
+        """The stage inputs of a stage that leaves out held-out prompts; its own file is in its key."""
         return {"held_out": self.context.held_out.identity} if self.context.held_out else {}
 
     def held_texts(self) -> dict[str, str]:
-        """The split of each evaluation prompt, by its text."""
-        held = self.context.held_out
-        return {row["prompt"]: row["split"] for row in rows.read_table(held.path("prompts.parquet"))} if held else {}
+        """`{text: split}` of the held-out prompts."""
+        held_out = self.context.held_out
+        return {row["prompt"]: row["split"] for row in rows.read_table(held_out.path("prompts.parquet"))} if held_out else {}
 
     def tokens_key(self) -> list[Any]:
-        """What decides which prompts fit: tokenizer and template through the hashes, and the sizes."""
+        """The part of a stage key that decides which prompts fit: the tokenizer and template (by hash), and the sizes."""
         config = self.config
         texts = texts_in_view(config.strategy)
         sizes = [config.model.context_tokens, config.sampling.max_tokens, texts]
         return [self.context.policy.hash, self.context.template.hash, *sizes]
 
     def training(self) -> None:
-        """The fresh prompts of every iteration; those that are also evaluation prompts are left out and counted."""
+        """Commits the fresh prompts of every iteration; a prompt that is also held out is rejected and counted."""
         context, part = self.context, self.config.prompts
         common = {
             "options": {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.name != "path"},
@@ -182,45 +183,46 @@ class Prompter:
             number: context.stage(context.run.iteration(number) / "prompts", "prompts", {**common, "iteration": number}, inputs)
             for number in range(1, self.config.iterations + 1)
         }
-        found = {number: stage.committed() for number, stage in stages.items()}
-        if not all(found.values()):
+        manifests = {number: stage.committed() for number, stage in stages.items()}
+        if not all(manifests.values()):
             table, rejected = self.read_training(part)
             needed = part.per_iteration * self.config.iterations
             if len(table) < needed:
                 raise UserError(
                     f"{part.path}: {self.config.iterations} iterations of {part.per_iteration} fresh prompts need {needed}, but "
-                    f"{len(table)} are usable; lower prompts.per_iteration or iterations, or give more prompts"
+                    f"{len(table)} are usable; lower prompts.per_iteration or iterations, or add prompts"
                 )
             order = fresh_order(table["prompt_id"], seed=self.config.seed)
             for number, stage in stages.items():
-                if found[number] is None:
+                if manifests[number] is None:
                     fresh = fresh_slice(table, order, iteration=number, per_iteration=part.per_iteration)
-                    lost = rejected if number == 1 else []
-                    found[number] = self.commit(stage, fresh, lost, "prompts.parquet", rows.PROMPT, len(fresh) + len(lost))
-        context.prompts = {number: manifest for number, manifest in found.items() if manifest}
+                    dropped = rejected if number == 1 else []
+                    num_in = len(fresh) + len(dropped)
+                    manifests[number] = self.commit(stage, fresh, dropped, "prompts.parquet", rows.PROMPT, num_in)
+        context.prompts = {number: manifest for number, manifest in manifests.items() if manifest}
 
     def read_training(self, part: Any) -> tuple[pa.Table, list[dict]]:
-        """Usable training prompts as one table, which takes a fraction of the memory of as many dicts, and the rejected rows."""
+        """(the usable training prompts as one table, which needs far less memory than dicts; the rejected rows)."""
         texts = self.held_texts()
         duplicates: list[dict] = []
         overlap: list[dict] = []
         too_long: list[dict] = []
-        blocks_of: list[pa.Table] = []
-        scanned = scan_prompts(
+        tables: list[pa.Table] = []
+        prompts = scan_prompts(
             self.toy.get(part.path, part.path), duplicates, prompt_column=part.prompt_column, answer_column=part.answer_column,
             answer_pattern=part.answer_pattern, id_column=part.id_column, source_split=part.split,
         )  # fmt: skip
-        while block := list(itertools.islice(scanned, BLOCK_ROWS)):
-            kept, held_here = drop_held_out(block, texts)
-            kept, long_here = self.fitting(kept)
-            overlap += held_here
-            too_long += long_here
-            blocks_of.append(pa.Table.from_pylist(kept, schema=rows.PROMPT))
-        table = pa.concat_tables(blocks_of).combine_chunks()
+        while block := list(itertools.islice(prompts, BLOCK_ROWS)):
+            usable, held_out = drop_held_out(block, texts)
+            usable, beyond = self.fitting(usable)
+            overlap += held_out
+            too_long += beyond
+            tables.append(pa.Table.from_pylist(usable, schema=rows.PROMPT))
+        table = pa.concat_tables(tables).combine_chunks()
         self.check_loss(too_long, len(table) + len(too_long), part.path)
         return table, duplicates + overlap + too_long
 
 
 def evaluation_id(split: str, prompt_id: str) -> str:
-    """The id of a held-out prompt: one file may be two splits."""
+    """The id of a held-out prompt; it contains the split, since two splits may read the same file."""
     return rows.content_id("evaluation", split, prompt_id)

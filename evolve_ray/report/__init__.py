@@ -1,6 +1,6 @@
 """report.json, report.html, the model card and the ledger.
 
-In: what a run has committed.
-Out: one page that loads nothing, tables, cards.
+In: the committed stages of a run.
+Out: report.json, a page that loads nothing, tables, model cards.
 Never imports: stages, engines or trainers.
 """

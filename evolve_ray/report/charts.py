@@ -1,7 +1,7 @@
-"""The drawings of a page: inline SVG from matplotlib, with text that stays text and inks that follow the reader's colour scheme.
+"""The drawings of a page: inline SVG from matplotlib. Text stays text, and colours follow the reader's light or dark scheme.
 
-matplotlib draws with stand-in colours; `inline` then turns each of them into the style sheet's variable of that ink, its styles
-into attributes (no inline style, so that the page can forbid them) and its ids into ids of this drawing alone.
+matplotlib draws with placeholder colours. `inline` then replaces each of them by the style sheet's variable of that colour,
+turns styles into attributes (the page forbids inline styles), and makes the ids unique to the drawing.
 """
 
 import io
@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-from evolve_ray.report.markup import INKS, clean, escape
+from evolve_ray.report.markup import COLORS, clean, escape
 
-WIDTH = 3.5  # inches; a drawing scales to the box it stands in
-STAND_INS = {name: f"#0100{place:02x}" for place, name in enumerate(INKS)}
-VARIABLES = {color: f"var(--{name})" for name, color in STAND_INS.items()} | {"#000000": "currentColor"}
+WIDTH = 3.5  # inches; the page scales a drawing to its box
+PLACEHOLDERS = {name: f"#0100{place:02x}" for place, name in enumerate(COLORS)}
+VARIABLES = {color: f"var(--{name})" for name, color in PLACEHOLDERS.items()} | {"#000000": "currentColor"}
 MARKERS = ("o", "^", "s", "D", "v", "P", "X")
 MARKS = {"o": "M3 0A3 3 0 1 1-3 0A3 3 0 1 1 3 0", "^": "M-3.4 3L3.4 3L0-3.4Z", "s": "M-3-3H3V3H-3Z", "D": "M0-4L4 0L0 4L-4 0Z",
          "v": "M-3.4-3L3.4-3L0 3.4Z", "P": "M-1.2-3.5H1.2V-1.2H3.5V1.2H1.2V3.5H-1.2V1.2H-3.5V-1.2H-1.2Z",
@@ -31,14 +31,14 @@ class Point(NamedTuple):
 
 class Series(NamedTuple):
     label: str
-    ink: str
+    color: str
     marker: str
     points: list[Point]
     dashed: bool = False
 
 
 class Move(NamedTuple):
-    """What refinement changed for one model, in prompts."""
+    """Prompts of one model that refinement made better, made worse, or did not change."""
 
     label: str
     better: int
@@ -47,7 +47,7 @@ class Move(NamedTuple):
 
 
 def short(text: Any, length: int = 16, tail: int = 0) -> str:
-    """A label for an axis: one line, no control characters, cut with an ellipsis before its last `tail` characters."""
+    """A label for an axis: one line, no control characters; a long one has an ellipsis before its last `tail` characters."""
     plain = " ".join(clean(text).split())
     if len(plain) <= length:
         return plain
@@ -55,15 +55,15 @@ def short(text: Any, length: int = 16, tail: int = 0) -> str:
 
 
 def lines(name: str, alt: str, series: list[Series], ticks: list[str] | None, *, x: str = "", y: str = "") -> str:
-    """Means with their intervals; over `ticks` (x counts from 0), or over an axis of numbers from 0 without them."""
+    """Draws means with their intervals, over `ticks` (x is the index of a tick) or, without ticks, over a numeric axis from 0."""
 
     def paint(axes: Any) -> None:
         for place, part in enumerate(series):
-            nudge = 0.0 if ticks is None else 0.09 * (place - (len(series) - 1) / 2) / max(1, len(series) / 4)
-            xs, means = [point.x + nudge for point in part.points], [point.mean for point in part.points]
+            offset = 0.0 if ticks is None else 0.09 * (place - (len(series) - 1) / 2) / max(1, len(series) / 4)
+            xs, means = [point.x + offset for point in part.points], [point.mean for point in part.points]
             bars = [[max(0.0, p.mean - p.low) for p in part.points], [max(0.0, p.high - p.mean) for p in part.points]]
             axes.errorbar(
-                xs, means, yerr=bars, color=STAND_INS[part.ink], marker=part.marker, markersize=4.0,
+                xs, means, yerr=bars, color=PLACEHOLDERS[part.color], marker=part.marker, markersize=4.0,
                 linestyle=(0, (4, 2)) if part.dashed else "-", linewidth=1.2, elinewidth=0.8, capsize=1.5, capthick=0.8,
             )  # fmt: skip
         if ticks is None:
@@ -74,29 +74,29 @@ def lines(name: str, alt: str, series: list[Series], ticks: list[str] | None, *,
             axes.set_xlim(-0.35, len(ticks) - 0.65)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
-        axes.grid(axis="y", color=STAND_INS["grid"], linewidth=0.6)
+        axes.grid(axis="y", color=PLACEHOLDERS["grid"], linewidth=0.6)
 
     return draw(name, alt, 2.3, paint)
 
 
 def forest(name: str, alt: str, groups: list[Series], *, x: str = "") -> str:
-    """Gains around zero: one row for each model, one bar for each round (`Point.x`), later rounds stronger."""
+    """Draws gains around zero: one row per model, one bar per round (`Point.x`); the last round has the strongest bar."""
     rows = [(group, point, place) for group in groups for place, point in enumerate(group.points)]
 
     def paint(axes: Any) -> None:
         axes.axvline(0.0, color="#000000", linewidth=0.8)
-        height, at, middles = 0.0, [], []
+        height, heights, middles = 0.0, [], []
         for group in groups:
             middles.append(height + (len(group.points) - 1) / 2)
             for _ in group.points:
-                at.append(height)
+                heights.append(height)
                 height += 1.0
             height += 0.7
-        for (group, point, place), row in zip(rows, at, strict=True):
+        for (group, point, place), y in zip(rows, heights, strict=True):
             last = place == len(group.points) - 1
             axes.errorbar(
-                [point.mean], [row], xerr=[[max(0.0, point.mean - point.low)], [max(0.0, point.high - point.mean)]],
-                color=STAND_INS[group.ink], marker=group.marker, markersize=5.0 if last else 3.2,
+                [point.mean], [y], xerr=[[max(0.0, point.mean - point.low)], [max(0.0, point.high - point.mean)]],
+                color=PLACEHOLDERS[group.color], marker=group.marker, markersize=5.0 if last else 3.2,
                 elinewidth=1.6 if last else 0.8, capsize=2.0 if last else 0.0, alpha=1.0 if last else 0.65,
             )  # fmt: skip
         axes.set_yticks(middles, [short(group.label, 22, 12) for group in groups])
@@ -104,19 +104,19 @@ def forest(name: str, alt: str, groups: list[Series], *, x: str = "") -> str:
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(x)
-        axes.grid(axis="x", color=STAND_INS["grid"], linewidth=0.6)
+        axes.grid(axis="x", color=PLACEHOLDERS["grid"], linewidth=0.6)
 
     return draw(name, alt, 0.75 + 0.11 * len(rows) + 0.16 * len(groups), paint)
 
 
 def moves(name: str, alt: str, rows: list[Move], *, better: str, worse: str) -> str:
-    """Bars to the right for what became better, to the left for what became worse, with their counts."""
+    """Draws bars to the right for prompts that became better, to the left for those that became worse, with their counts."""
 
     def paint(axes: Any) -> None:
         widest = max(1, max(max(row.better, row.worse) for row in rows))
         for place, row in enumerate(rows):
-            axes.barh(place, row.better, height=0.62, color=STAND_INS["right"])
-            axes.barh(place, -row.worse, height=0.62, color=STAND_INS["wrong"])
+            axes.barh(place, row.better, height=0.62, color=PLACEHOLDERS["right"])
+            axes.barh(place, -row.worse, height=0.62, color=PLACEHOLDERS["wrong"])
             for value, count, side in ((row.better, row.better, "left"), (-row.worse, row.worse, "right")):
                 pad = 0.03 * widest * (1 if side == "left" else -1)
                 axes.text(value + pad, place, f"{count:,}", ha=side, va="center", fontsize=8)
@@ -134,19 +134,19 @@ def moves(name: str, alt: str, rows: list[Move], *, better: str, worse: str) -> 
 
 
 def key(series: list[Series]) -> str:
-    """The legend as HTML, so that it wraps on a narrow screen."""
+    """The legend, as HTML so that it wraps on a narrow screen."""
     parts = []
     for part in series:
         dash = ' stroke-dasharray="5 3"' if part.dashed else ""
-        line = f'<path d="M-13 0H13" stroke="var(--{part.ink})" stroke-width="1.8"{dash}/>'
-        mark = f'<path d="{MARKS[part.marker]}" fill="var(--{part.ink})"/>'
-        sign = f'<svg viewBox="-14 -6 28 12" aria-hidden="true">{line}{mark}</svg>'
-        parts.append(f"<span>{sign}{escape(part.label)}</span>")
+        line = f'<path d="M-13 0H13" stroke="var(--{part.color})" stroke-width="1.8"{dash}/>'
+        mark = f'<path d="{MARKS[part.marker]}" fill="var(--{part.color})"/>'
+        sample = f'<svg viewBox="-14 -6 28 12" aria-hidden="true">{line}{mark}</svg>'
+        parts.append(f"<span>{sample}{escape(part.label)}</span>")
     return f'<div class="key">{"".join(parts)}</div>'
 
 
 def draw(name: str, alt: str, height: float, paint: Callable[[Any], None]) -> str:
-    """One drawing as SVG; the same input gives the same bytes, whatever the user's matplotlib settings are."""
+    """One drawing as SVG. The same input gives the same bytes, whatever the user's matplotlib settings are."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -170,28 +170,28 @@ def draw(name: str, alt: str, height: float, paint: Callable[[Any], None]) -> st
 
 
 def inline(svg: str, name: str, alt: str) -> str:
-    """A file's SVG as an element of a page."""
+    """The SVG of a file as an element of the page."""
     root = ElementTree.fromstring(svg)
-    wanted = set(re.findall(r"#([A-Za-z][\w.]*)[\"')]", svg))
+    used_ids = set(re.findall(r"#([A-Za-z][\w.]*)[\"')]", svg))
 
     def rebuilt(old: ElementTree.Element) -> ElementTree.Element:
         new = ElementTree.Element(old.tag.rpartition("}")[2])
         for attribute, value in old.attrib.items():
-            plain = attribute.rpartition("}")[2]
-            if plain == "style":
+            local_name = attribute.rpartition("}")[2]
+            if local_name == "style":
                 for part in value.split(";"):
-                    ink, _, given = (text.strip() for text in part.partition(":"))
-                    if ink != "font-family":
-                        new.set(ink, VARIABLES.get(given, given))
-            elif plain == "id":
-                if value in wanted:
+                    style, _, setting = (text.strip() for text in part.partition(":"))
+                    if style != "font-family":
+                        new.set(style, VARIABLES.get(setting, setting))
+            elif local_name == "id":
+                if value in used_ids:
                     new.set("id", f"{name}-{value}")
-            elif plain == "href":
+            elif local_name == "href":
                 new.set("href", f"#{name}-{value[1:]}")
-            elif plain == "clip-path":
+            elif local_name == "clip-path":
                 new.set("clip-path", value.replace("#", f"#{name}-"))
-            elif not (plain == "transform" and value.startswith("rotate(-0 ")):
-                new.set(plain, " ".join(value.split()))
+            elif not (local_name == "transform" and value.startswith("rotate(-0 ")):
+                new.set(local_name, " ".join(value.split()))
         new.text = old.text if old.text and old.text.strip() else None
         new.extend(rebuilt(part) for part in old if not part.tag.endswith(("}metadata", "}style")))
         return new

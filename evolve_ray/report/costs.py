@@ -1,4 +1,4 @@
-"""The sections of a page on what quality costs and what it hides: best of n, compute, drift, the ledger, rejected rows."""
+"""The sections of the page on costs and on drift: best of n, compute, drift, the ledger, rejected rows."""
 
 from typing import Any
 
@@ -6,153 +6,163 @@ from evolve_ray.report import charts
 from evolve_ray.report.charts import Point, Series
 from evolve_ray.report.markup import details, figure, panels, section, table
 from evolve_ray.report.views import (
-    RUN_INKS,
+    MODEL_AXIS,
+    RUN_COLORS,
+    color_and_marker,
     evaluated,
-    few,
-    last_of,
-    look,
+    interval_text,
+    last_round,
     measure_of,
     name_of,
+    pick_for_drawing,
     point,
     runs_of,
-    said,
     splits_of,
     tick_of,
 )
 
 MARKS = ("o", "^", "s", "D", "v", "P")
 MAX_REASONS = 60
-INKS = ("a", "b", "c", "d", "e", "f")
+COLORS = ("a", "b", "c", "d", "e", "f")
 
 
 def best_of(report: dict[str, Any]) -> str:
-    """The scorer's best of a chain against its best of as many independent samples."""
+    """The scorer's best response of a chain against its best of the same number of independent samples."""
     parts = []
-    drawn: list[Series] = []
+    series: list[Series] = []
     for place, split in enumerate(splits_of(report)):
-        found = [(model, figures) for model, figures in evaluated(report, split) if figures.get("best_of")]
-        if not found:
+        models = [(model, figures) for model, figures in evaluated(report, split) if figures.get("best_of")]
+        if not models:
             continue
-        measure = measure_of(found)
-        ticks = list(dict.fromkeys(tick_of(model) for model, _ in found))
-        drawn = []
+        measure = measure_of(models)
+        ticks = list(dict.fromkeys(tick_of(model) for model, _ in models))
+        series = []
         for number, run in enumerate(runs_of(report)):
-            own = [(model, figures["best_of"]) for model, figures in found if model.get("run", "") == run]
-            for side, ink, marker in (("chain", "a", "o"), ("parallel", "b", "s")):
+            of_run = [(model, figures["best_of"]) for model, figures in models if model.get("run", "") == run]
+            for side, color, marker in (("chain", "a", "o"), ("parallel", "b", "s")):
                 label = f"{run}: best of {side}" if run else f"best of {side}"
-                shade = RUN_INKS[number % len(RUN_INKS)] if run else ink
-                points = [point(ticks.index(tick_of(model)), best[side][measure.name], measure) for model, best in own]
-                drawn.append(Series(label, shade, marker, points, dashed=side == "parallel"))
+                shade = RUN_COLORS[number % len(RUN_COLORS)] if run else color
+                points = [point(ticks.index(tick_of(model)), best[side][measure.name], measure) for model, best in of_run]
+                series.append(Series(label, shade, marker, points, dashed=side == "parallel"))
         lines = []
-        for model, figures in found:
+        for model, figures in models:
             best = figures["best_of"]
-            cells = [said(best[side][measure.name], measure) for side in ("chain", "parallel", "difference")]
+            cells = [interval_text(best[side][measure.name], measure) for side in ("chain", "parallel", "difference")]
             tokens = [f"{best[side]['mean_tokens']:.1f}" for side in ("chain", "parallel")]
             lines.append([name_of(model), best["num_responses"], *cells, *tokens, best["n"]])
         header = [
             "model",
-            "responses",
+            "responses per prompt",
             "best of chain",
             "best of parallel",
             "difference",
-            "tokens of chain",
-            "of parallel",
+            "tokens, chain",
+            "tokens, parallel",
             "prompts",
         ]
-        alt = f"{measure.title} on {split}: the scorer's best of a chain and of as many parallel samples, by model"
-        svg = charts.lines(f"best{place}", alt, drawn, ticks, x="model, or after iteration", y=measure.title)
+        alt = f"{measure.title} on {split}: the scorer's best of a chain and of the same number of parallel samples, by model"
+        svg = charts.lines(f"best{place}", alt, series, ticks, x=MODEL_AXIS, y=measure.title)
         parts.append(figure(split, svg, header, lines))
     text = (
-        "The scorer picks the best of a chain's drafts, and the best of as many independent answers; tokens are generated ones."
+        "The scorer picks the best draft of a chain, and the best of the same number of independent answers (parallel samples). "
+        "Tokens are the generated tokens per prompt."
     )
     return section(
-        "best", "Best of the chain against best of parallel samples", text, charts.key(drawn) if drawn else "", panels(parts)
+        "best", "Best of a chain against best of parallel samples", text, charts.key(series) if series else "", panels(parts)
     )
 
 
 def compute(report: dict[str, Any]) -> str:
-    """Quality against generated tokens, where the report has it."""
+    """Quality against generated tokens, if the report has it."""
     parts = []
     legend: dict[str, Series] = {}
     for place, split in enumerate(splits_of(report)):
-        found = evaluated(report, split)
-        own = {name_of(model): model for model, _ in few(found)}
+        models = evaluated(report, split)
+        model_of = {name_of(model): model for model, _ in pick_for_drawing(models)}
         entries = [entry for entry in report.get("compute", []) if entry["split"] == split and entry["chain"]]
-        if not entries or not found:
+        if not entries or not models:
             continue
-        measure = measure_of(found)
-        header = ["model", "answers", "generated tokens a prompt", measure.title]
-        lines, drawn = [], []
+        measure = measure_of(models)
+        header = ["model", "answers", "generated tokens per prompt", measure.title]
+        lines, series = [], []
         for entry in entries:
             sides = [(f"y{step['round']}", step) for step in entry["chain"]]
             best = entry["best_of"] or {}
             sides += [(f"best of {best['num_responses']}, {side}", best[side]) for side in ("chain", "parallel") if side in best]
             sides += [("one longer answer", entry["longer"])] if entry.get("longer") else []
             lines += [
-                [entry["model"], label, f"{step['mean_tokens']:.1f}", said(step[measure.name], measure)] for label, step in sides
+                [entry["model"], label, f"{step['mean_tokens']:.1f}", interval_text(step[measure.name], measure)]
+                for label, step in sides
             ]
-            if entry["model"] in own:
+            if entry["model"] in model_of:
                 points = [point(step["mean_tokens"], step[measure.name], measure) for step in entry["chain"]]
-                drawn.append(Series(entry["model"], *look(report, own[entry["model"]]), points))
+                series.append(Series(entry["model"], *color_and_marker(report, model_of[entry["model"]]), points))
         if best:
-            for side, ink, marker in (("chain", "c", "P"), ("parallel", "b", "X")):
-                at = point(best[side]["mean_tokens"], best[side][measure.name], measure)
-                drawn.append(Series(f"best of {best['num_responses']}, {side} ({entries[-1]['model']})", ink, marker, [at]))
+            for side, color, marker in (("chain", "c", "P"), ("parallel", "b", "X")):
+                end = point(best[side]["mean_tokens"], best[side][measure.name], measure)
+                series.append(Series(f"best of {best['num_responses']}, {side} ({entries[-1]['model']})", color, marker, [end]))
         if entries[-1].get("longer"):
-            at = point(entries[-1]["longer"]["mean_tokens"], entries[-1]["longer"][measure.name], measure)
-            drawn.append(Series(f"one longer answer ({entries[-1]['model']})", "d", "D", [at]))
-        legend |= {series.label: series for series in drawn}
+            end = point(entries[-1]["longer"]["mean_tokens"], entries[-1]["longer"][measure.name], measure)
+            series.append(Series(f"one longer answer ({entries[-1]['model']})", "d", "D", [end]))
+        legend |= {part.label: part for part in series}
         alt = (
             f"{measure.title} on {split} against generated tokens per prompt, one curve for each model from y1 to the last round"
         )
-        svg = charts.lines(f"compute{place}", alt, drawn, None, x="generated tokens a prompt, all rounds so far", y=measure.title)
+        svg = charts.lines(
+            f"compute{place}", alt, series, None, x="generated tokens per prompt, all rounds so far", y=measure.title
+        )
         parts.append(figure(split, svg, header, lines))
+    text = "Each curve is one model, from y1 to the last round. Left is cheaper, up is better."
     key = charts.key(list(legend.values())) if legend else ""
-    return section("compute", "Quality against compute", "Left is cheaper, up is better.", key, panels(parts))
+    return section("compute", "Quality against compute", text, key, panels(parts))
 
 
 def drift(report: dict[str, Any]) -> str:
-    """Whether reward and truth part, lengths run away, answers become alike, or the policy wanders off."""
+    """Shows whether reward and exact match diverge, lengths grow, answers become alike, or the policy moves far."""
     splits = [split for split in splits_of(report) if evaluated(report, split)]
     models = report["models"]
     ticks = [tick_of(model) for model in models]
-    looks = dict(zip(splits, zip(INKS, MARKS, strict=True), strict=False))  # of six splits at most
+    looks = dict(zip(splits, zip(COLORS, MARKS, strict=True), strict=False))  # at most six splits
     plots: list[tuple[str, str, list[Series]]] = []
     for title, unit, value in (
-        ("Reward of the last round", "reward", lambda end: end["reward"]),
-        ("Exact match of the last round", "exact match", lambda end: end.get("exact_match")),
-        ("Length of the last round", "tokens", lambda end: end.get("mean_response_tokens")),
-        ("Diversity of the last round", "distinct-2", lambda end: end.get("distinct_2")),
+        ("Reward of the last round", "reward", lambda last: last["reward"]),
+        ("Exact match of the last round", "exact match", lambda last: last.get("exact_match")),
+        ("Length of the last round", "tokens", lambda last: last.get("mean_response_tokens")),
+        ("Diversity of the last round", "distinct-2", lambda last: last.get("distinct_2")),
     ):
         series = []
-        for split, (ink, marker) in looks.items():
-            ends = [(x, last_of(model["splits"][split])) for x, model in enumerate(models) if rounds_of(model, split)]
-            points = [as_point(x, value(end)) for x, end in ends if value(end) is not None]
-            series += [Series(split, ink, marker, points)] if points else []
+        for split, (color, marker) in looks.items():
+            lasts = [(x, last_round(model["splits"][split])) for x, model in enumerate(models) if rounds_of(model, split)]
+            points = [as_point(x, value(last)) for x, last in lasts if value(last) is not None]
+            series += [Series(split, color, marker, points)] if points else []
         plots.append((title, unit, series))
-    probes = [("KL to the policy before", "kl_iteration", "a", "o"), ("KL to the first policy", "kl_initial", "b", "s")]
-    moved = [
-        Series(label, ink, marker, [as_point(x, m["probe"][name]) for x, m in enumerate(models) if m.get("probe")])
-        for label, name, ink, marker in probes
+    probes = [("KL to the previous policy", "kl_iteration", "a", "o"), ("KL to the first policy", "kl_initial", "b", "s")]
+    kl_series = [
+        Series(label, color, marker, [as_point(x, m["probe"][name]) for x, m in enumerate(models) if m.get("probe")])
+        for label, name, color, marker in probes
     ]
-    plots.append(("How far the policy moved", "KL, nats a response", [series for series in moved if series.points]))
-    agreed = [
-        Series(label, ink, marker, [as_point(x, share) for x, m in enumerate(models) if (share := truth(m, *path)) is not None])
-        for label, path, ink, marker in (
-            ("scorer orders drafts as the verifier does", ("pair_order", "share"), "a", "o"),
-            ("chosen draft is truly better", ("labels", "accuracy"), "b", "s"),
+    plots.append(("How far the policy moved", "KL, nats per response", [part for part in kl_series if part.points]))
+    agreement = [
+        Series(label, color, marker, [as_point(x, share) for x, m in enumerate(models) if (share := truth(m, *path)) is not None])
+        for label, path, color, marker in (
+            ("scorer orders two drafts as the verifier does", ("pair_order", "share"), "a", "o"),
+            ("chosen draft is better by the verifier", ("labels", "accuracy"), "b", "s"),
         )
     ]
-    plots.append(("Scorer against truth", "share", [series for series in agreed if series.points]))
-    parts = [plot(f"drift{place}", *given, ticks) for place, given in enumerate(plots) if given[2]]
+    plots.append(("Scorer against verifier", "share", [part for part in agreement if part.points]))
+    parts = [plot(f"drift{place}", *arguments, ticks) for place, arguments in enumerate(plots) if arguments[2]]
     lines = [[name_of(model), *drift_cells(model["drift"])] for model in models if model.get("drift")]
     by_iteration = details("Drafts of each iteration", table(DRIFT, lines)) if lines else ""
-    return section("drift", "Drift", "From model to model; a dot without a bar is a plain mean.", panels(parts), by_iteration)
+    text = (
+        "How the models change during the run. A reward that rises while exact match falls, or a length that keeps growing, is "
+        "a sign that the policy exploits the scorer. A point without a bar is a mean without an interval."
+    )
+    return section("drift", "Drift", text, panels(parts), by_iteration)
 
 
 def plot(name: str, title: str, unit: str, series: list[Series], ticks: list[str]) -> str:
-    """One drawing over the models with its own legend."""
-    alt = f"{title} ({unit}) from model to model: {', '.join(part.label for part in series)}"
+    """One drawing over the models, with its own legend."""
+    alt = f"{title} ({unit}), model after model: {', '.join(part.label for part in series)}"
     svg = charts.lines(name, alt, series, ticks, y=unit)
     means = [{point.x: f"{point.mean:.3f}" for point in part.points} for part in series]
     lines = [[tick, *(part.get(x, "") for part in means)] for x, tick in enumerate(ticks)]
@@ -164,35 +174,37 @@ def rounds_of(model: dict[str, Any], split: str) -> dict[str, Any]:
 
 
 def as_point(x: int, figures: Any) -> Point:
-    """Of a mean with its interval, or of a plain number."""
+    """The point of a mean with its interval, or of a plain number."""
     if isinstance(figures, dict):
         return Point(x, figures["mean"], figures["low"], figures["high"])
     return Point(x, figures, figures, figures)
 
 
 def truth(model: dict[str, Any], part: str, name: str) -> float | None:
-    known = (model.get("drift") or {}).get("truth")
-    return known[part][name] if known else None
+    """A figure of the scorer against the verifier; None without a verifier."""
+    against_verifier = (model.get("drift") or {}).get("truth")
+    return against_verifier[part][name] if against_verifier else None
 
 
-DRIFT = ["drafts of", "drafts", "tokens", "against the first", "cut %", "duplicates %", "unchanged %", "score with length",
-         "scorer agrees %", "chosen truly better %", "winning rounds"]  # fmt: skip
+DRIFT = ["iteration", "drafts", "tokens per draft", "tokens / first iteration", "cut %", "duplicates %", "unchanged %",
+         "correlation of score and length", "scorer agrees with verifier %", "chosen better by verifier %",
+         "round of the chosen draft"]  # fmt: skip
 
 
-def drift_cells(found: dict[str, Any]) -> list[str]:
+def drift_cells(figures: dict[str, Any]) -> list[str]:
     def number(value: float | None, scale: float = 1.0, digits: int = 1) -> str:
         return "" if value is None else f"{value * scale:.{digits}f}"
 
-    known = found["truth"] or {"pair_order": {"share": None}, "labels": {"accuracy": None}}
+    against_verifier = figures["truth"] or {"pair_order": {"share": None}, "labels": {"accuracy": None}}
     return [
-        number(found["num_drafts"], digits=0),
-        number(found["mean_response_tokens"]),
-        number(found["tokens_ratio"], digits=2),
-        *(number(found[name], 100.0) for name in ("cut_rate", "duplicate_rate", "unchanged_rate")),
-        number(found["score_tokens"]["within_prompt"], digits=2),
-        number(known["pair_order"]["share"], 100.0),
-        number(known["labels"]["accuracy"], 100.0),
-        ", ".join(f"y{number}: {count:,}" for number, count in found["winning_rounds"].items()),
+        number(figures["num_drafts"], digits=0),
+        number(figures["mean_response_tokens"]),
+        number(figures["tokens_ratio"], digits=2),
+        *(number(figures[name], 100.0) for name in ("cut_rate", "duplicate_rate", "unchanged_rate")),
+        number(figures["score_tokens"]["within_prompt"], digits=2),
+        number(against_verifier["pair_order"]["share"], 100.0),
+        number(against_verifier["labels"]["accuracy"], 100.0),
+        ", ".join(f"y{number}: {count:,}" for number, count in figures["winning_rounds"].items()),
     ]
 
 
@@ -204,23 +216,23 @@ STAGE = {
     "num_rows": "rows out",
     "num_rejected": "rejected",
     "num_tokens": "tokens generated",
-    "num_prompt_tokens": "prompted",
-    "num_cached_tokens": "from cache",
-    "num_saved_tokens": "saved by stopping",
-    "num_guessed_tokens": "guessed",
-    "num_accepted_tokens": "guessed right",
+    "num_prompt_tokens": "prompt tokens",
+    "num_cached_tokens": "cached prompt tokens",
+    "num_saved_tokens": "tokens saved by stopping",
+    "num_guessed_tokens": "speculative tokens",
+    "num_accepted_tokens": "accepted speculative tokens",
     "num_engine_steps": "engine steps",
-    "num_updates": "updates",
+    "num_updates": "optimiser updates",
     "engine_seconds": "engine s",
-    "start_seconds": "start s",
-    "idle_seconds": "idle s",
+    "start_seconds": "engine start s",
+    "idle_seconds": "engine idle s",
     "score_seconds": "scoring s",
     "train_seconds": "training s",
 }
 
 
 def ledger(report: dict[str, Any], rejected: list[tuple]) -> str:
-    """Rows, tokens and seconds of every stage, and why rows were not used."""
+    """Rows, tokens and seconds of every stage, and the reasons why rows were rejected."""
     book = report.get("ledger") or {"stages": report["stages"], "iterations": []}
     parts = []
     if book["iterations"]:
@@ -235,9 +247,12 @@ def ledger(report: dict[str, Any], rejected: list[tuple]) -> str:
     if rejected:
         rest = len(rejected) - MAX_REASONS
         lines = [[number, stage, reason, f"{count:,}"] for number, stage, reason, count in rejected[:MAX_REASONS]]
-        more = f"<p>and {rest:,} more reasons, in the iterations' rejected.jsonl</p>" if rest > 0 else ""
-        parts.append("<h3>Rows not used, by reason</h3>" + table(["iteration", "stage", "reason", "rows"], lines) + more)
-    text = "Rows, tokens and wall seconds; drafts and scores are made in one pipeline, whose time stands at the drafts."
+        more = f"<p>{rest:,} more reasons are in rejected.jsonl of each iteration</p>" if rest > 0 else ""
+        parts.append("<h3>Rejected rows by reason</h3>" + table(["iteration", "stage", "reason", "rows"], lines) + more)
+    text = (
+        "Rows, tokens and wall-clock seconds. Drafts are generated and scored in one pipeline; its seconds are in the row of the "
+        'stage "generations". Engine seconds are summed over all engines.'
+    )
     return section("ledger", "What it cost", text, *parts)
 
 
@@ -248,5 +263,5 @@ def row_of(row: dict[str, Any]) -> list[str]:
 
 def table_of(header: list[str], lines: list[list[str]]) -> str:
     """A table without the columns that are empty in every line."""
-    kept = [place for place in range(len(header)) if any(line[place] != "" for line in lines)]
-    return table([header[place] for place in kept], [[line[place] for place in kept] for line in lines])
+    filled = [place for place in range(len(header)) if any(line[place] != "" for line in lines)]
+    return table([header[place] for place in filled], [[line[place] for place in filled] for line in lines])

@@ -1,4 +1,4 @@
-"""What a run cost: the ledger by stage and iteration, and quality against the tokens that it took."""
+"""What a run cost: the ledger by stage and iteration, and quality against generated tokens."""
 
 import datetime
 from collections import defaultdict
@@ -10,9 +10,9 @@ from evolve_ray.store.manifest import Manifest, read_manifest
 from evolve_ray.store.rows import read_jsonl
 from evolve_ray.store.run import Run
 
-TOKENS = ("num_prompt_tokens", "num_cached_tokens", "num_tokens")  # prompted, of these found in the prefix cache, generated
+TOKENS = ("num_prompt_tokens", "num_cached_tokens", "num_tokens")  # of prompts, of these in the prefix cache, generated
 
-# Tokens that rounds left out would have taken, each as many as the draft before it; tokens that were guessed, and of these right.
+# Tokens of skipped rounds (each is counted as long as the draft before it); speculative tokens, and how many were accepted.
 SPARED = ("num_saved_tokens", "num_guessed_tokens", "num_accepted_tokens")
 TOTALS = (*TOKENS, *SPARED, "num_engine_steps", "num_updates", "seconds", "engine_seconds", "start_seconds", "idle_seconds",
           "score_seconds", "train_seconds")  # fmt: skip
@@ -21,20 +21,22 @@ TOTALS = (*TOKENS, *SPARED, "num_engine_steps", "num_updates", "seconds", "engin
 def committed_stages(run: Run) -> Iterator[tuple[int, Manifest]]:
     """(iteration, manifest) of every committed stage, by iteration and name."""
     for folder in sorted(run.root.glob("iteration-*")):
-        for path in sorted(found.parent for found in folder.glob("[!.]*/MANIFEST.json")):
-            manifest = read_manifest(path)
+        for stage in sorted(path.parent for path in folder.glob("[!.]*/MANIFEST.json")):
+            manifest = read_manifest(stage)
             assert manifest is not None
             yield int(folder.name.removeprefix("iteration-")), manifest
 
 
 def ledger(run: Run, actors: int) -> dict[str, Any]:
-    """`{"stages": a line per committed stage, "iterations": their totals by iteration, "total": those of the run}`.
+    """`{"stages": a line per committed stage, "iterations": totals by iteration, "total": totals of the run}`.
 
-    `seconds` is wall time over all attempts. The engine's own: `engine_seconds` at work and `start_seconds` (start, new
-    weights), summed over `actors` engines; `idle_seconds` is what is left of actors x wall time, Ray's start included. Drafts
-    and scores are made in one pipeline, whose wall time stands at the drafts; the reference's stands at its training.
-    `num_engine_steps` are forwards of the engine, `num_updates` optimiser updates. `train_seconds` are those of a training's
-    reference and updates, without the start of its workers and without its files. Null: a stage has no such figure.
+    `seconds` is wall time over all attempts. Drafts and scores come from one pipeline, whose wall time is in the line of the
+    drafts; the wall time of a reference is in the line of its training.
+    `engine_seconds` (work) and `start_seconds` (start, loading weights) are summed over the `actors` engines. `idle_seconds` is
+    actors x wall time minus both, so it includes the start of Ray.
+    `num_engine_steps` counts forwards of the engine, `num_updates` optimiser updates. `train_seconds` is the time of a
+    training's reference and updates, without the start of its workers and without reading and writing files.
+    Null: the stage has no such figure.
     """
     seconds = wall_seconds(read_jsonl(run.root / "events.jsonl"))
     lines = [line(number, manifest, seconds, actors) for number, manifest in committed_stages(run)]
@@ -46,30 +48,30 @@ def ledger(run: Run, actors: int) -> dict[str, Any]:
 
 
 def line(iteration: int, manifest: Manifest, seconds: dict[tuple[int, str], float], actors: int) -> dict[str, Any]:
-    """One stage's line; an evaluation's engine figures come from the stages inside it."""
+    """The line of one stage; the engine figures of an evaluation are sums over the stages inside it."""
     name = manifest.folder.name
     inside = [read_manifest(path.parent) for path in sorted(manifest.folder.glob("**/MANIFEST.json")) if is_stage(path)]
     parts = [part.stats for part in inside if part] if name.endswith("evaluation") else [manifest.stats]
 
-    def added(key: str) -> float | None:
-        found = [part[key] for part in parts if key in part]
-        return round(sum(found), 3) if found else None
+    def sum_of(key: str) -> float | None:
+        values = [part[key] for part in parts if key in part]
+        return round(sum(values), 3) if values else None
 
     wall = seconds[iteration, name]
-    engine, start = added("engine_seconds"), added("start_seconds")
+    engine, start = sum_of("engine_seconds"), sum_of("start_seconds")
     return {
         "iteration": iteration,
         "stage": name,
         **{key: manifest.stats.get(key) for key in ("num_in", "num_rows", "num_rejected", *TOKENS)},
-        **{key: added(key) for key in SPARED},
-        "num_engine_steps": added("num_steps") if engine is not None else None,
-        "num_updates": added("num_steps") if engine is None else None,
+        **{key: sum_of(key) for key in SPARED},
+        "num_engine_steps": sum_of("num_steps") if engine is not None else None,
+        "num_updates": sum_of("num_steps") if engine is None else None,
         "seconds": round(wall, 3),
         "engine_seconds": engine,
         "start_seconds": start,
         "idle_seconds": None if engine is None else round(max(0.0, actors * wall - engine - (start or 0.0)), 3),
-        "score_seconds": added("score_seconds"),
-        "train_seconds": added("train_seconds"),
+        "score_seconds": sum_of("score_seconds"),
+        "train_seconds": sum_of("train_seconds"),
     }
 
 
@@ -78,13 +80,13 @@ def is_stage(path: Path) -> bool:
 
 
 def totals(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sums of what is known; rows are not summed, since one stage's rows are the next one's input."""
-    found = {key: [row[key] for row in lines if row[key] is not None] for key in TOTALS}
-    return {key: round(sum(values), 3) for key, values in found.items()}
+    """Sums over the lines that have a figure. Rows are not summed, since the rows of one stage are the input of the next."""
+    values_of = {key: [row[key] for row in lines if row[key] is not None] for key in TOTALS}
+    return {key: round(sum(values), 3) for key, values in values_of.items()}
 
 
 def wall_seconds(events: list[dict[str, Any]]) -> dict[tuple[int, str], float]:
-    """Seconds of each (iteration, stage) over all attempts; one that was killed lasted until the last event before the next."""
+    """Seconds of each (iteration, stage) over all attempts; a killed attempt ends at the last event before the next driver."""
     seconds: dict[tuple[int, str], float] = defaultdict(float)
     started: dict[tuple[int, str], datetime.datetime] = {}
     last: datetime.datetime | None = None
@@ -111,11 +113,12 @@ def wall_seconds(events: list[dict[str, Any]]) -> dict[tuple[int, str], float]:
 def compute(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Quality against compute, a line per model and split.
 
-    `chain`: generated tokens per prompt up to and with round k, beside the reward and exact match of y_k. `best_of`: the
-    scorer's best of `num_responses` of the chain and of as many parallel samples, beside all their tokens; `longer`:
-    one direct answer that could have the tokens of all rounds, beside those that it used. Null: not sampled.
+    `chain`: for each round k, the generated tokens per prompt of rounds 1 to k, and the reward and exact match of y_k.
+    `best_of`: the scorer's best of `num_responses` responses of the chain, and of the same number of parallel samples, each
+    with the tokens of all these responses. `longer`: one direct answer with the token limit of all rounds together, and the
+    tokens that it used. Null: not sampled.
     """
-    found = []
+    lines = []
     for model in models:
         for split, summary in model["splits"].items():
             tokens, chain = 0.0, []
@@ -123,15 +126,15 @@ def compute(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 figures = summary["rounds"][number]
                 tokens += figures["mean_response_tokens"]
                 chain.append({"round": int(number), "mean_tokens": tokens, **quality(figures)})
-            probed = summary.get("probes", {})
-            best, longer = summary.get("best_of"), probed.get("longer", {}).get("answer")
-            if probed.get("parallel", {}).get("n"):
-                equal, size = probed["parallel"]["equal_samples"], len(summary["rounds"])
+            probes = summary.get("probes", {})
+            best, longer = summary.get("best_of"), probes.get("longer", {}).get("answer")
+            if probes.get("parallel", {}).get("n"):
+                equal, size = probes["parallel"]["equal_samples"], len(summary["rounds"])
                 best = {"num_responses": size, **{side: {**equal[side], **equal[side]["best"]} for side in ("chain", "parallel")}}
             sides = best and {
                 side: {"mean_tokens": best[side]["mean_tokens"], **quality(best[side])} for side in ("chain", "parallel")
             }
-            found.append(
+            lines.append(
                 {
                     "model": model["name"],
                     "iteration": model["iteration"],
@@ -141,7 +144,7 @@ def compute(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "longer": {"mean_tokens": longer["mean_tokens"], **quality(longer)} if longer else None,
                 }
             )
-    return found
+    return lines
 
 
 def quality(figures: dict[str, Any]) -> dict[str, Any]:

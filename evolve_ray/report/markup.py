@@ -1,4 +1,4 @@
-"""HTML without surprises: escaped text, tables that scroll in their own box, figures with their numbers, one style sheet."""
+"""The HTML parts of a page: escaped text, tables that scroll in their own box, figures with their numbers, one style sheet."""
 
 import base64
 import hashlib
@@ -6,13 +6,13 @@ import html
 import re
 from typing import Any
 
-# Control characters become the picture of themselves: what a model wrote is shown, never obeyed.
+# Control characters become their Unicode pictures: the page shows what a model wrote and never acts on it.
 PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 NUMBER = re.compile(r"[+\-\N{MINUS SIGN}]?\d[\d,]*(\.\d+)?(e-?\d+)?( %| \[.*\])?")
 
 
 def cell(figures: dict[str, Any] | None, scale: float = 1.0, digits: int = 1) -> str:
-    """`mean [low, high]`, or nothing."""
+    """`mean [low, high]`, each times `scale`; empty without figures."""
     if figures is None:
         return ""
     mean, low, high = (figures[name] * scale for name in ("mean", "low", "high"))
@@ -20,17 +20,17 @@ def cell(figures: dict[str, Any] | None, scale: float = 1.0, digits: int = 1) ->
 
 
 def clean(value: Any) -> str:
-    """Any value as text that every encoder and parser takes."""
+    """Any value as text that every encoder and parser accepts."""
     return str(value).translate(PICTURES).encode("utf-8", "replace").decode()
 
 
 def escape(value: Any) -> str:
-    """Any value as text of an element or of a quoted attribute."""
+    """Any value as HTML text, for an element or a quoted attribute."""
     return html.escape(clean(value), quote=True)
 
 
 def table(header: list[str], lines: list[list[Any]]) -> str:
-    """The first column names the row; numbers stand to the right."""
+    """A table whose first column names the row; numbers are aligned to the right."""
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in header)
     body = []
     for line in lines:
@@ -41,20 +41,20 @@ def table(header: list[str], lines: list[list[Any]]) -> str:
 
 
 def details(summary: str, inside: str) -> str:
-    """`inside` is HTML, `summary` text."""
+    """A part of the page that unfolds; `inside` is HTML, `summary` is text."""
     return f"<details><summary>{escape(summary)}</summary>{inside}</details>"
 
 
 def figure(title: str, svg: str, header: list[str], lines: list[list[Any]]) -> str:
-    """A drawing with its title above and its numbers, folded, below."""
+    """A drawing with its title above and a folded table of its numbers below."""
     return f"<figure><figcaption>{escape(title)}</figcaption>{svg}{details('Numbers', table(header, lines))}</figure>"
 
 
 def section(anchor: str, title: str, text: str, *parts: str) -> str:
-    """Nothing at all where there is nothing to show."""
+    """A section with its title, an explanation and its parts; empty if the parts are empty."""
     inside = "".join(parts)
-    said = f"<p>{escape(text)}</p>" if text else ""
-    return f'<section id="{anchor}"><h2>{escape(title)}</h2>{said}{inside}</section>' if inside else ""
+    explanation = f"<p>{escape(text)}</p>" if text else ""
+    return f'<section id="{anchor}"><h2>{escape(title)}</h2>{explanation}{inside}</section>' if inside else ""
 
 
 def panels(parts: list[str]) -> str:
@@ -62,7 +62,7 @@ def panels(parts: list[str]) -> str:
 
 
 def document(title: str, body: str, more_style: str = "") -> str:
-    """A whole page that may load nothing, send nothing and run nothing: its one style sheet is allowed by its hash."""
+    """A whole page. Its policy lets it load, send and run nothing; the one style sheet is allowed by its hash."""
     style = STYLE + more_style
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
@@ -75,9 +75,9 @@ def document(title: str, body: str, more_style: str = "") -> str:
     )
 
 
-# Inks of the figures, light and dark. Categories are Okabe and Ito's, darkened or lightened until they have a contrast of 3:1
-# to the page; iterations are one hue whose contrast grows with their number, so that their order shows without colour.
-INKS = {
+# Colours of the figures, light and dark scheme. Categories use Okabe and Ito's colours, darkened or lightened to a contrast of
+# 3:1 with the page. Iterations use one hue whose contrast grows with their number, so that their order shows without colour.
+COLORS = {
     "grid": ("#d9dce1", "#3a3f47"),
     "base": ("#767676", "#9a9a9a"),
     "activation": ("#b35900", "#f0a04b"),
@@ -99,13 +99,13 @@ INKS = {
 }
 
 
-def inks(scheme: int) -> str:
-    return "".join(f"--{name}:{pair[scheme]};" for name, pair in INKS.items())
+def color_variables(scheme: int) -> str:
+    return "".join(f"--{name}:{pair[scheme]};" for name, pair in COLORS.items())
 
 
 STYLE = (
-    f":root{{{inks(0)}--page:#fff;--card:#f6f7f9;--text:#1b1f24;--soft:#565d66;--line:#d0d4da;--link:#0b5cad}}"
-    f"@media(prefers-color-scheme:dark){{:root{{{inks(1)}--page:#14171b;--card:#1d2126;--text:#e6e8eb;--soft:#a4abb4;"
+    f":root{{{color_variables(0)}--page:#fff;--card:#f6f7f9;--text:#1b1f24;--soft:#565d66;--line:#d0d4da;--link:#0b5cad}}"
+    f"@media(prefers-color-scheme:dark){{:root{{{color_variables(1)}--page:#14171b;--card:#1d2126;--text:#e6e8eb;--soft:#a4abb4;"
     "--line:#3a3f47;--link:#7cbcff}}"
     """
 *{box-sizing:border-box}
@@ -145,7 +145,7 @@ legend{float:left;margin-right:1rem;color:var(--soft);padding:0}
 .chain{border:1px solid var(--line);border-radius:.5rem;padding:.5rem .8rem;margin:.4rem 0}
 .chain summary b{font-variant-numeric:tabular-nums}
 .tag{font-size:.8rem;border:1px solid var(--line);border-radius:1rem;padding:0 .5rem;margin-right:.3rem;white-space:nowrap}
-.said{color:var(--soft);margin:.6rem 0 .1rem;font-size:.9rem}
+.label{color:var(--soft);margin:.6rem 0 .1rem;font-size:.9rem}
 pre{margin:0;padding:.5rem .7rem;background:var(--card);border-radius:.35rem;white-space:pre-wrap;overflow-wrap:anywhere;
  font:.9rem/1.45 ui-monospace,monospace;unicode-bidi:plaintext;max-height:24rem;overflow-y:auto}
 .more{color:var(--soft);font-style:italic}

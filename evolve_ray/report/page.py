@@ -1,7 +1,7 @@
-"""report.html: what a run did, whether refinement got better, what it cost and chains to read, in one page that loads nothing.
+"""report.html: what a run did, whether refinement helps, what it cost, and chains to read. One page that loads nothing.
 
 `render` is a pure function of the report, the counts of rejected rows and the collected chains: the same three give the same
-bytes. Parts of a report that a run has not measured are left out.
+bytes. A section is left out if the run did not measure what it shows.
 """
 
 import json
@@ -14,23 +14,24 @@ from evolve_ray.report.charts import MARKERS, Move, Series, short
 from evolve_ray.report.markup import document, escape, figure, panels, section, table
 from evolve_ray.report.views import (
     EXACT,
-    RUN_INKS,
-    Found,
+    MODEL_AXIS,
+    RUN_COLORS,
+    Evaluated,
     Measure,
+    color_and_marker,
     evaluated,
-    few,
     gains_of,
-    in_order,
-    last_of,
-    look,
+    interval_text,
+    last_round,
+    mean_text,
     measure_of,
     name_of,
+    pick_for_drawing,
     point,
+    rounds_in_order,
     runs_of,
-    said,
     splits_of,
     tick_of,
-    value,
 )
 from evolve_ray.store.run import Run
 
@@ -39,90 +40,92 @@ NUMBERS = re.compile(r"(?<![\w.])\d+(?!\.?\w)")
 
 
 def rejected_counts(run: Run) -> list[tuple[int, str, str, int]]:
-    """(iteration, stage, reason, rows); numbers inside of reasons stand as N, so that alike reasons count together."""
+    """(iteration, stage, reason, rows); numbers inside a reason become N, so that equal reasons are counted together."""
     counts: Counter[tuple[int, str, str]] = Counter()
     for path in sorted(run.root.glob("iteration-*/rejected.jsonl")):
-        number = int(path.parent.name.removeprefix("iteration-"))
+        iteration = int(path.parent.name.removeprefix("iteration-"))
         with open(path, "rb") as file:
-            # Lines with sorted keys end alike where stage and reason are alike: millions of them are parsed once a reason.
+            # Keys are sorted, so lines with equal reason and stage have equal ends: each end is parsed once, not each line.
             ends = Counter(line[line.rfind(b',"reason":') + 1 :] for line in file)
         for end, times in ends.items():
             row = json.loads(end if end.startswith(b"{") else b"{" + end)
-            counts[number, row["stage"], NUMBERS.sub("N", row["reason"])] += times
+            counts[iteration, row["stage"], NUMBERS.sub("N", row["reason"])] += times
     ordered = sorted(counts.items(), key=lambda item: (item[0][0], -item[1], item[0]))
     return [(*key, count) for key, count in ordered]
 
 
-def judged(gain: dict[str, float]) -> str:
-    """What the interval of a gain lets one say."""
+def verdict(gain: dict[str, float]) -> str:
+    """What the interval of a gain shows: refinement helps, hurts, or has no clear effect."""
     if gain["low"] > 0:
         return "\N{BLACK UP-POINTING TRIANGLE} refinement helps"
     return "\N{BLACK DOWN-POINTING TRIANGLE} refinement hurts" if gain["high"] < 0 else "\N{BLACK CIRCLE} no clear effect"
 
 
 def answer(report: dict[str, Any]) -> str:
-    """The last model on each split in one card: the gain of refinement, and where direct and refined answers came from."""
+    """One card per split: the gain of the last model, and its direct and refined answers against those of the first model."""
     cards = []
     for split in splits_of(report):
-        found = [(model, figures) for model, figures in evaluated(report, split) if not model.get("rolled_back")]
-        if not found:
+        models = [(model, figures) for model, figures in evaluated(report, split) if not model.get("rolled_back")]
+        if not models:
             continue
-        (first, before), (last, now) = found[0], found[-1]
-        measure, rounds = measure_of(found), len(now["rounds"])
-        gain = now["gain"][measure.name]
+        (first, first_figures), (last, last_figures) = models[0], models[-1]
+        measure, num_rounds = measure_of(models), len(last_figures["rounds"])
+        gain = last_figures["gain"][measure.name]
         lines = [
-            ("direct answer y1", before["rounds"]["1"], now["rounds"]["1"]),
-            (f"refined answer y{rounds}", last_of(before), last_of(now)),
+            ("direct answer y1", first_figures["rounds"]["1"], last_figures["rounds"]["1"]),
+            (f"refined answer y{num_rounds}", last_round(first_figures), last_round(last_figures)),
         ]
         rows = "".join(
-            f"<dt>{term}</dt><dd>{ARROW.join(value(part[measure.name], measure) for part in parts)}</dd>"
+            f"<dt>{term}</dt><dd>{ARROW.join(mean_text(part[measure.name], measure) for part in parts)}</dd>"
             for term, *parts in lines
         )
         sign = "+" if gain["mean"] >= 0 else ""
         passage = escape(short(first["name"]) + ARROW + short(last["name"]))
         cards.append(
-            f'<div class="card"><h3>{escape(split)} <small>({now["rounds"]["1"]["n"]:,} prompts)</small></h3>{judged(gain)}'
-            f"<strong>{sign}{value(gain, measure)} {measure.unit}</strong>"
-            f"y{rounds} \N{MINUS SIGN} y1 in {escape(name_of(last))}: {said(gain, measure)}"
+            f'<div class="card"><h3>{escape(split)} <small>({last_figures["rounds"]["1"]["n"]:,} prompts)</small></h3>'
+            f"{verdict(gain)}<strong>{sign}{mean_text(gain, measure)} {measure.unit}</strong>"
+            f"gain y{num_rounds} \N{MINUS SIGN} y1 of {escape(name_of(last))}: {interval_text(gain, measure)}"
             f"<dl><dt>{escape(measure.title)}</dt><dd>{passage}</dd>{rows}</dl></div>"
         )
     text = (
-        "The gain is the last refinement against the direct answer of the same model, paired by prompt. Brackets and bars are "
-        "95 % bootstrap intervals over the prompts of this run; another seed may differ by more."
+        "The gain is the quality of the last refined answer minus that of the direct answer, for the same model and the same "
+        "prompt, averaged over the prompts. Refinement helps if the whole 95 % interval is above zero, and hurts if it is below. "
+        "Brackets and bars are bootstrap intervals over the prompts of this run; a run with another seed may differ by more."
     )
-    return section("answer", "Does asking for a refinement help?", text, panels(cards))
+    return section("answer", "Does refinement help?", text, panels(cards))
 
 
-def round_table(found: Found, measure: Measure) -> tuple[list[str], list[list[Any]]]:
-    """Every round of every model, and its gain over the first."""
-    last = max(len(figures["rounds"]) for _, figures in found)
-    header = ["model", *(f"y{k}" for k in range(1, last + 1)), *(f"y{k} - y1" for k in range(2, last + 1)), "prompts"]
+def round_table(models: Evaluated, measure: Measure) -> tuple[list[str], list[list[Any]]]:
+    """(header, lines): every round of every model, and its gain over the first round."""
+    num_rounds = max(len(figures["rounds"]) for _, figures in models)
+    header = ["model", *(f"y{k}" for k in range(1, num_rounds + 1)), *(f"y{k} - y1" for k in range(2, num_rounds + 1)), "prompts"]
     lines = []
-    for model, figures in found:
-        own = gains_of(figures, measure)
-        cells = [said(part[measure.name], measure) for part in in_order(figures)]
-        cells += [""] * (last - len(cells)) + [said(own[k], measure) if k in own else "" for k in range(2, last + 1)]
+    for model, figures in models:
+        gains = gains_of(figures, measure)
+        cells = [interval_text(part[measure.name], measure) for part in rounds_in_order(figures)]
+        cells += [""] * (num_rounds - len(cells))
+        cells += [interval_text(gains[k], measure) if k in gains else "" for k in range(2, num_rounds + 1)]
         lines.append([name_of(model), *cells, figures["rounds"]["1"]["n"]])
     return header, lines
 
 
 def gains(report: dict[str, Any]) -> str:
-    """Gain by round of every model, around zero."""
+    """The gain of every round of every model, drawn around zero."""
     parts = []
     for place, split in enumerate(splits_of(report)):
-        found = evaluated(report, split)
-        if not found or all(len(figures["rounds"]) < 2 for _, figures in found):
+        models = evaluated(report, split)
+        if not models or all(len(figures["rounds"]) < 2 for _, figures in models):
             continue
-        measure, groups = measure_of(found), []
-        for model, figures in found:
+        measure, groups = measure_of(models), []
+        for model, figures in models:
             points = [point(k, part, measure) for k, part in gains_of(figures, measure).items()]
-            groups.append(Series(name_of(model), *look(report, model), points))
+            groups.append(Series(name_of(model), *color_and_marker(report, model), points))
         alt = f"Gain of each round over the direct answer on {split}, {measure.title}, by model; the numbers are below"
         svg = charts.forest(f"gain{place}", alt, groups, x=f"gain over y1, {measure.unit or measure.title}")
-        parts.append(figure(split, svg, *round_table(found, measure)))
+        parts.append(figure(split, svg, *round_table(models, measure)))
     text = (
-        "Each bar is one round of a model against its own direct answer y1, the last round strongest: right of zero, refinement "
-        "improves; left of zero, it spoils."
+        "Each bar is one round of a model against the direct answer y1 of the same model; the last round has the strongest bar. "
+        "Right of zero, refinement makes the answers better; left of zero, it makes them worse."
     )
     return section("gain", "Gain by round", text, panels(parts))
 
@@ -132,114 +135,127 @@ def rounds(report: dict[str, Any]) -> str:
     parts = []
     legend: dict[str, Series] = {}
     for place, split in enumerate(splits_of(report)):
-        found = evaluated(report, split)
-        if not found:
+        models = evaluated(report, split)
+        if not models:
             continue
-        measure, drawn = measure_of(found), []
-        for model, figures in few(found):
-            points = [point(k, part[measure.name], measure) for k, part in enumerate(in_order(figures))]
-            drawn.append(Series(name_of(model), *look(report, model), points))
-        legend |= {series.label: series for series in drawn}
-        ticks = [f"y{k}" for k in range(1, max(len(figures["rounds"]) for _, figures in found) + 1)]
-        svg = charts.lines(f"round{place}", f"{measure.title} of each round on {split}, by model", drawn, ticks, y=measure.title)
-        parts.append(figure(split, svg, *round_table(found, measure)))
-    text = "y1 answers the prompt directly, y2 refines y1, and so on. The same prompts and sampling seeds for every model."
+        measure, series = measure_of(models), []
+        for model, figures in pick_for_drawing(models):
+            points = [point(k, part[measure.name], measure) for k, part in enumerate(rounds_in_order(figures))]
+            series.append(Series(name_of(model), *color_and_marker(report, model), points))
+        legend |= {part.label: part for part in series}
+        ticks = [f"y{k}" for k in range(1, max(len(figures["rounds"]) for _, figures in models) + 1)]
+        svg = charts.lines(f"round{place}", f"{measure.title} of each round on {split}, by model", series, ticks, y=measure.title)
+        parts.append(figure(split, svg, *round_table(models, measure)))
+    text = (
+        "y1 is the direct answer to the prompt, y2 is the refinement of y1, y3 that of y2, and so on. All models get the same "
+        "prompts and the same sampling seeds."
+    )
     return section("rounds", "Quality by round", text, charts.key(list(legend.values())) if parts else "", panels(parts))
 
 
 def transitions(report: dict[str, Any]) -> str:
-    """What the last round changed against the first."""
+    """How many prompts the last round made better or worse than the first."""
     parts = []
     for place, split in enumerate(splits_of(report)):
-        found = [(model, figures) for model, figures in evaluated(report, split) if len(figures["rounds"]) > 1]
-        if not found:
+        models = [(model, figures) for model, figures in evaluated(report, split) if len(figures["rounds"]) > 1]
+        if not models:
             continue
-        exact = measure_of(found) is EXACT
+        exact = measure_of(models) is EXACT
         better, worse = ("wrong to right", "right to wrong") if exact else ("higher reward", "lower reward")
         moves, lines = [], []
-        for model, figures in found:
-            last = last_of(figures)
+        for model, figures in models:
+            last = last_round(figures)
             changed = last["against_first"]
             ups, downs = (changed[name] for name in (("wrong_to_right", "right_to_wrong") if exact else ("improved", "degraded")))
             moves.append(Move(name_of(model), ups, downs, last["n"] - ups - downs))
-            kept = [changed["kept_right"], changed["kept_wrong"]] if exact else [changed["unchanged"]]
-            lines.append([name_of(model), ups, downs, *kept, changed["same_text"], last["n"]])
-        alt = f"Prompts of {split} whose answer went from {better}, and from {worse}, by model"
-        header = ["model", better, worse, *(["kept right", "kept wrong"] if exact else ["kept"]), "same text", "prompts"]
-        drawn = charts.moves(f"move{place}", alt, moves, better=better, worse=worse)
-        parts.append(figure(split, drawn, header, lines))
-    text = "Prompts whose answer refinement made right or wrong, last round against first. What it kept is in the numbers."
+            stayed = [changed["kept_right"], changed["kept_wrong"]] if exact else [changed["unchanged"]]
+            lines.append([name_of(model), ups, downs, *stayed, changed["same_text"], last["n"]])
+        alt = f"Number of prompts of {split} whose answer changed: {better}, and {worse}, by model"
+        same = ["stayed right", "stayed wrong"] if exact else ["same reward"]
+        header = ["model", better, worse, *same, "same text", "prompts"]
+        svg = charts.moves(f"move{place}", alt, moves, better=better, worse=worse)
+        parts.append(figure(split, svg, header, lines))
+    text = (
+        "Each bar counts the prompts whose answer became better or worse from the first round to the last. The numbers below a "
+        "figure also count the prompts whose answer stayed the same."
+    )
     return section("transitions", "What refinement changed", text, panels(parts))
 
 
 def over_models(report: dict[str, Any]) -> str:
-    """Direct and refined answers from model to model."""
-    parts, drawn = [], []
+    """Direct and refined answers, model after model."""
+    parts, series = [], []
     for place, split in enumerate(splits_of(report)):
-        found = evaluated(report, split)
-        if not found:
+        models = evaluated(report, split)
+        if not models:
             continue
-        measure = measure_of(found)
-        ticks = list(dict.fromkeys(tick_of(model) for model, _ in found))
-        drawn = curves(report, found, ticks, measure)
-        alt = f"{measure.title} on {split} from model to model: direct answers y1 and last refinements"
+        measure = measure_of(models)
+        ticks = list(dict.fromkeys(tick_of(model) for model, _ in models))
+        series = curves(report, models, ticks, measure)
+        alt = f"{measure.title} on {split}, model after model: direct answers y1 and last refinements"
         header = ["model", "y1", "last refinement", "prompts"]
         lines = []
-        for model, figures in found:
-            ends = [figures["rounds"]["1"], last_of(figures)]
-            lines.append([name_of(model), *(said(end[measure.name], measure) for end in ends), ends[0]["n"]])
-        svg = charts.lines(f"model{place}", alt, drawn, ticks, x="model, or after iteration", y=measure.title)
+        for model, figures in models:
+            ends = [figures["rounds"]["1"], last_round(figures)]
+            lines.append([name_of(model), *(interval_text(end[measure.name], measure) for end in ends), ends[0]["n"]])
+        svg = charts.lines(f"model{place}", alt, series, ticks, x=MODEL_AXIS, y=measure.title)
         parts.append(figure(split, svg, header, lines))
-    return section("models", "Direct against refined answers", "", charts.key(drawn) if drawn else "", panels(parts))
+    text = "The direct answer y1 and the last refinement of each model, in the order of training."
+    return section("models", "Direct and refined answers", text, charts.key(series) if series else "", panels(parts))
 
 
-def curves(report: dict[str, Any], found: Found, ticks: list[str], measure: Measure) -> list[Series]:
-    """y1 and the last round over models; of several runs, both for each run in an ink of its own."""
-    runs, drawn = runs_of(report), []
+def curves(report: dict[str, Any], models: Evaluated, ticks: list[str], measure: Measure) -> list[Series]:
+    """The series of y1 and of the last round; if several runs are compared, both for each run in the colour of the run."""
+    runs, series = runs_of(report), []
     for place, run in enumerate(runs):
-        own = [(model, figures) for model, figures in found if model.get("run", "") == run]
+        of_run = [(model, figures) for model, figures in models if model.get("run", "") == run]
         for refined in (True, False):
-            ink, marker = "ba"[refined], "so"[refined]
+            color, marker = "ba"[refined], "so"[refined]
             if len(runs) > 1:
-                ink, marker = RUN_INKS[place % len(RUN_INKS)], MARKERS[place % len(MARKERS)]
-            ends = [(model, last_of(figures) if refined else figures["rounds"]["1"]) for model, figures in own]
+                color, marker = RUN_COLORS[place % len(RUN_COLORS)], MARKERS[place % len(MARKERS)]
+            ends = [(model, last_round(figures) if refined else figures["rounds"]["1"]) for model, figures in of_run]
             points = [point(ticks.index(tick_of(model)), end[measure.name], measure) for model, end in ends]
             label = "refined (last round)" if refined else "direct (y1)"
-            drawn.append(Series(f"{run}: {label}" if run else label, ink, marker, points, dashed=not refined))
-    return drawn
+            series.append(Series(f"{run}: {label}" if run else label, color, marker, points, dashed=not refined))
+    return series
 
 
 def side_by_side(report: dict[str, Any]) -> str:
-    """Every model of several runs in one table: direct answer, last refinement and gain on each split."""
+    """One table of all models of several runs: direct answer, last refinement and gain on each split."""
     splits = [(split, evaluated(report, split)) for split in splits_of(report) if evaluated(report, split)]
     header = ["model"]
     cells: dict[str, list[str]] = {name_of(model): [] for model in report["models"]}
-    for split, found in splits:
-        measure = measure_of(found)
+    for split, models in splits:
+        measure = measure_of(models)
         header += [f"{split}: y1", "last refinement", f"gain ({measure.title})"]
-        own = {name_of(model): figures for model, figures in found}
+        figures_of = {name_of(model): figures for model, figures in models}
         for name, line in cells.items():
-            parts = (own[name]["rounds"]["1"], last_of(own[name]), own[name]["gain"]) if name in own else ()
-            line += [said(part[measure.name], measure) for part in parts] or [""] * 3
+            figures = figures_of.get(name)
+            parts = (figures["rounds"]["1"], last_round(figures), figures["gain"]) if figures else ()
+            line += [interval_text(part[measure.name], measure) for part in parts] or [""] * 3
     return section("table", "Side by side", "", table(header, [[name, *line] for name, line in cells.items()]) if splits else "")
 
 
 def decisions(report: dict[str, Any]) -> str:
-    """Which controller decided what, and the policy that the run came to."""
-    told = [(model, model["decision"]) for model in report["models"] if model.get("decision")]
-    lines = [[model["name"], found["action"].replace("_", " "), found["controller"], found["reason"]] for model, found in told]
+    """The policy of the run, and what the controller decided after each iteration."""
+    decided = [(model, model["decision"]) for model in report["models"] if model.get("decision")]
+    lines = [
+        [model["name"], decision["action"].replace("_", " "), decision["controller"], decision["reason"]]
+        for model, decision in decided
+    ]
     header = ["after", "decision", "controller", "reason"]
-    end = f"<p>Policy: {escape(report['checkpoint'])}</p>" if report.get("checkpoint") else ""
-    return end + (table(header, lines) if lines else "")
+    policy = f"<p>Policy of the run: {escape(report['checkpoint'])}</p>" if report.get("checkpoint") else ""
+    return policy + (table(header, lines) if lines else "")
 
 
 def opening(report: dict[str, Any]) -> str:
-    """The run in one sentence."""
-    told = dict(recipe.sentences(report["config"]))
-    sizes = [f"{found[0][1]['num_prompts']:,} of {split}" for split in splits_of(report) if (found := evaluated(report, split))]
-    made = ", ".join(name_of(model) for model in report["models"])
-    parts = [told.get("model", ""), f"models: {made}" if made else "", f"held-out prompts: {', '.join(sizes)}" if sizes else ""]
-    parts += [f"{term}: {told[term]}" for term in ("scorer", "seed") if term in told]
+    """The run in a few words: base model, evaluated models, held-out prompts, scorer, seed."""
+    terms = dict(recipe.sentences(report["config"]))
+    sizes = [f"{models[0][1]['num_prompts']:,} of {split}" for split in splits_of(report) if (models := evaluated(report, split))]
+    names = ", ".join(name_of(model) for model in report["models"])
+    parts = [f"base model: {terms['model']}" if "model" in terms else "", f"models: {names}" if names else ""]
+    parts += [f"held-out prompts: {', '.join(sizes)}" if sizes else ""]
+    parts += [f"{term}: {terms[term]}" for term in ("scorer", "seed") if term in terms]
     text = "; ".join(part for part in parts if part)
     return f"<p>{escape(text[:1].upper() + text[1:])}.</p>"
 

@@ -1,4 +1,4 @@
-"""report.json, report.html and the table on the terminal: what a run did and whether refinement got better."""
+"""Writes report.json and report.html: what a run did, and whether refinement improved."""
 
 import json
 from collections.abc import Callable
@@ -23,8 +23,8 @@ def stage_rows(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-class Aside:
-    """Draws a page while the run goes on, one after the other. What goes wrong comes up at the next one or in `wait`."""
+class PageWriter:
+    """Draws pages in a thread while the run goes on, one at a time; the next call or `wait` raises the error of a drawing."""
 
     def __init__(self) -> None:
         self.thread = ThreadPoolExecutor(1)
@@ -42,10 +42,10 @@ class Aside:
 def write(
     run: Run, config: dict, models: list[dict[str, Any]], later: Callable[[Callable[[], None]], None] = lambda draw: draw()
 ) -> dict[str, Any]:
-    """Writes report.json and report.html; `models` lists every evaluated model in order, with its summary.
+    """Writes report.json and report.html and returns the report; `models` are all evaluated models in order, with summaries.
 
-    `checkpoint` is the policy that the run has come to: of the last model that was not rolled back. `later` is given what draws
-    the page and writes both, a second's work.
+    `checkpoint` is the policy of the run: that of the last model that was not rolled back. `later` is called with the function
+    that draws the page and writes both files, which takes about a second.
     """
     report = {
         "name": config["name"],
@@ -58,19 +58,19 @@ def write(
         "ledger": ledger(run, config["engine"]["actors"]),
     }
     data = json.dumps(report, indent=1, ensure_ascii=False).encode()
-    written = run.root / "report.json"
-    if not (written.exists() and written.read_bytes() == data and (run.root / "report.html").exists()):
-        now = json.loads(data)  # as it is: what it is made of goes on changing
+    path = run.root / "report.json"
+    if not (path.exists() and path.read_bytes() == data and (run.root / "report.html").exists()):
+        snapshot = json.loads(data)  # a copy: `models` goes on changing while the page is drawn
 
         def draw() -> None:
-            write_page(run, now)  # first: a report.json that is there has its page beside it
-            write_atomic(written, data)
+            write_page(run, snapshot)  # first, so that a report.json always has its page
+            write_atomic(path, data)
 
         later(draw)
     return report
 
 
 def write_page(run: Run, report: dict[str, Any], path: Path | None = None) -> None:
-    """Writes the page of a report, to RUN/report.html unless `path` says where."""
+    """Writes the page of a report to `path`, or to RUN/report.html."""
     text = page.render(report, page.rejected_counts(run), chains.collect(run, report["models"]))
     write_atomic(path or run.root / "report.html", text.encode())

@@ -1,4 +1,4 @@
-"""`jobs/report.py`: rewrites the page of one run, or sets the models of several runs side by side on the splits they share."""
+"""`jobs/report.py`: rewrites the page of one run, or compares the models of several runs on the splits that they share."""
 
 import argparse
 import json
@@ -20,26 +20,26 @@ from evolve_ray.store.run import Run
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code; a known fault is one sentence on stderr."""
+    """Runs the command and returns its exit code; a known error is one sentence on stderr."""
     parser = argparse.ArgumentParser(prog="report.py", description="Rewrites the page of a run, or compares several runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN", type=run_argument, help="a run directory with a report.json")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="where the page goes (one run: RUN/report.html)")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="where the figures go")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--html", metavar="FILE", type=Path, help="file for the page (default for one run: RUN/report.html)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="file for the figures")
+    args = parser.parse_args(arguments)
 
     def command() -> int:
-        roots = [path.resolve() for path in given.runs]
+        roots = [path.resolve() for path in args.runs]
         if len(roots) == 1:
-            found = read_report(roots[0])
-            write_page(Run(roots[0]), found, given.html)
+            report = read_report(roots[0])
+            write_page(Run(roots[0]), report, args.html)
         else:
-            found = compare(roots)
-            if given.html:
-                write_atomic(given.html, render(found).encode())
-        if given.json:
-            write_atomic(given.json, json.dumps(found, indent=1, ensure_ascii=False).encode())
-        print(tables.table({"models": [{**model, "name": name_of(model)} for model in found["models"]]}))
-        for note in found.get("notes", []):
+            report = compare(roots)
+            if args.html:
+                write_atomic(args.html, render(report).encode())
+        if args.json:
+            write_atomic(args.json, json.dumps(report, indent=1, ensure_ascii=False).encode())
+        print(tables.table({"models": [{**model, "name": name_of(model)} for model in report["models"]]}))
+        for note in report.get("notes", []):
             print(f"\n{note}")
         return 0
 
@@ -52,30 +52,39 @@ def read_report(root: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{root}: has no report.json; give the directory of a run that has finished an iteration") from None
     except ValueError:
-        raise UserError(f"{root / 'report.json'}: is not JSON; submit the run again, which rewrites it") from None
+        raise UserError(f"{root / 'report.json'}: is not JSON; submit the run again to rewrite it") from None
 
 
 def compare(roots: list[Path]) -> dict[str, Any]:
-    """Their models, each with the label of its `run`, on the splits that all runs ask with the same prompts."""
+    """A report of the models of all runs, each with the label of its `run`, on the splits that all runs share.
+
+    Raises `UserError` if the runs share no split, or if a split has different prompts in two runs.
+    """
     if len(set(roots)) < len(roots):
         raise UserError("the same run is named twice; name each run once")
     reports = dict(zip(labels(roots), [read_report(root) for root in roots], strict=True))
-    prompts = [held_out(root) for root in roots]
-    known = list(dict.fromkeys(split for found in prompts for split in found))
-    shared = [split for split in known if all(split in found for found in prompts)]
+    hashes = [held_out(root) for root in roots]
+    splits = list(dict.fromkeys(split for of_run in hashes for split in of_run))
+    shared = [split for split in splits if all(split in of_run for of_run in hashes)]
     for split in shared:
-        for root, found in zip(roots[1:], prompts[1:], strict=True):
-            if found[split] != prompts[0][split]:
-                raise UserError(f"split {split!r} asks other prompts in {root} than in {roots[0]}; such figures do not compare")
+        for root, of_run in zip(roots[1:], hashes[1:], strict=True):
+            if of_run[split] != hashes[0][split]:
+                raise UserError(
+                    f"split {split!r}: {root} has other prompts than {roots[0]}, so their figures cannot be compared; compare "
+                    "runs with the same prompts"
+                )
     if not shared:
-        raise UserError(f"{', '.join(map(str, roots))}: share no evaluation split; such figures do not compare")
-    left_out = [split for split in known if split not in shared]
+        raise UserError(
+            f"{', '.join(map(str, roots))}: have no evaluation split in common, so their figures cannot be compared; compare "
+            "runs that share a split"
+        )
+    left_out = [split for split in splits if split not in shared]
     models = [
         {**model, "run": label, "splits": {split: model["splits"][split] for split in shared if split in model["splits"]}}
-        for label, found in reports.items()
-        for model in found["models"]
+        for label, report in reports.items()
+        for model in report["models"]
     ]
-    notes = [f"Not in every run, so left out: {', '.join(left_out)}."] if left_out else []
+    notes = [f"Left out, because not every run has them: {', '.join(left_out)}."] if left_out else []
     return {
         "name": " and ".join(reports),
         "runs": dict(zip(reports, map(str, roots), strict=True)),
@@ -85,26 +94,26 @@ def compare(roots: list[Path]) -> dict[str, Any]:
 
 
 def labels(roots: list[Path]) -> list[str]:
-    """The shortest paths that tell the runs apart: their folders' names, or what follows the folder they have in common."""
+    """A label for each run: the name of its folder, or if two names are equal the path below the common folder."""
     names = [root.name for root in roots]
     return names if len(set(names)) == len(names) else [os.path.relpath(root, os.path.commonpath(roots)) for root in roots]
 
 
 def held_out(root: Path) -> dict[str, str]:
-    """A hash of each split's prompts and answers; where they were read from does not count."""
+    """`{split: hash of its prompts and answers}`; the files that they came from are not part of the hash."""
     manifest = read_manifest(Run(root).iteration(0) / "held_out")
     if manifest is None:
         raise UserError(f"{root}: has no held-out prompts, so there is nothing to compare; add [evaluation.splits] to its recipe")
-    texts: dict[str, list[list]] = {}
+    rows_of: dict[str, list[list]] = {}
     for row in read_table(manifest.path("prompts.parquet")):
-        texts.setdefault(row["split"], []).append([row["prompt_id"], row["prompt"], row["answer"]])
-    return {split: digest(sorted(found)) for split, found in texts.items()}
+        rows_of.setdefault(row["split"], []).append([row["prompt_id"], row["prompt"], row["answer"]])
+    return {split: digest(sorted(rows)) for split, rows in rows_of.items()}
 
 
 def render(compared: dict[str, Any]) -> str:
-    """One page: the table, then the figures that a run's own page has."""
+    """One page: the table of all models, then the same figures as the page of a run."""
     runs = table(["run", "directory"], [[label, path] for label, path in compared["runs"].items()])
-    text = "Models side by side on the splits that the runs share, with the same prompts. " + " ".join(compared["notes"])
+    text = "The models of all runs on the splits that the runs share, with the same prompts. " + " ".join(compared["notes"])
     parts = [
         section("runs", "Runs", text, runs),
         page.side_by_side(compared),

@@ -1,4 +1,4 @@
-"""The headline table: model x split x measure, a column for each round."""
+"""The headline table: split x measure x model, a column for each round."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from evolve_ray.report.markup import cell
 
 
 def table_rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The headline table: model x split x measure, a column per round, and the paired gain of the last over the first."""
+    """(header, lines) of the headline table: a line per split, measure and model; columns per round, and the paired gain."""
     rounds = max((len(split["rounds"]) for model in report["models"] for split in model["splits"].values()), default=0)
     header = ["split", "model", "measure", *(f"y{number}" for number in range(1, rounds + 1)), f"y{rounds} - y1", "n"]
     lines = []
@@ -25,17 +25,17 @@ def table_rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The headline table as text, a blank line between splits and measures."""
+    """The headline table as text, with a blank line between splits and measures."""
     header, lines = table_rows(report)
-    out, before = [], None
+    printed, previous = [], None
     for line, text in zip([header, *lines], aligned(header, lines), strict=True):
         group = (line[0], line[2])
-        out += ["", text] if before not in (None, group) else [text]
-        before = group
-    return "\n".join(out)
+        printed += ["", text] if previous not in (None, group) else [text]
+        previous = group
+    return "\n".join(printed)
 
 
 def aligned(header: list[str], lines: list[list[str]]) -> list[str]:
-    """Header and lines with columns under each other."""
+    """Header and lines as text with aligned columns."""
     widths = [max(len(line[column]) for line in [header, *lines]) for column in range(len(header))]
     return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in [header, *lines]]

@@ -13,7 +13,7 @@ class Record:
     def __init__(self, context: Context):
         self.context, self.config = context, resolved(context.config)
         self.models: list[dict[str, Any]] = []
-        self.pages = report.Aside()
+        self.pages = report.PageWriter()
 
     def add(self, model: dict[str, Any]) -> None:
         """Adds a model with its evaluation; the model of an iteration also has `probe`, `drift` and `decision`."""

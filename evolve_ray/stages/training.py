@@ -79,5 +79,5 @@ def run_group(context: Context, spec: TrainSpec, folder: Path, name: str) -> Man
         "again: it continues from the last stored step"
     )
     context.trackers.replay_steps(key, iteration, name)
-    with context.followed("training", on_event), context.deadline(name, spec.trainer.stall_s, progress, advice):
+    with context.print_events("training", on_event), context.deadline(name, spec.trainer.stall_s, progress, advice):
         return group.fit(spec, folder / f".ray-train-{name}")

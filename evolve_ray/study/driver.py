@@ -1,4 +1,4 @@
-"""The study: recipes x seeds of the tiny world, one run after the other, and which of the method's claims they bear out."""
+"""The study: runs recipes x seeds of the tiny world one after the other, and reports which claims of the method hold."""
 
 import argparse
 import difflib
@@ -31,10 +31,10 @@ SEEDS, QUICK_SEEDS = "0,1,2", "0"
 RECIPES, QUICK_RECIPES = "tiny,tiny_iterative_dpo,tiny_rule,tiny_parallel,tiny_reward_model", "tiny,tiny_iterative_dpo"
 SPLITS = ("heldout", "long", "desc")
 
-# What decides the stages of iteration 0, by section of the configuration; iterate.py and inputs.py make their keys of it.
+# Stages of iteration 0, and the parts of the configuration that their keys are made of (in inputs/ and stages/).
 TRAINED = ("activation_pairs", "offline_pairs", "activation", "reference", "checkpoint")
 
-# Given triples on an evaluation prompt are left out, so what is trained depends on what is held out too.
+# "held out" is among them, because triples on an evaluation prompt are left out of the training.
 TRAINED_FROM = ("seed", "toy", "model", "activation", "offline", "template", "trainer", "held out")
 MEASURED = ("held_out", "base_evaluation", "evaluation")
 MEASURED_FROM = ("evaluation", "sampling", "engine", "scorer", "verifier", "refresh", "fitting prompts")
@@ -43,43 +43,43 @@ MEASURED_FROM = ("evaluation", "sampling", "engine", "scorer", "verifier", "refr
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="study.py",
-        description="Runs recipes x seeds of the tiny world and says which claims hold; the same command continues.",
+        description="Runs recipes x seeds of the tiny world and reports which claims hold; the same command continues a study.",
     )
     parser.add_argument("--quick", action="store_true", help=f"seed {QUICK_SEEDS} of {QUICK_RECIPES} only")
-    parser.add_argument("--seeds", help=f"separated by commas (default: {SEEDS}); each is a pipeline with its own base model")
+    parser.add_argument("--seeds", help=f"separated by commas (default: {SEEDS}); each seed has its own base model")
     parser.add_argument("--recipes", help=f"names in jobs/recipes, separated by commas (default: {RECIPES})")
-    parser.add_argument("--out", default="runs/study", help="the folder of the study (default: runs/study)")
-    parser.add_argument("--json", help="where the claims go (default: OUT/study.json)")
-    parser.add_argument("--only-report", action="store_true", help="run nothing; report on the runs that are finished")
+    parser.add_argument("--out", default="runs/study", help="folder of the study (default: runs/study)")
+    parser.add_argument("--json", help="file for the claims (default: OUT/study.json)")
+    parser.add_argument("--only-report", action="store_true", help="start no run; report on the finished runs")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str], jobs: Path, execute: Callable[[list[str]], int] | None = None) -> int:
-    """Returns the exit code; `jobs` is the folder of iterate.py and recipes/, `execute` runs a command."""
-    given = parse(arguments)
-    typed = shlex.join(["python", "jobs/study.py", *arguments])
+    """Runs the study and returns the exit code; `jobs` is the folder of iterate.py and recipes/, `execute` runs a command."""
+    args = parse(arguments)
+    study_command = shlex.join(["python", "jobs/study.py", *arguments])
 
     def command() -> int:
-        seeds = read_seeds(given.seeds or (QUICK_SEEDS if given.quick else SEEDS))
-        recipes = read_recipes(given.recipes or (QUICK_RECIPES if given.quick else RECIPES), jobs / "recipes")
-        out = Path(given.out)
-        if not given.only_report:
+        seeds = read_seeds(args.seeds or (QUICK_SEEDS if args.quick else SEEDS))
+        recipes = read_recipes(args.recipes or (QUICK_RECIPES if args.quick else RECIPES), jobs / "recipes")
+        out = Path(args.out)
+        if not args.only_report:
             for seed in seeds:
                 for recipe in recipes:
-                    run(recipe, seed, jobs, out, execute or execute_command, typed)
+                    run(recipe, seed, jobs, out, execute or execute_command, study_command)
         results = read_results(recipes, seeds, out, jobs)
-        found = claims(results, typed)
-        text = study_page(results, found, typed)
+        all_claims = claims(results, study_command)
+        text = study_page(results, all_claims, study_command)
         write_atomic(out / "STUDY.md", text.encode())
-        target = Path(given.json) if given.json else out / "study.json"
+        target = Path(args.json) if args.json else out / "study.json"
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(target, json.dumps(found, indent=1).encode())
+        write_atomic(target, json.dumps(all_claims, indent=1).encode())
         figure(results, out / "study.svg")
         say(text)
         say(f"tables: {out / 'STUDY.md'}\nclaims: {target}\nfigure: {out / 'study.svg'}")
         return 0
 
-    return run_command(command, typed)
+    return run_command(command, study_command)
 
 
 def say(line: str, file: Any = None) -> None:
@@ -93,30 +93,33 @@ def read_seeds(text: str) -> list[int]:
 
 
 def read_recipes(text: str, folder: Path) -> list[str]:
-    """Names of recipes, each of which is there and has what the study compares; checked before the first one runs."""
+    """The recipe names of `text`; raises `UserError` before any run if one is unknown or lacks a table that the study needs."""
     names = list(dict.fromkeys(part.strip() for part in text.split(",")))
-    known = sorted(path.stem for path in folder.glob("*.toml"))
+    existing = sorted(path.stem for path in folder.glob("*.toml"))
     for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise UserError(f"--recipes: {folder} has no recipe {name!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
+        if name not in existing:
+            nearest = difflib.get_close_matches(name, existing, n=1, cutoff=0.0)
+            raise UserError(
+                f"--recipes: {folder} has no recipe {name!r}" + (f"; the nearest is {nearest[0]!r}" if nearest else "")
+            )
         config = load(folder / f"{name}.toml")
         missing = [f"[{table}]" for table in ("toy", "activation", "verifier") if getattr(config, table) is None]
         missing += [f"evaluation.splits.{split}" for split in SPLITS if split not in config.evaluation.splits]
         if missing:
-            raise UserError(
-                f"{folder / name}.toml: has no {', '.join(missing)}, which the study compares; leave it out of --recipes"
-            )
+            raise UserError(f"{folder / name}.toml: has no {', '.join(missing)}, which the study needs; remove it from --recipes")
     return names
 
 
 def run_folder(out: Path, recipe: str, seed: int) -> Path:
-    """The seed's folder is between, because its runs share the toy world that lies beside them."""
+    """The run directory. All runs of a seed are in one folder, because they share the tiny world that is kept beside them."""
     return out / f"seed-{seed}" / recipe
 
 
-def run(recipe: str, seed: int, jobs: Path, out: Path, execute: Callable[[list[str]], int], again: str) -> None:
-    """One run as a process of its own, so that one local Ray is up at a time; what is committed is not computed again."""
+def run(recipe: str, seed: int, jobs: Path, out: Path, execute: Callable[[list[str]], int], study_command: str) -> None:
+    """Starts or resumes one run, in a process of its own so that only one local Ray runs at a time.
+
+    Raises `UserError` with `study_command`, which continues the study, if the run fails.
+    """
     path, root = Path(os.path.relpath(jobs)) / "recipes" / f"{recipe}.toml", run_folder(out, recipe, seed)
     overrides = [f"seed={seed}", f"toy.seed={seed}"]
     command = [sys.executable, os.path.relpath(jobs / "iterate.py"), str(path), *overrides, "--run", str(root)]
@@ -126,7 +129,9 @@ def run(recipe: str, seed: int, jobs: Path, out: Path, execute: Callable[[list[s
     start = time.monotonic()
     code = execute(command)
     if code:
-        raise UserError(f"{recipe}, seed {seed}: ended with exit code {code}, see the lines above; continue with: {again}")
+        raise UserError(
+            f"{recipe}, seed {seed}: ended with exit code {code}, see the lines above; continue with: {study_command}"
+        )
     say(f"== {recipe}, seed {seed}: {time.monotonic() - start:.0f} s\n")
 
 
@@ -135,17 +140,17 @@ def execute_command(command: list[str]) -> int:
     try:
         return process.wait()
     except KeyboardInterrupt:
-        process.wait()  # the terminal interrupted the run too: it stops its Ray before it ends
+        process.wait()  # the terminal interrupts the run too; wait until it has stopped its Ray
         raise
 
 
 def same_stages(config: Config, other: Config) -> list[str]:
-    """Stages of iteration 0 that two runs of one seed compute alike."""
+    """Stages of iteration 0 that have the same result in two runs of one seed."""
 
-    def parts(whole: Config, names: tuple[str, ...]) -> list[Any]:
-        tree = resolved(whole, runtime=False)
-        fitting = tree["fitting prompts"] = [texts_in_view(whole.strategy), whole.prompts.max_rejected_fraction]
-        tree["held out"] = [getattr(whole.evaluation, name) for name in HELD_OUT] + [whole.sampling.max_tokens, *fitting]
+    def parts(config: Config, names: tuple[str, ...]) -> list[Any]:
+        tree = resolved(config, runtime=False)
+        fitting = tree["fitting prompts"] = [texts_in_view(config.strategy), config.prompts.max_rejected_fraction]
+        tree["held out"] = [getattr(config.evaluation, name) for name in HELD_OUT] + [config.sampling.max_tokens, *fitting]
         return [tree[name] for name in names]
 
     if parts(config, TRAINED_FROM) != parts(other, TRAINED_FROM):
@@ -155,10 +160,11 @@ def same_stages(config: Config, other: Config) -> list[str]:
 
 
 def share_iteration_zero(config: Config, root: Path) -> str:
-    """Gives a run that has not started the committed stages of iteration 0 that another run of its seed made alike.
+    """Gives a new run the committed stages of iteration 0 that it has in common with another run of its seed.
 
-    All come from one run, since an evaluation belongs to the very checkpoint that it measured. Files are hard-linked aside,
-    and the whole iteration is renamed into place. Returns what was shared, "" if nothing was.
+    All stages come from one run, since an evaluation belongs to the checkpoint that it measured. The files are hard-linked into
+    a temporary folder, and the whole iteration is renamed into place. Returns the names and source of the shared stages, "" if
+    there are none.
     """
     target = Run(root).iteration(0)
     if target.exists():
@@ -166,8 +172,8 @@ def share_iteration_zero(config: Config, root: Path) -> str:
     names: list[str] = []
     for path in sorted(root.parent.glob("*/config.json")):
         folder = Run(path.parent).iteration(0)
-        alike = same_stages(config, from_json(json.loads(path.read_bytes()), str(path)))
-        committed = [name for name in alike if read_manifest(folder / name)]
+        same = same_stages(config, from_json(json.loads(path.read_bytes()), str(path)))
+        committed = [name for name in same if read_manifest(folder / name)]
         if len(committed) > len(names):
             names, source = committed, folder
     if not names:
@@ -183,7 +189,7 @@ def share_iteration_zero(config: Config, root: Path) -> str:
 
 
 def link(source: str, target: str) -> None:
-    """The same file under another name; a copy where the file system has no hard links."""
+    """Hard-links a file, or copies it if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -191,7 +197,7 @@ def link(source: str, target: str) -> None:
 
 
 def finished(root: Path) -> bool:
-    """Whether the last driver of the run came to its end."""
+    """Whether the last driver of the run finished."""
     if not (root / "report.json").exists():
         return False
     drivers = [event["event"] for event in read_jsonl(root / "events.jsonl") if event["event"].startswith("driver_")]
@@ -199,7 +205,7 @@ def finished(root: Path) -> bool:
 
 
 def judge_run(root: Path, seed: int, jobs: Path) -> dict[str, float]:
-    """The scores that the seed's trained reward model gives to the held-out drafts of a run, by draft id."""
+    """The scores of the held-out drafts of a run by draft id, from the trained reward model of the seed."""
     overrides = [f"seed={seed}", f"toy.seed={seed}"]
     config = load(jobs / "recipes" / "tiny_reward_model.toml", overrides)
     return judge(root, config, json.loads((root / "report.json").read_bytes())["models"], say)
@@ -215,5 +221,5 @@ def read_results(recipes: list[str], seeds: list[int], out: Path, jobs: Path) ->
             else:
                 say(f"{root}: is not finished, so it is left out")
     if not results:
-        raise UserError(f"{out}: has no finished run of these recipes and seeds; leave --only-report out to run them")
+        raise UserError(f"{out}: has no finished run of these recipes and seeds; remove --only-report to run them")
     return results

@@ -1,4 +1,4 @@
-"""What the runs of a study came to: outcomes by prompt, and means over seeds with their intervals."""
+"""The results of the runs of a study: outcomes by prompt, and means over seeds with their intervals."""
 
 import json
 from collections import defaultdict
@@ -21,12 +21,12 @@ Values = dict[str, float]  # one number by prompt id (or pair id)
 class Answer(NamedTuple):
     right: bool
     num_tokens: int
-    judged: float | None = None  # what the trained reward model gives; None: it was not asked
+    judged: float | None = None  # score of the trained reward model; None: it did not score this answer
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """One model on one split: the answers of each prompt. Only prompts with a verified answer in every round count."""
+    """The answers of one model on one split, by prompt; only prompts with a verified answer in every round."""
 
     chain: dict[str, list[Answer]]  # y1 first
     parallel: dict[str, list[Answer]]  # as many independent samples as the chain has rounds; empty: not measured
@@ -36,20 +36,23 @@ class Outcomes:
         return len(next(iter(self.chain.values())))
 
     def y(self, number: int) -> Values:
-        """1.0 where the answer of a round is right; rounds count from 1, and -1 is the last."""
+        """By prompt, 1.0 if the answer of a round is right; rounds count from 1, and -1 is the last."""
         return {key: float(answers[number - (number > 0)].right) for key, answers in self.chain.items()}
 
     def best(self, kind: str) -> Values:
-        """1.0 where any answer of the `chain` or of the `parallel` samples is right."""
+        """By prompt, 1.0 if any answer of the `chain` or of the `parallel` samples is right."""
         return {key: float(any(answer.right for answer in answers)) for key, answers in getattr(self, kind).items()}
 
     def picked(self, kind: str) -> Values:
-        """1.0 where the answer that the reward model likes best (of equal ones the first) is right; of prompts that it judged."""
+        """By prompt, 1.0 if the answer with the highest score of the reward model is right; the first one if scores are equal.
+
+        Only prompts whose answers all have such a score.
+        """
         judged = {
             key: [(answer.judged, answer.right) for answer in answers if answer.judged is not None]
             for key, answers in getattr(self, kind).items()
         }
-        return {key: float(max(found, key=lambda one: one[0])[1]) for key, found in judged.items() if len(found) == self.rounds}
+        return {key: float(max(pairs, key=lambda pair: pair[0])[1]) for key, pairs in judged.items() if len(pairs) == self.rounds}
 
     def tokens(self, kind: str) -> Values:
         return {key: float(sum(answer.num_tokens for answer in answers)) for key, answers in getattr(self, kind).items()}
@@ -61,17 +64,17 @@ class Result:
 
     recipe: str
     seed: int
-    models: dict[str, dict[str, Outcomes]]  # by model and split, models in the order in which they were made
-    labels: dict[int, dict[str, int]]  # by iteration and pair: 1 if the chosen draft is truly better, 0 equal, -1 worse
+    models: dict[str, dict[str, Outcomes]]  # by model and split, models in the order of training
+    labels: dict[int, dict[str, int]]  # by iteration and pair: 1 if chosen is better by the verifier, 0 if equal, -1 if worse
     stages: list[dict[str, Any]]  # as in report.json
 
     def outcomes(self, model: str, split: str = "heldout") -> Outcomes:
-        """Of a model by its name in the report, or of the `last` one."""
+        """The outcomes of a model by its name in the report; "last" is the last model."""
         return self.models[list(self.models)[-1] if model == "last" else model][split]
 
 
 def minus(values: Values, others: Values) -> Values:
-    """Differences, paired by prompt."""
+    """Differences of two results, paired by prompt. Raises `IntegrityError` if they have no prompt in common."""
     common = values.keys() & others.keys()
     if not common:
         raise IntegrityError(
@@ -85,16 +88,16 @@ def gain(outcomes: Outcomes) -> Values:
 
 
 def share(signs: dict[str, int], wanted: int) -> Values:
-    """1.0 for each pair whose label is the `wanted` one."""
+    """By pair, 1.0 if its label is `wanted`."""
     return {key: float(sign == wanted) for key, sign in signs.items()}
 
 
 def pooled(strata: list[Values]) -> dict[str, float]:
     """The mean over seeds of their means, with its 95 % percentile bootstrap interval (2,000 resamples, seeded).
 
-    Prompts are resampled within each seed (stratum), and the seeds averaged with equal weights. So the interval speaks of
-    these very pipelines on other prompts; how far another seed may be from them, the per-seed values show. Drawing n values
-    with replacement is one multinomial draw over the distinct values.
+    Prompts are resampled within each seed (stratum), and the seeds are averaged with equal weights. So the interval covers
+    other prompts for the same trained models; the values by seed show how much another seed may differ. Drawing n values with
+    replacement is done as one multinomial draw over the distinct values, which is faster.
     """
     generator = np.random.default_rng(0)
     means = np.zeros(RESAMPLES)
@@ -107,12 +110,12 @@ def pooled(strata: list[Values]) -> dict[str, float]:
 
 
 def read_result(root: Path, recipe: str, seed: int, judged: dict[str, float] | None = None) -> Result:
-    """`judged`: the reward model's scores by draft id."""
+    """Reads a finished run; `judged` are the scores of the reward model by draft id."""
     run = Run(root)
     report = json.loads((root / "report.json").read_bytes())
     models, labels = {}, {}
     for model in report["models"]:
-        if model.get("rolled_back"):  # its training is not what the run ended with
+        if model.get("rolled_back"):  # the run did not keep its policy
             continue
         folder = run.iteration(model["iteration"])
         models[model["name"]] = read_outcomes(
@@ -124,48 +127,48 @@ def read_result(root: Path, recipe: str, seed: int, judged: dict[str, float] | N
 
 
 def read_outcomes(folder: Path, judged: dict[str, float]) -> dict[str, Outcomes]:
-    """By split, from an evaluation's tables."""
+    """`{split: outcomes}` from the tables of an evaluation; raises `IntegrityError` if a split has no verified chain."""
     chains = read_answers(folder, "round", judged)
     parallels = read_answers(folder / "parallel", "sample", judged)
-    found = {}
+    outcomes = {}
     for split, chain in chains.items():
         rounds = max(max(answers) for answers in chain.values())
-        whole = every(chain, range(1, rounds + 1))
-        if not whole:
+        complete = complete_prompts(chain, range(1, rounds + 1))
+        if not complete:
             raise IntegrityError(
                 f"{folder}: no prompt of split {split} has a verified answer in every round; see its rejected.jsonl"
             )
-        found[split] = Outcomes(whole, every(parallels.get(split, {}), range(rounds)))
-    if not found:
+        outcomes[split] = Outcomes(complete, complete_prompts(parallels.get(split, {}), range(rounds)))
+    if not outcomes:
         raise IntegrityError(f"{folder}: is listed in report.json but holds no answers; delete the run and run the study again")
-    return found
+    return outcomes
 
 
-def every(answers: dict[str, dict[int, Answer | None]], numbers: range) -> dict[str, list[Answer]]:
-    """The prompts that have a verified answer at each of `numbers`, with those answers."""
-    found = {}
+def complete_prompts(answers: dict[str, dict[int, Answer | None]], numbers: range) -> dict[str, list[Answer]]:
+    """`{prompt: answers}` of the prompts that have a verified answer at each of `numbers`."""
+    complete = {}
     for key, by_number in answers.items():
         present = [answer for number in numbers if (answer := by_number.get(number)) is not None]
         if len(present) == len(numbers):
-            found[key] = present
-    return found
+            complete[key] = present
+    return complete
 
 
 def read_answers(folder: Path, column: str, judged: dict[str, float]) -> dict[str, dict[str, dict[int, Answer | None]]]:
-    """By split, prompt and `column`; None for an answer without a verifier's value."""
+    """Answers by split, prompt and `column`; None for an answer that the verifier did not score."""
     drafts, scores = read_manifest(folder / "generations"), read_manifest(folder / "scores")
-    found: dict[str, dict[str, dict[int, Answer | None]]] = defaultdict(lambda: defaultdict(dict))
+    answers: dict[str, dict[str, dict[int, Answer | None]]] = defaultdict(lambda: defaultdict(dict))
     if drafts and scores:
         correct = {row["draft_id"]: row["correct"] for row in shards.read_rows(scores)}
         for row in shards.read_rows(drafts):
             value = correct.get(row["draft_id"])
             answer = None if value is None else Answer(value == 1.0, row["num_tokens"], judged.get(row["draft_id"]))
-            found[row["split"]][row["prompt_id"]][row[column]] = answer
-    return found
+            answers[row["split"]][row["prompt_id"]][row[column]] = answer
+    return answers
 
 
 def read_labels(folder: Path) -> dict[str, int]:
-    """Of an iteration's pairs, those of which the verifier knows both drafts; see `Result.labels`."""
+    """The labels of the pairs of an iteration whose drafts are both verified; see `Result.labels`."""
     pairs, scores = read_manifest(folder / "pairs"), read_manifest(folder / "scores")
     if not (pairs and scores):
         return {}
@@ -178,6 +181,6 @@ def read_labels(folder: Path) -> dict[str, int]:
 
 
 def grouped(results: list[Result]) -> list[tuple[str, str, list[Result]]]:
-    """(recipe, model, runs that have it), in the order of recipes and models."""
+    """(recipe, model, the runs with this model), in the order of recipes and models."""
     names = dict.fromkeys((result.recipe, model) for result in results for model in result.models)
     return [(r, m, [result for result in results if result.recipe == r and m in result.models]) for r, m in names]

@@ -11,13 +11,14 @@ from evolve_ray.toy import task
 
 
 def make_world(out: Path, toy: dict) -> None:
-    """Base model, prompts of every split, and preference triples."""
+    """Writes the prompts of every split, the preference triples, and the base model."""
     from evolve_ray.toy.world import build_base
 
     splits = {"train": "num_train", "heldout": "num_heldout", "long": "num_out_of_domain", "desc": "num_out_of_domain"}
     for split, count in splits.items():
         write_jsonl(out / f"{split}.jsonl", task.make_prompts(split, toy[count], toy["seed"]))
-    # Noisy answers leave room above; many ties, and a sibling task, so that keeping a good draft is learned beside mending.
+    # Noisy answers leave room for improvement. Many ties, and a sibling task, teach the model to keep a good draft as well as to
+    # correct a wrong one.
     noise = {"tie_fraction": 0.4, "tie_clean_fraction": 0.8, "clean_fraction": 0.5, "desc_fraction": 0.2}
     write_jsonl(out / "triples.jsonl", task.make_triples(toy["num_triples"], toy["seed"], **noise))
     shape = {name: toy[name] for name in ("seed", "hidden", "layers", "heads")}
@@ -25,7 +26,7 @@ def make_world(out: Path, toy: dict) -> None:
 
 
 def make_reward_model(out: Path, toy: dict) -> None:
-    """A sequence classifier trained from the base model."""
+    """Trains a sequence classifier from the base model."""
     from evolve_ray.toy.world import build_reward_model
 
     build_reward_model(out / "reward_model", Path(toy["base"]), seed=toy["seed"], steps=toy["reward_model_steps"], progress=say)
@@ -37,6 +38,6 @@ def say(*parts: object) -> None:
 
 if __name__ == "__main__":
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # a fresh classifier head is no news
+    logging.set_verbosity_error()  # else transformers warns that the classifier head is new
     part, folder, options = sys.argv[1:]
     {"world": make_world, "reward_model": make_reward_model}[part](Path(folder), json.loads(options))

@@ -1,4 +1,4 @@
-"""Where a run finds the parts of the tiny world: made once in a process of their own, and kept beside the run."""
+"""Finds the parts of the tiny world for a run, or makes them in a process of their own; they are kept beside the run."""
 
 import json
 import os
@@ -19,7 +19,10 @@ VERSION = 2
 
 
 def toy_parts(config: Config, run: Run, say: Callable[[str], None]) -> dict[str, str]:
-    """Paths of the tiny world's parts by their `toy:` names; made once and kept beside the run, by content hash."""
+    """`{"toy:NAME": path}` of the parts that the recipe needs; raises `UserError` for a part that does not exist.
+
+    A part is made once and kept beside the run, in a folder whose name holds a hash of its options.
+    """
     assert config.toy is not None
     world = resolved(config.toy)
     steps = world.pop("reward_model_steps")
@@ -30,31 +33,33 @@ def toy_parts(config: Config, run: Run, say: Callable[[str], None]) -> dict[str,
         options = {**world, "reward_model_steps": steps, "base": parts["toy:base"]}
         key = {**options, "base": folders.content_hash(folder / "base")}
         parts["toy:reward_model"] = str(make_toy(run, "reward_model", options, say, key) / "reward_model")
-    named = [config.model.path, config.prompts.path, *config.evaluation.splits.values(), *reward_model_names(config.scorer)]
-    named += [part.path for part in (config.activation, config.offline) if part]
-    for name in named:
+    names = [config.model.path, config.prompts.path, *config.evaluation.splits.values(), *reward_model_names(config.scorer)]
+    names += [part.path for part in (config.activation, config.offline) if part]
+    for name in names:
         if name.startswith("toy:") and name not in parts:
             raise UserError(f"{name}: the tiny world has no such part; it has {', '.join(sorted(parts))}")
     return parts
 
 
 def make_toy(run: Run, part: str, options: dict, say: Callable[[str], None], key: dict | None = None) -> Path:
-    """One committed folder of the tiny world, made in a process of its own."""
+    """One committed folder of the tiny world; made in a process of its own if it is missing."""
     digest = rows.digest(["toy", VERSION, part, key or options])
     stage = Stage(run.root.parent / f"toy-{part.replace('_', '-')}-{digest[:12]}", f"toy {part}", digest)
-    stage.work = stage.work.with_name(f"{stage.work.name}-{os.getpid()}")  # two runs may make the same world at once
+    stage.work = stage.work.with_name(f"{stage.work.name}-{os.getpid()}")  # two runs may make the same world at the same time
     manifest = stage.committed()
     if manifest is None:
         say(f"  tiny world: making its {part.replace('_', ' ')} (kept at {stage.final})")
-        code = str(Path(__file__).parents[2])
+        source_root = str(Path(__file__).parents[2])
         environment = {
             **os.environ,
             "DS_ACCELERATOR": "cpu",
-            "PYTHONPATH": os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")])),
+            "PYTHONPATH": os.pathsep.join(filter(None, [source_root, os.environ.get("PYTHONPATH")])),
         }
         command = [sys.executable, "-m", "evolve_ray.toy", part, str(stage.start()), json.dumps(options)]
         result = subprocess.run(command, env=environment)
         if result.returncode:
-            raise ResourceError(f"tiny world: its {part} could not be made (exit {result.returncode}); see the lines above")
+            raise ResourceError(
+                f"tiny world: making its {part.replace('_', ' ')} failed with exit code {result.returncode}; see the lines above"
+            )
         manifest = stage.commit()
     return manifest.folder

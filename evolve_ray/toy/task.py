@@ -1,4 +1,4 @@
-"""The tiny task: sort letters; prompts, noisy answers, preference triples and the verifier that knows the truth."""
+"""The tiny task, sorting letters: prompts, noisy answers, preference triples, and the verifier."""
 
 import hashlib
 import random
@@ -7,7 +7,7 @@ from rapidfuzz.distance import Levenshtein
 
 LETTERS = "abcdefghij"
 
-# split -> (verb of the prompt, shortest and longest letter string, the side of the hash that its strings come from)
+# split -> (verb of the prompt, shortest and longest letter string, side of the hash that its strings come from)
 SPLITS = {
     "train": ("sort", 8, 12, "train"),
     "heldout": ("sort", 8, 12, "heldout"),
@@ -18,13 +18,13 @@ HELDOUT_SHARE = 8  # one letter string in this many is held out
 
 
 def side_of(letters: str) -> str:
-    """`heldout` or `train`, from the letters alone: no count, seed or order can move a string to the other side."""
+    """`heldout` or `train`. Only the letters decide: no count, seed or order can move a string to the other side."""
     digest = hashlib.blake2b(letters.encode(), digest_size=8).digest()
     return "heldout" if int.from_bytes(digest, "big") % HELDOUT_SHARE == 0 else "train"
 
 
 def draw_letters(rng: random.Random, shortest: int, longest: int, side: str) -> str:
-    """A uniform letter string of `shortest` to `longest` letters that lies on `side`."""
+    """A uniformly drawn string of `shortest` to `longest` letters on `side`."""
     while True:
         letters = "".join(rng.choices(LETTERS, k=rng.randint(shortest, longest)))
         if side_of(letters) == side:
@@ -32,14 +32,15 @@ def draw_letters(rng: random.Random, shortest: int, longest: int, side: str) -> 
 
 
 def solve(verb: str, letters: str) -> str:
-    """The right answer of the prompt `verb:letters`: the letters in ascending (`sort`) or descending (`desc`) order."""
+    """The right answer to the prompt `verb:letters`: the letters in ascending (`sort`) or descending (`desc`) order."""
     return "".join(sorted(letters, reverse=verb == "desc"))
 
 
 def make_prompts(split: str, count: int, seed: int) -> list[dict]:
-    """`count` distinct rows `{prompt, answer}` of `split`; a longer list with the same seed begins with the shorter one.
+    """`count` distinct rows `{prompt, answer}` of `split`; with the same seed, a longer list begins with the shorter one.
 
-    Strings of `heldout`, `long` and `desc` never occur on the train side, whatever the counts and seeds.
+    The strings of `heldout`, `long` and `desc` are never on the train side, for all counts and seeds. Raises `ValueError` for an
+    unknown split.
     """
     if split not in SPLITS:
         raise ValueError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
@@ -83,10 +84,11 @@ def make_triples(
 ) -> list[dict]:
     """`count` rows `{prompt, answer, chosen, rejected}` on distinct train-side prompts, for activation SFT.
 
-    `chosen` is right with probability `clean_fraction`, else 1 to 3 edits away. `rejected` is `chosen` after 1 to 3 more
-    edits that lower its reward, or with probability `tie_fraction` `chosen` itself: a model that never sees a draft worth
-    keeping learns to change right ones. Of ties, `chosen` is right with probability `tie_clean_fraction`, where that is given:
-    1.0 shows only right drafts as worth keeping. A share `desc_fraction` of the prompts sorts downwards, the same letters.
+    `chosen` is right with probability `clean_fraction`, else 1 to 3 edits away. `rejected` is `chosen` after 1 to 3 more edits
+    that lower its reward. With probability `tie_fraction` it is `chosen` itself (a tie): a model that never sees a draft worth
+    keeping learns to change right drafts. In a tie, `chosen` is right with probability `tie_clean_fraction`, if that is set:
+    with 1.0 only right drafts are shown as worth keeping. A share `desc_fraction` of the prompts asks for descending order of
+    the same letters.
     """
     rng, verbs = random.Random(f"triples:{seed}"), random.Random(f"triples-verbs:{seed}")
     rows = _draw_prompts("train", count, f"triples-prompts:{seed}")
@@ -105,7 +107,7 @@ def make_triples(
 
 
 def gold_reward(response: str, answer: str) -> float:
-    """1 - edit distance / length of the longer one, in [0, 1]; exactly 1.0 if and only if `response.strip() == answer`."""
+    """1 - edit distance / length of the longer text, in [0, 1]; exactly 1.0 if and only if `response.strip() == answer`."""
     response = response.strip()
     if response == answer:
         return 1.0
@@ -113,15 +115,15 @@ def gold_reward(response: str, answer: str) -> float:
 
 
 class SortVerifier:
-    """The scorer with the truth: a reward in [0, 1] per response; 1.0 means exactly right."""
+    """The verifier of the tiny task: a reward in [0, 1] per response; 1.0 means exactly right."""
 
     def __call__(self, prompts: list[str], answers: list[str | None], responses: list[str]) -> list[float]:
-        """One reward per response; the three lists run in parallel. `ValueError` where an answer is missing."""
+        """One reward per response; the three lists have one entry per response. Raises `ValueError` if an answer is missing."""
         if not len(prompts) == len(answers) == len(responses):
             raise ValueError(f"lengths differ: {len(prompts)} prompts, {len(answers)} answers, {len(responses)} responses")
         rewards = []
         for prompt, answer, response in zip(prompts, answers, responses, strict=True):
             if answer is None:
-                raise ValueError(f"prompt {prompt!r} has no answer to verify against: give one, or score with a reward model")
+                raise ValueError(f"prompt {prompt!r} has no gold answer to verify against; add one, or score with a reward model")
             rewards.append(gold_reward(response, answer))
         return rewards

@@ -14,12 +14,12 @@ CHAT_TEMPLATE = """\
 
 
 def render(prompt: str, response: str) -> str:
-    """What the chat template makes of one user and one assistant message, without its cost per call."""
+    """The chat template applied to one user and one assistant message, but faster than the template itself."""
     return f"<|user|>{prompt}<|end|><|assistant|>{response}<|end|>"
 
 
 def make_tokenizer(max_positions: int = 256):
-    """A `PreTrainedTokenizerFast`, one token per character: printable ASCII and newline; any other character is `<|unk|>`."""
+    """A `PreTrainedTokenizerFast` with one token per character: printable ASCII and newline; all others are `<|unk|>`."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""The tiny world's models: a base model that sorts but samples badly, and a reward model."""
+"""The models of the tiny world: a base model that can sort but often samples wrong answers, and a reward model."""
 
 import contextlib
 import random
@@ -8,13 +8,13 @@ from pathlib import Path
 from evolve_ray.toy.task import corrupt, draw_letters, gold_reward, solve
 from evolve_ray.toy.tokenizer import make_tokenizer, render
 
-# Nothing heavy is imported before a function needs it: the config is checked first.
-HEAD_SIZE = 32  # the smallest that the engine's attention kernels for CPU know, so it does not follow from hidden / heads
+# Heavy imports are inside the functions, so that the configuration is checked before they are loaded.
+HEAD_SIZE = 32  # the smallest size that vLLM's attention kernels for CPU support, so it is not hidden / heads
 
 
 @contextlib.contextmanager
 def fixed_torch(seed: int, threads: int):
-    """`threads` threads and a seeded generator inside, the caller's own threads and random state again outside."""
+    """Sets `threads` threads and seeds torch inside the block; restores the caller's threads and random state after it."""
     import torch
 
     threads_before = torch.get_num_threads()
@@ -28,14 +28,14 @@ def fixed_torch(seed: int, threads: int):
 
 
 def draw_chat(rng: random.Random, lengths: tuple[int, int], desc_fraction: float, side: str) -> tuple[str, str]:
-    """One prompt of `lengths[0]` to `lengths[1]` letters, `desc` with probability `desc_fraction`, and its right answer."""
+    """(a prompt of `lengths[0]` to `lengths[1]` letters, `desc` with probability `desc_fraction`; its right answer)."""
     verb = "desc" if rng.random() < desc_fraction else "sort"
     letters = draw_letters(rng, *lengths, side)
     return f"{verb}:{letters}", solve(verb, letters)
 
 
 def draw_pair(rng: random.Random, side: str) -> tuple[str, str]:
-    """Two rendered chats on one prompt, better answer first: each right, or up to 3 or up to 6 edits away; never equally good."""
+    """(better chat, worse chat) on one prompt, rendered; an answer is right, or at most 3 or 6 edits away, never equally good."""
     prompt, answer = draw_chat(rng, (8, 12), 0.2, side)
     rewards = (0.0, 0.0)
     while rewards[0] == rewards[1]:
@@ -50,19 +50,19 @@ def draw_pair(rng: random.Random, side: str) -> tuple[str, str]:
 
 
 def fit(model, loss_of, *, steps: int, learning_rate: float, progress) -> float:
-    """Take `steps` optimizer steps on the scalar `loss_of(step)`; returns the mean loss of the last tenth.
+    """Takes `steps` optimizer steps on the scalar `loss_of(step)`; returns the mean loss of the last tenth of the steps.
 
-    Muon turns the matrices inside the layers, AdamW the rest. On this task that needs about a third fewer steps than AdamW
-    alone, and one learning rate does for both because Muon's updates are scaled to the size of AdamW's.
+    Muon updates the matrices inside the layers, AdamW all other weights. On this task that needs about a third fewer steps than
+    AdamW alone. One learning rate works for both, because Muon's updates are scaled to the size of AdamW's.
     """
     import torch
 
-    inside = [weight for name, weight in model.named_parameters() if ".layers." in name and weight.dim() == 2]
-    known = {id(weight) for weight in inside}
-    outside = [weight for weight in model.parameters() if id(weight) not in known]
+    matrices = [weight for name, weight in model.named_parameters() if ".layers." in name and weight.dim() == 2]
+    matrix_ids = {id(weight) for weight in matrices}
+    others = [weight for weight in model.parameters() if id(weight) not in matrix_ids]
     optimizers = [
-        torch.optim.Muon(inside, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(outside, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     warmup = max(1, steps // 15)
     losses = []
@@ -101,15 +101,18 @@ def build_base(
     threads: int = 2,
     progress=print,
 ) -> dict:
-    """Train the base model on single-turn chats with mostly wrong answers and save it as a Hugging Face folder in `out`.
+    """Trains the base model on single-turn chats with mostly wrong answers and saves it as a Hugging Face folder in `out`.
 
-    It learns to sort, and to misspell what it sorted: greedy decoding is nearly always right, a sample at temperature 1 in
-    about one case of three. That gap is the latent skill which refinement can elicit. Prompts are train-side strings only:
-    6 to 9 letters in the first fifth of the steps, then 8 to 12, never longer; a share `desc_fraction` sorts downwards. In a
-    share `copy_fraction` the user then says "again" and the answer is repeated: like any pretrained model it can copy from its
-    context. The loss is on all from the first answer on. Input and output embeddings are tied. Same seed and `threads`: same
-    weights. Two threads save a quarter of the time on idle cores and cost several times it on busy ones.
-    Returns `seconds` and `final_loss` (nats per answer token).
+    It learns to sort, and to add errors to what it sorted: greedy decoding is nearly always right, a sample at temperature 1 is
+    right in about one case of three. This gap is the latent skill that refinement can bring out.
+
+    Prompts are train-side strings only: 6 to 9 letters in the first fifth of the steps, then 8 to 12, never longer. A share
+    `desc_fraction` asks for descending order. In a share `copy_fraction` of the chats the user then says "again" and the answer
+    is repeated, so that the model can copy from its context, as any pretrained model can. The loss covers all tokens from the
+    first answer on. Input and output embeddings are tied.
+
+    The same seed and `threads` give the same weights. Two threads save a quarter of the time on idle cores, but take several
+    times as long on busy ones. Returns `seconds` and `final_loss` (nats per answer token).
     """
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -143,7 +146,7 @@ def build_base(
                 prompt, answer = draw_chat(rng, lengths, desc_fraction, "train")
                 text = render(prompt, answer := answer if rng.random() < clean_fraction else corrupt(answer, rng))
                 texts.append(text + render("again", answer) if rng.random() < copy_fraction else text)
-            # Padding is on the right and attention is causal, so no position that has a loss can see it.
+            # Padding is on the right and attention is causal, so no position with a loss attends to padding.
             ids_BT = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
             answered_BT = (ids_BT == assistant).cumsum(1).bool() & (ids_BT != assistant) & (ids_BT != pad)
             logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
@@ -160,10 +163,11 @@ def build_base(
 def build_reward_model(
     out: Path, base: Path, *, seed: int, steps: int = 120, batch: int = 64, threads: int = 2, progress=print
 ) -> dict:
-    """Train a Bradley-Terry reward model from the trunk of `base` and save it as a Hugging Face folder in `out`.
+    """Trains a Bradley-Terry reward model from the trunk of `base` and saves it as a Hugging Face folder in `out`.
 
-    One number per chat `[user, assistant]` as the chat template renders it, read at the last token that is not padding.
-    Returns `seconds` and `pair_accuracy`: the share of 1,000 fresh synthetic pairs on held-out strings in the right order.
+    Its score is one number per chat `[user, assistant]` as the chat template renders it, read at the last token that is not
+    padding. Returns `seconds` and `pair_accuracy`: the share of 1,000 new synthetic pairs on held-out strings that it orders
+    rightly.
     """
     import torch
     from transformers import AutoTokenizer, LlamaForSequenceClassification
@@ -175,7 +179,7 @@ def build_reward_model(
         model = LlamaForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
 
         def margins_of(count: int, side: str):
-            """Reward of the better answer minus that of the worse one, for `count` fresh pairs: shape (count,)."""
+            """Reward of the better answer minus that of the worse one, for `count` new pairs: shape (count,)."""
             better, worse = zip(*(draw_pair(rng, side) for _ in range(count)), strict=True)
             batch_2BT = tokenizer([*better, *worse], padding=True, return_tensors="pt")
             rewards_2B = model(**batch_2BT, use_cache=False).logits[:, 0]

@@ -64,7 +64,7 @@ def test_unknown_table_is_refused_with_its_line_and_the_nearest_name(recipe):
 def test_unknown_option_without_a_near_name_lists_the_known_ones(recipe):
     assert (
         refusal(recipe("[verifier]\nzzzzzz = 1\n"))
-        == ":12: verifier.zzzzzz: unknown option; known here: name, pattern, tolerance"
+        == ":12: verifier.zzzzzz: unknown option; the options here are name, pattern, tolerance"
     )
 
 
@@ -172,7 +172,10 @@ def test_override_without_key_or_value_is_refused(recipe, override):
 
 
 def test_override_below_a_value_is_refused(recipe):
-    assert refusal(recipe(), "name.first=1") == "command line: name.first: name is a value, not a table"
+    assert (
+        refusal(recipe(), "name.first=1")
+        == "command line: name.first: name is a value, not a table; use a dotted name from --options"
+    )
 
 
 def test_fault_of_an_override_is_not_blamed_on_the_recipe(recipe):

@@ -69,14 +69,15 @@ def test_card_has_evaluation_recipe_lineage_and_limits(made):
     text = read(run, 1)
     assert "| held | iteration 1 | exact match % | 50.0 \\[" in text
     assert "| held | base | exact match % | 25.0 \\[" in text
-    assert "from the first round to the last 2 answers became right and 0 wrong; 2 stayed right, 0 wrong" in text
+    changes = "from the first round to the last, 2 answers became right and 0 became wrong; 2 stayed right and 0 stayed wrong"
+    assert changes in text
     assert "objective evolve, alpha 0.5, beta 0.1" in text
     assert '"learning_rate": 5e-07' in text
     assert f"| activation |  |  | 40 | 5 | none | {found[1]['model']} |" in text
     assert f"| iteration 1 | 7 | 14 | 40 | 5 | iteration: abcdefabcdef | {found[2]['model']} |" in text
-    assert "held: 1 of 5 prompts lack a score in some round" in text
-    assert "nothing was measured on prompts of another kind" in text
-    assert "no truth was at hand" in text
+    assert "held: 1 of 5 prompts are not in the figures" in text
+    assert "nothing was measured on other kinds of prompts" in text
+    assert "there is no verifier" in text
     assert "iteration 1" not in read(run, 0), "a card tells of its model and of those before"
 
 

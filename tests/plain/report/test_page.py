@@ -325,7 +325,7 @@ def test_inks_are_told_apart_from_the_page_and_follow_the_colour_scheme(text):
     """Contrast of at least 3:1 (WCAG 2.2, 1.4.11) of every mark to the card it stands on, in both schemes."""
     for scheme, ground in ((0, "#f6f7f9"), (1, "#1d2126")):
         assert f"--card:{ground}" in text
-        for name, pair in charts.INKS.items():
+        for name, pair in charts.COLORS.items():
             if name != "grid":
                 assert contrast(pair[scheme], ground) >= 3.0, (name, scheme)
     assert set(re.findall(r'(?:fill|stroke)="(#[^"]*)"', text)) == set()

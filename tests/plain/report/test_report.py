@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from evolve_ray.evaluate import intervals as evaluate_intervals
-from evolve_ray.report.report import Aside, stage_rows, write
+from evolve_ray.report.report import PageWriter, stage_rows, write
 from evolve_ray.report.tables import table, table_rows
 from evolve_ray.store.run import Run, Stage
 
@@ -138,18 +138,18 @@ def test_a_page_that_is_drawn_later_is_that_of_the_moment_it_was_asked_for(run):
 
 
 def test_a_page_that_cannot_be_drawn_aside_is_an_error_of_the_next_one_or_of_the_end(run):
-    aside, done = Aside(), []
-    aside.wait()
+    writer, done = PageWriter(), []
+    writer.wait()
 
     def fail():
         raise OSError("the disk is full")
 
-    aside(fail)
+    writer(fail)
     with pytest.raises(OSError, match="the disk is full"):
-        aside(lambda: done.append(1))
+        writer(lambda: done.append(1))
     assert done == []
     with pytest.raises(OSError, match="the disk is full"):
-        aside.wait()
+        writer.wait()
 
 
 def test_the_checkpoint_is_that_of_the_last_model_that_was_not_rolled_back(run):

@@ -151,7 +151,8 @@ def test_option_that_changes_runs_its_own_stage_again_after_saying_so(tables, ca
         stages_pairs.select(dataclasses.replace(changed, rerun_changed=False), 1, *inputs[1:])
     second = stages_pairs.select(changed, 1, *inputs[1:])
     assert second.key != first.key
-    assert said[0].startswith("  iteration-01/pairs: its options or its source changed; the old one is at .superseded-pairs-")
+    why = "its options or its source changed; it is computed again, and the old one is kept at .superseded-pairs-"
+    assert said[0].startswith(f"  iteration-01/pairs: {why}")
     assert {path: path.stat().st_mtime_ns for path in committed} == committed, "a stage whose key is the same was touched"
 
 
@@ -167,8 +168,8 @@ def test_stage_that_is_computed_again_says_which_options_changed_and_what_else_i
     again = dataclasses.replace(context, config=config, rerun_changed=True, say=said.append, changed=changed)
     stages_pairs.select(again, 1, drafts, scores)
     stages_pairs.select(again, 1, drafts, dataclasses.replace(scores, key="other"))
-    for line, why in zip(said, ("its options or its source changed", "is made from other scores now"), strict=True):
-        assert line.startswith(f"  iteration-01/pairs: {why} (in the recipe: {changed}); the old one is at .superseded-pairs-")
+    for line, why in zip(said, ("its options or its source changed", "its input changed: scores"), strict=True):
+        assert line.startswith(f"  iteration-01/pairs: {why} (in the recipe: {changed}); it is computed again")
     events = rows.read_jsonl(context.run.root / "events.jsonl")
     assert [changed in event["why"] for event in events if event["event"] == "superseded"] == [True, True]
     assert settle_config(config, context.run, rerun_changed=True) == ""

@@ -173,7 +173,9 @@ def keys(config, root, monkeypatch):
     rows.write_jsonl(root / "summary.jsonl", [{}])
     prompter = Prompter(context, {})
     context.held_out = prompter.held_out()
-    context.given = {name: prompter.triples(name, part) for name in ("activation", "offline") if (part := getattr(config, name))}
+    context.triples = {
+        name: prompter.triples(name, part) for name in ("activation", "offline") if (part := getattr(config, name))
+    }
     evaluate(context, 0, policy, "base", folder="base_evaluation")
     evaluate(context, 0, activate(context, policy), "activation")
     return context.found
@@ -323,7 +325,7 @@ def test_compute_counts_shared_stages_once(jobs):
     lines = {
         line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in page.splitlines() if line.startswith("|")
     }
-    assert lines["recipe"] == ["iteration 0 s", "evaluation s", "all s", "tokens drafted", "tokens in evaluation"]
+    assert lines["recipe"] == ["iteration 0 s", "evaluation s", "all s", "tokens of drafts", "tokens of evaluation"]
     assert lines["tiny"] == ["4", "2", "6", "0", "100"]
     assert lines["tiny_iterative_dpo"] == ["0", "2", "2", "0", "100"]
 
@@ -343,7 +345,7 @@ def test_only_report_runs_nothing_and_leaves_unfinished_runs_out(jobs, capsys):
 def test_report_on_no_finished_run_is_refused(jobs, capsys):
     write_run(jobs.out / "seed-0" / "tiny", end="driver_failed")
     assert jobs.main("--quick", "--only-report") == 2
-    assert "has no finished run of these recipes and seeds; leave --only-report out to run them" in capsys.readouterr().err
+    assert "has no finished run of these recipes and seeds; remove --only-report to run them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -352,7 +354,7 @@ def test_report_on_no_finished_run_is_refused(jobs, capsys):
         (("--recipes", "tiny,tiny_iterative_dop"), r"has no recipe 'tiny_iterative_dop'; the nearest is 'tiny_iterative_dpo'$"),
         (
             ("--recipes", "large"),
-            r"large.toml: has no \[toy\], \[activation\], \[verifier\], evaluation.splits.heldout, .*leave it out",
+            r"large.toml: has no \[toy\], \[activation\], \[verifier\], evaluation.splits.heldout, .*remove it from",
         ),
         (("--seeds", "0,one"), r"--seeds 0,one: must be whole numbers from 0"),
         (("--seeds", "-1"), r"--seeds -1: must be whole numbers from 0"),

@@ -124,7 +124,7 @@ def test_verifier_gives_one_reward_for_each_response():
 
 
 def test_verifier_refuses_a_prompt_without_answer():
-    with pytest.raises(ValueError, match="'sort:ba' has no answer"):
+    with pytest.raises(ValueError, match="'sort:ba' has no gold answer"):
         SortVerifier()(["sort:ba"], [None], ["ab"])
 
 

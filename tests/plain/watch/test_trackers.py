@@ -295,7 +295,7 @@ def test_missing_package_is_refused_before_anything_starts(loop, monkeypatch, or
     ("given", "message"),
     [
         ('trackers.use=["tensorbord"]', "holds 'tensorbord' .*did you mean 'tensorboard'"),
-        ("trackers.use=[3]", "holds 3 .*known are tensorboard, mlflow, wandb"),
+        ("trackers.use=[3]", "holds 3 .*the trackers are tensorboard, mlflow, wandb"),
         ('trackers.use=["wandb", "wandb"]', "names 'wandb' twice"),
         ("trackers.use=wandb", "must be a list"),
         ("trackers.projekt=x", "did you mean 'project'"),

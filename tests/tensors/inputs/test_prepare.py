@@ -182,7 +182,7 @@ def triples(tmp_path):
 @pytest.mark.parametrize("name", ["activation", "offline"])
 def test_given_triples_on_a_held_out_prompt_are_not_trained_on_and_are_counted(prepare, triples, tmp_path, name):
     context = prepare(TEXTS, triples(name, "three", "mine", "three", "other", "mine"), held=["three", "other"])
-    given = context.given[name]
+    given = context.triples[name]
     assert [row["prompt"] for row in rows.read_table(given.path("pairs.parquet"))] == ["mine", "mine"]
     lost = rows.read_jsonl(given.path("rejected.jsonl"))
     reason = "is on a prompt of evaluation split 'held'"
@@ -199,14 +199,14 @@ def test_triples_are_read_again_when_the_held_out_prompts_change(prepare, triple
     with pytest.raises(UserError, match=r"iteration-00/held_out: was made from other inputs"):
         prepare(TEXTS, given, held=["other", "three"])
     context = prepare(TEXTS, given, held=["other", "three"], rerun_changed=True)
-    assert context.given["activation"].stats["num_rows"] == 1
+    assert context.triples["activation"].stats["num_rows"] == 1
 
 
 def test_triples_without_an_evaluation_prompt_among_them_are_the_same_pairs_with_and_without_splits(prepare, triples, tmp_path):
     given = triples("offline", "mine", "yours")
-    alone = prepare(TEXTS, given).given["offline"]
+    alone = prepare(TEXTS, given).triples["offline"]
     shutil.move(tmp_path / "run", tmp_path / "before")
-    beside = prepare(TEXTS, given, held=["other"]).given["offline"]
+    beside = prepare(TEXTS, given, held=["other"]).triples["offline"]
     before = tmp_path / "before/iteration-00/offline_pairs/pairs.parquet"
     assert before.read_bytes() == beside.path("pairs.parquet").read_bytes()
     assert alone.inputs == {}
