@@ -119,23 +119,14 @@ def scores_key(config: options.Config, reward_models: dict[str, Policy]) -> dict
     }
 
 
-<<<<<<< HEAD
 def prompts_loss(config: options.Config) -> shards.RejectionLimit:
+    """How many prompts the generation may reject."""
     return shards.RejectionLimit(config.engine.max_rejected_fraction, "engine.max_rejected_fraction", UserError)
 
 
 def scores_loss(config: options.Config) -> shards.RejectionLimit:
-    return shards.RejectionLimit(config.scorer.max_rejected_fraction, "scorer.max_rejected_fraction", NumericsError)
-=======
-def prompts_loss(config: options.Config) -> shards.Loss:
-    """How many prompts the generation may reject."""
-    return shards.Loss(config.engine.max_rejected_fraction, "engine.max_rejected_fraction", UserError)
-
-
-def scores_loss(config: options.Config) -> shards.Loss:
     """How many drafts the scoring may reject."""
-    return shards.Loss(config.scorer.max_rejected_fraction, "scorer.max_rejected_fraction", NumericsError)
->>>>>>> words_c
+    return shards.RejectionLimit(config.scorer.max_rejected_fraction, "scorer.max_rejected_fraction", NumericsError)
 
 
 def folders(models: dict[str, Policy]) -> dict[str, str]:

@@ -53,11 +53,7 @@ def write_pairs(
     work = stage.start()
     counts: dict[str, Any] = dict.fromkeys(("num_in", "num_rows", "num_used", "num_rejected"), 0)
     with (
-<<<<<<< HEAD
-        report_disk_errors(work),  # also where the ends of the files are written, as they are closed
-=======
-        full_disk_named(work),  # covers the footers too, which are written when the files close
->>>>>>> words_c
+        report_disk_errors(work),  # covers the footers too, which are written when the files close
         pq.ParquetWriter(work / "pairs.parquet", rows.PAIR, compression="zstd") as writer,
         open(work / "rejected.jsonl", "wb") as rejected_file,
     ):
