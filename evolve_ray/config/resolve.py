@@ -7,14 +7,22 @@ from evolve_ray.config.parse import join
 
 
 def resolved(part: Any, *, runtime: bool = True) -> Any:
-    """A section as plain JSON values; `runtime=False` leaves out its runtime options, for stage keys."""
+    """A section as plain JSON values.
+
+    `runtime=False` is for stage keys: it leaves out the runtime options, and the `later` options that have their defaults.
+    """
     if not dataclasses.is_dataclass(part):
         return part
     return {
         f.name: resolved(getattr(part, f.name), runtime=runtime)
         for f in dataclasses.fields(part)
-        if runtime or not f.metadata.get("runtime")
+        if runtime or not (f.metadata.get("runtime") or (f.metadata.get("later") and getattr(part, f.name) == default(f)))
     }
+
+
+def default(field: dataclasses.Field) -> Any:
+    """The default of an option."""
+    return field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
