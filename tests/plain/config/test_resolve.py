@@ -17,7 +17,7 @@ class Table:
 
 
 @pytest.mark.parametrize(
-    "part, keyed",
+    ("part", "keyed"),
     [
         (Table(), {"old": 1}),
         (Table(new=2, names=["a"], speed=4), {"old": 1}),
