@@ -20,10 +20,9 @@ from evolve_ray.data.prompts import read_prompts
 from evolve_ray.data.read import has_column
 from evolve_ray.errors import UserError
 from evolve_ray.inputs.context import Context, Policy
-from evolve_ray.inputs.prepare import begin
+from evolve_ray.inputs.prepare import begin, check_model, policy_need
 from evolve_ray.inputs.prompts import Prompter, evaluation_id
 from evolve_ray.models.checkpoints import Named
-from evolve_ray.models.folders import check_policy
 from evolve_ray.refine.strategies import REFINE_GIVEN
 from evolve_ray.score.verifiers import same_answer
 from evolve_ray.stages import generations
@@ -53,7 +52,7 @@ def compare(plan: Plan, folder: Run, start_ray: Callable[[], None], *, rerun_cha
     """Runs the chain and the probes of every model; returns the content of evaluation.json."""
     config = plan.config
     for model in [*plan.models, *([plan.foreign] if plan.foreign else [])]:
-        check_policy(model.folder, config.model.context_tokens)
+        check_model(Policy(model.folder, model.hash), policy_need(config, f"MODEL {model.name}"), folder, say)
     tokenizer = str(plan.models[0].folder)  # it checks the prompt lengths; other models reject what is too long for them
     context, toy = begin(config, folder, say, start_ray, rerun_changed=rerun_changed, changed=changed, model=tokenizer)
     probe_drafts = ProbeDrafts(plan, toy)

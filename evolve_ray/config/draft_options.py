@@ -86,6 +86,12 @@ class Scorer:
     members: list = option(
         'for `mean` and `minimum`: a list of "verifier", "module:Name" or "reward_model=FOLDER_OR_NAME"; all run in one actor', []
     )
+    output: int = option(
+        "for a reward model with several outputs: the number of the one that is the score; -1: it must have one",
+        -1,
+        low=-1,
+        later=True,
+    )
     dtype: str = option("number type of reward models", "float32", choices=("float32", "bfloat16"))
     max_tokens: int = option("longest prompt and response together that a reward model reads", 4096, unit="tokens", low=16)
     batch_size: int = option("responses that a reward model scores in one batch", 32, unit="rows", low=1)

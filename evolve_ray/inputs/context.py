@@ -51,6 +51,7 @@ class Context:
     prompts: dict[int, Manifest] = field(default_factory=dict)  # by iteration
     triples: dict[str, Manifest] = field(default_factory=dict)  # by table of the recipe: "activation", "offline"
     held_out: Manifest | None = None
+    dropout: bool = False  # whether a model was released with dropout, which its training switches off
     pools: Pools = field(default_factory=Pools)
     trackers: Trackers = field(default_factory=Trackers)
     changed: str = ""  # the options that changed since the last run in this run directory, as text

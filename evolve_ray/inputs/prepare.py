@@ -11,7 +11,7 @@ from evolve_ray.config.resolve import flatten, resolved
 from evolve_ray.errors import IntegrityError, UserError
 from evolve_ray.inputs.context import Context, Policy
 from evolve_ray.inputs.prompts import Prompter
-from evolve_ray.models import folders
+from evolve_ray.models import folders, gate
 from evolve_ray.refine.template import load_template
 from evolve_ray.score.combined import reward_model_field, reward_model_names
 from evolve_ray.score.verifiers import VERIFIERS, build_verifier
@@ -60,20 +60,44 @@ def begin(
     config: Config, run: Run, say: Callable[[str], None], start_ray: Callable[[], None], *, rerun_changed: bool,
     changed: str = "", model: str | None = None,
 ) -> tuple[Context, dict[str, str]]:  # fmt: skip
-    """(a context without prompts, the paths of the tiny world's parts by name); `model` replaces `model.path`."""
+    """(a context without prompts, the paths of the tiny world's parts by name).
+
+    `model` replaces `model.path`; the caller has taken it through the gate.
+    """
     check_plugs(config)
     template = load_template(config.template.name, config.template.layout, config.strategy.name)
     toy = toy_parts(config, run, say) if config.toy else {}
     folder = folders.resolve(model or toy.get(config.model.path, config.model.path), "model.path")
-    folders.check_policy(folder, config.model.context_tokens)
     policy = Policy(folder, folders.content_hash(folder))
+    found = [] if model else [check_model(policy, policy_need(config), run, say)]
     context = Context(config, run, say, start_ray, rerun_changed, template, policy, changed=changed)
     for name in reward_model_names(config.scorer):
-        field_name = reward_model_field(config.scorer)
-        folder = folders.resolve(toy.get(name, name), field_name)
-        folders.check_reward_model(folder, field_name)
+        folder = folders.resolve(toy.get(name, name), reward_model_field(config.scorer))
         context.reward_models[name] = Policy(folder, folders.content_hash(folder))
+        found.append(check_model(context.reward_models[name], reward_model_need(config), run, say))
+    context.dropout = any(model.dropout for model in found)
     return context, toy
+
+
+def check_model(model: Policy, need: gate.Need, run: Run, say: Callable[[str], None]) -> gate.Model:
+    """Takes a model through the gate, prints what it is, and returns it."""
+    found = gate.check(model.folder, model.hash, need, run.root)
+    say(f"  {need.field}: {found.summary}")
+    return found
+
+
+def policy_need(config: Config, field: str = "model.path") -> gate.Need:
+    """What a recipe asks of its policy; `field` is the option or argument that names the model."""
+    return gate.Need(field, config.model.context_tokens, "model.context_tokens", config.model.dtype)
+
+
+def reward_model_need(config: Config) -> gate.Need:
+    """What a recipe asks of its reward models."""
+    scorer = config.scorer
+    output = None if scorer.output < 0 else scorer.output
+    return gate.Need(
+        reward_model_field(scorer), scorer.max_tokens, "scorer.max_tokens", scorer.dtype, classifier=True, output=output
+    )
 
 
 def check_plugs(config: Config) -> None:

@@ -13,8 +13,6 @@ from evolve_ray.data import triples as data_triples
 from evolve_ray.data.prompts import drop_held_out, fresh_order, fresh_slice, read_prompts, scan_prompts, with_token_counts
 from evolve_ray.data.read import BLOCK_ROWS, MAX_SHOWN
 from evolve_ray.errors import UserError
-from evolve_ray.models import folders
-from evolve_ray.score.combined import reward_model_field
 from evolve_ray.store import rows
 from evolve_ray.store.files import sha256_file
 from evolve_ray.store.manifest import Manifest
@@ -71,12 +69,6 @@ class Prompter:
             from evolve_ray.models.chat import Chat
 
             self._chat = Chat(self.context.policy.folder)
-            chats = [("model.path", self.context.policy, self._chat)]
-            for model in self.context.reward_models.values():
-                field = reward_model_field(self.config.scorer)
-                chats.append((field, model, Chat(model.folder, field)))
-            for field_name, model, chat in chats:
-                folders.check_vocabulary(model.folder, field_name, chat.tokenizer.get_vocab())
         return self._chat
 
     def limit(self) -> int:

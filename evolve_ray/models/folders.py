@@ -1,4 +1,4 @@
-"""Model folders: finds the folder of a name, hashes its content, and checks that the recipe can use the model."""
+"""Model folders: finds the folder of a name, hashes its content, and reads its configuration."""
 
 import json
 from pathlib import Path
@@ -60,42 +60,3 @@ def read_model_config(folder: Path, field: str) -> dict:
             f"{field}: {folder}: needs its own Python code (auto_map in config.json), which is never run; use another model"
         )
     return config
-
-
-def check_policy(folder: Path, context_tokens: int) -> None:
-    """Raises UserError unless the folder holds a causal language model with at least `context_tokens` positions."""
-    config = read_model_config(folder, "model.path")
-    architectures = config.get("architectures") or []
-    if not any(name.endswith(("ForCausalLM", "ForConditionalGeneration")) for name in architectures):
-        raise UserError(f"model.path: {folder}: is not a causal language model (architectures {architectures})")
-    positions = config.get("max_position_embeddings")
-    if positions and context_tokens > positions:
-        raise UserError(f"model.context_tokens: is {context_tokens}, but {folder} has {positions} positions; lower it")
-
-
-def check_reward_model(folder: Path, field: str = "scorer.model") -> None:
-    """Raises UserError unless the folder holds a sequence classifier with one output."""
-    config = read_model_config(folder, field)
-    architectures = config.get("architectures") or []
-    if not any(name.endswith("ForSequenceClassification") for name in architectures):
-        raise UserError(
-            f"{field}: {folder}: is not a sequence classifier (architectures {architectures}); "
-            "use a reward model that was saved as ...ForSequenceClassification"
-        )
-    labels = config.get("id2label")
-    if labels is not None and len(labels) != 1:
-        raise UserError(f"{field}: {folder}: has {len(labels)} outputs, but a reward model must have one; use another model")
-
-
-def check_vocabulary(folder: Path, field: str, ids: dict[str, int]) -> None:
-    """Raises UserError unless every token has a row in the model's embedding; `ids` maps the tokenizer's tokens to ids."""
-    config = read_model_config(folder, field)
-    text_config = config.get("text_config")
-    size = config.get("vocab_size", text_config.get("vocab_size") if isinstance(text_config, dict) else None)
-    too_large = sorted((token_id, token) for token, token_id in ids.items() if isinstance(size, int) and token_id >= size)
-    if too_large:
-        token_id, token = too_large[0]
-        raise UserError(
-            f"{field}: {folder}: its tokenizer does not fit the model: token {token!r} has id {token_id}, but config.json has "
-            f"vocab_size {size}; use the model's own tokenizer"
-        )

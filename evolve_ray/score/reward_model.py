@@ -1,4 +1,4 @@
-"""Reward models: sequence classifiers whose one output is the score."""
+"""Reward models: sequence classifiers, one output of which is the score."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ from evolve_ray.models.chat import Chat
 
 
 class RewardModel:
-    """A Hugging Face sequence classifier with one output. The score is its raw logit, without softmax or sigmoid.
+    """A Hugging Face sequence classifier. The score is the raw logit of one output, without softmax or sigmoid.
 
     The reward model's own chat template renders the whole conversation `[user: prompt, assistant: response]`. It ends as a
     finished turn even if the response was cut by length, because a reward model has never seen an unfinished one. The
@@ -22,7 +22,7 @@ class RewardModel:
         from transformers import AutoModelForSequenceClassification
 
         self.torch = torch
-        self.batch_size, self.max_tokens = scorer.batch_size, scorer.max_tokens
+        self.batch_size, self.max_tokens, self.output = scorer.batch_size, scorer.max_tokens, max(scorer.output, 0)
         self.chat = Chat(folder, field)
         self.device = torch.device("cuda" if scorer.gpus_per_actor else "cpu")
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -41,31 +41,37 @@ class RewardModel:
             # A response that is too long for the reward model is never cut: its score is NaN, which rejects the row.
             fits = [row for row in batch if len(row) <= self.max_tokens]
             with self.torch.inference_mode():
-                values = iter(classify(self.model, fits, self.device).tolist() if fits else [])
+                values = iter(classify(self.model, fits, self.device, self.output).tolist() if fits else [])
             scores += [next(values) if len(row) <= self.max_tokens else math.nan for row in batch]
         return scores
 
 
-def classify(model: Any, ids: list[list[int]], device: Any) -> Any:
+def classify(model: Any, ids: list[list[int]], device: Any, output: int = 0) -> Any:
     """The raw logit of a sequence classifier for each row of token ids, a float32 tensor of shape `B`.
 
     Scoring with a reward model and training one share this forward, so it computes gradients unless they are switched off.
-    `model` can be a DeepSpeed engine around the classifier.
+    `model` can be a DeepSpeed engine around the classifier; `output` is the output that is the score. transformers reads the
+    score at the last token that is not the pad token: if the pad token is also the end token, at the one before the end token.
     """
     import torch
 
-    model_config = getattr(model, "module", model).config
-    model_pad_id, last_ids = model_config.pad_token_id, {row[-1] for row in ids}
-    # The classifier reads the last token that is not padding. A model without a pad token gets one that ends no row here.
-    pad_id = next(token for token in itertools.count() if token not in last_ids) if model_pad_id is None else model_pad_id
+    module = getattr(model, "module", model)
+    # A configuration in parts has the pad token in its text part; some have one outside too.
+    configs = [part for part in (module.config, module.config.get_text_config()) if hasattr(part, "pad_token_id")]
+    model_pad_ids, last_ids = [config.pad_token_id for config in configs], {row[-1] for row in ids}
+    usable = [pad_id for pad_id in reversed(model_pad_ids) if pad_id is not None and pad_id >= 0]
+    # A model without a pad token gets one that ends no row here.
+    pad_id = usable[0] if usable else next(token for token in itertools.count() if token not in last_ids)
     ids_BT = torch.full((len(ids), max(map(len, ids))), pad_id)
     mask_BT = torch.zeros_like(ids_BT)
     for row, tokens in enumerate(ids):  # padded on the right
         ids_BT[row, : len(tokens)] = torch.tensor(tokens)
         mask_BT[row, : len(tokens)] = 1
-    model_config.pad_token_id = pad_id
+    for config in configs:
+        config.pad_token_id = pad_id
     try:
         logits_BK = model(input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device)).logits
     finally:
-        model_config.pad_token_id = model_pad_id
-    return logits_BK[:, 0].float()
+        for config, model_pad_id in zip(configs, model_pad_ids, strict=True):
+            config.pad_token_id = model_pad_id
+    return logits_BK[:, output].float()

@@ -27,7 +27,7 @@ def train(
             pairs=str(pairs.path("pairs.parquet")), model=str(policy.folder), reference_model=str(start.folder),
             reference_hash=start.hash, dtype=config.model.dtype, template=context.template, training=training,
             trainer=config.trainer, seed=config.seed, iteration=iteration, run=context.run, reference=reference,
-            checkpoint=checkpoint,
+            checkpoint=checkpoint, output=max(config.scorer.output, 0),
         )  # fmt: skip
         with context.timed(name, iteration):
             context.start_ray()
@@ -52,6 +52,11 @@ def stages(
         "seed": config.seed,
         "iteration": iteration,
     }
+    # What 0.1.0 computed otherwise: only trainings with such models get another key.
+    shared |= {"sums": "float32"} if config.model.dtype == "bfloat16" else {}
+    shared |= {"dropout": "off"} if context.dropout else {}
+    if training.objective == "reward" and config.scorer.output >= 0:
+        shared["output"] = config.scorer.output
     inputs = {"pairs": pairs.identity}
     reference = None
     if training.objective not in NO_REFERENCE:

@@ -1,9 +1,15 @@
-"""Export: gathers the trained weights, one parameter at a time, and commits them as a Hugging Face folder."""
+"""Export: gathers the trained weights, one parameter at a time, and commits them as a Hugging Face folder.
+
+Only the weights are written anew. All other files are those of the model that the training started from (`models/companions.py`),
+so that every tool reads the checkpoint as it reads that model.
+"""
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 from evolve_ray.errors import NumericsError
+from evolve_ray.models import companions
 from evolve_ray.models.chat import Chat
 from evolve_ray.report.card import front_matter
 from evolve_ray.store import rows
@@ -41,13 +47,13 @@ def commit_checkpoint(
     spec: TrainSpec, module: Any, state: dict[str, Any], chat: Chat, log: list[dict], num_pairs: int, *,
     reference: bool, train_seconds: float,
 ) -> None:  # fmt: skip
-    """Writes weights, tokenizer, training log and model card to a temporary folder and commits it. Only rank 0 calls this."""
+    """Writes weights, companion files, training log and model card to a temporary folder and commits it, on rank 0 alone."""
     stage = spec.checkpoint
     out = stage.work.with_name(f"{stage.work.name}-export")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    module.save_pretrained(out, state_dict=state, safe_serialization=True)
-    chat.tokenizer.save_pretrained(out)
+    save_weights(module, state, out)
+    companions.copy(Path(spec.model), out, dtype=spec.dtype, end_id=chat.end_id)
     rows.write_jsonl(out / "training_log.jsonl", log)
     card = unfinished_card(spec.training.objective, spec.iteration, num_pairs, len(log), spec.reference_hash if reference else "")
     (out / CARD).write_text(card, encoding="utf-8")
@@ -57,6 +63,18 @@ def commit_checkpoint(
         out, stage.final, stage=stage.name, key=stage.key, inputs=stage.inputs, **counts, train_seconds=round(train_seconds, 3)
     )
     shutil.rmtree(stage.work, ignore_errors=True)
+
+
+def save_weights(module: Any, state: dict[str, Any], out: Path) -> None:
+    """Writes the weight files, under the names that the model's family has on disk, and config.json."""
+    from transformers import GenerationConfig
+
+    # transformers refuses to write sampling options in config.json, or a generation config that contradicts itself. Both files
+    # are those of the source afterwards.
+    for name in module.config._get_generation_parameters():
+        setattr(module.config, name, None)
+    module.generation_config = GenerationConfig()
+    module.save_pretrained(out, state_dict=state, safe_serialization=True)
 
 
 def unfinished_card(objective: str, iteration: int, num_pairs: int, num_updates: int, reference: str) -> str:

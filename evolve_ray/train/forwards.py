@@ -74,7 +74,8 @@ class Scores(Separate):
             for row, _ in part.pairs
             for name in self.needs
         ]
-        flat = classify(model, [self.chat.context_ids(messages, generate=False) for messages in turns], self.collectives.device)
+        ids = [self.chat.context_ids(messages, generate=False) for messages in turns]
+        flat = classify(model, ids, self.collectives.device, self.spec.output)
         return self.by_name(flat, [[1] * len(self.needs)] * len(part.pairs))[0], {}
 
 

@@ -36,7 +36,7 @@ class ShardedModel:
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
         from transformers.integrations import HfDeepSpeedConfig
 
-        from evolve_ray.train import adapters, tree_check
+        from evolve_ray.train import adapters, dropout, tree_check
 
         self.unload()
         trainer, ds_config = self.spec.trainer, deepspeed_config(self.spec)
@@ -47,16 +47,33 @@ class ShardedModel:
         module = model_class.from_pretrained(folder, dtype=getattr(torch, self.spec.dtype), trust_remote_code=False)
         if trainer.gradient_checkpointing and not frozen:
             module.gradient_checkpointing_enable()
-        module.train()
         if trainer.lora_rank and not frozen and not self.classifier:
             adapters.add_adapters(module, trainer, self.spec.seed)
         parameters = None if frozen else [parameter for parameter in module.parameters() if parameter.requires_grad]
         forward = tree_check.tree_model(module, self.collectives.device) if self.trees else module
         self.engine, *_ = self.deepspeed.initialize(model=forward, model_parameters=parameters, config=ds_config)
         self.module, self.folder = module, folder
+        dropout.load_without_dropout(
+            module, lambda: self.few_values(forward), "scorer.model" if self.classifier else "model.path"
+        )
         if self.trees:
             whole_logits = not tree_check.check_tree(self.engine, forward, self.collectives.device)
             self.chunked = not any(self.collectives.all_max([whole_logits]))
+
+    def few_values(self, forward: Any) -> Any:
+        """The logits or the score of a few tokens, by the engine as it trains."""
+        import torch
+
+        from evolve_ray.score.reward_model import classify
+        from evolve_ray.train import tree_check
+
+        vocabulary = self.module.get_input_embeddings().num_embeddings
+        ids = [(7 * position + 1) % vocabulary for position in range(12)]
+        if self.classifier:
+            return classify(self.engine, [ids], self.collectives.device)
+        if self.trees:
+            return tree_check.few_logps(self.engine, ids, self.collectives.device)
+        return self.engine(input_ids=torch.tensor([ids], device=self.collectives.device)).logits
 
     def unload(self) -> None:
         """Frees the memory of the model."""

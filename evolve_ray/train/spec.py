@@ -8,13 +8,16 @@ from evolve_ray.store.run import Run, Stage
 from evolve_ray.train.schedule import micro_steps
 
 VERSION = 2
+# Gradients of micro-batches and of ranks are summed in float32: a sum of many bfloat16 numbers loses the small ones.
+FLOAT32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
 
 
 @dataclass(frozen=True)
 class TrainSpec:
     """Everything that a training worker needs, picklable.
 
-    `pairs`, `model` and `reference_model` are paths; `reference` is None for an objective without a reference policy.
+    `pairs`, `model` and `reference_model` are paths; `reference` is None for an objective without a reference policy. `output` is
+    the number of a reward model's output that is the score.
     """
 
     pairs: str
@@ -30,6 +33,7 @@ class TrainSpec:
     run: Run
     reference: Stage | None
     checkpoint: Stage
+    output: int = 0
 
 
 def deepspeed_config(spec: TrainSpec) -> dict:
@@ -43,6 +47,7 @@ def deepspeed_config(spec: TrainSpec) -> dict:
         "gradient_clipping": training.gradient_clip,
         "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
         "bf16": {"enabled": spec.dtype == "bfloat16"},
+        **(FLOAT32_SUMS if spec.dtype == "bfloat16" else {}),
         "optimizer": {
             "type": "AdamW",
             "params": {

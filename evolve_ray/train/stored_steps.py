@@ -15,10 +15,14 @@ class StoredSteps:
     """A stored step is a folder that all ranks write together, committed with a manifest. A new one replaces the one before."""
 
     def __init__(self, spec: TrainSpec, collectives: Collectives):
-        self.spec, self.collectives, self.interval = spec, collectives, spec.trainer.checkpoint_steps
+        self.spec, self.collectives = spec, collectives
 
     def folder(self, step: int) -> Path:
         return self.spec.checkpoint.work / "steps" / f"step-{step:06d}"
+
+    def steps(self) -> list[int]:
+        """The stored steps on disk, whatever `trainer.checkpoint_steps` was when they were stored."""
+        return [int(folder.name.removeprefix("step-")) for folder in self.folder(0).parent.glob("step-*")]
 
     def save(self, engine: Any, step: int, log: list[dict]) -> None:
         """All ranks write their shards to a temporary folder; rank 0 commits it and removes the step before."""
@@ -33,7 +37,9 @@ class StoredSteps:
             (temporary / "log.json").write_text(json.dumps(log), encoding="utf-8")
             key, world = self.spec.checkpoint.key, self.collectives.world
             commit(temporary, self.folder(step), stage="step", key=key, step=step, world=world)
-            shutil.rmtree(self.folder(step - self.interval), ignore_errors=True)
+            for older in self.steps():
+                if older < step:
+                    shutil.rmtree(self.folder(older), ignore_errors=True)
         self.collectives.barrier()
 
     def restore(self, engine: Any, num_steps: int) -> tuple[int, list[dict]]:
@@ -41,9 +47,9 @@ class StoredSteps:
 
         Raises UserError if it was stored with another number of workers.
         """
-        for step in range((num_steps - 1) // self.interval * self.interval, 0, -self.interval):
+        for step in sorted(self.steps(), reverse=True):
             manifest = read_manifest(self.folder(step), verify=True)
-            if manifest is None:
+            if manifest is None or not 0 < step < num_steps:
                 continue
             if manifest.stats["world"] != self.collectives.world:
                 raise UserError(

@@ -63,8 +63,6 @@ def check_tree(model: Any, tree: TreeModel, device: torch.device) -> bool:
     vocabulary = tree.model.get_input_embeddings().num_embeddings
     trunk, *branches = [tuple((17 * position + 5 * part + 3) % vocabulary for position in range(9)) for part in range(4)]
     sequences = [Sequence((*trunk, *draft), response) for draft in branches for response in branches]
-    training = tree.training
-    tree.eval()  # with dropout any two forwards would differ
     with torch.no_grad():
         in_tree = token_logps(model, lay_out([sequences], [[0]]), device, chunks=0)
         rows = lay_out([[sequence] for sequence in sequences], [[row] for row in range(len(sequences))])
@@ -77,8 +75,12 @@ def check_tree(model: Any, tree: TreeModel, device: torch.device) -> bool:
             )
         line = lay_out([[Sequence(trunk[:1], trunk[1:])]], [[0]])  # every node predicts, so both ways have the same shapes
         same_logits = torch.equal(*(token_logps(model, line, device, chunks) for chunks in (0, 1)))
-    tree.train(training)
     return same_logits
+
+
+def few_logps(model: Any, ids: list[int], device: torch.device) -> torch.Tensor:
+    """The log-probabilities of some tokens after the first, read as one plain row."""
+    return token_logps(model, lay_out([[Sequence((ids[0],), tuple(ids[1:]))]], [[0]]), device, 0, plain=True)
 
 
 def token_logps(model: Any, forward: Forward, device: torch.device, chunks: int, *, plain: bool = False) -> torch.Tensor:

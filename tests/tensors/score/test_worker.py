@@ -274,7 +274,7 @@ def test_scores_are_those_of_a_plain_forward_without_a_padding_token(bpe_rewards
 def read(monkeypatch):
     """The rows of token ids that reward models read."""
     seen, forward = [], reward_model.classify
-    monkeypatch.setattr(reward_model, "classify", lambda model, ids, device: seen.extend(ids) or forward(model, ids, device))
+    monkeypatch.setattr(reward_model, "classify", lambda model, ids, *rest: seen.extend(ids) or forward(model, ids, *rest))
     return seen
 
 

@@ -217,6 +217,22 @@ def test_training_that_died_at_any_step_takes_the_pairs_of_its_twin_in_their_ord
     assert [line["step"] for line in again.exported] == list(range(6))
 
 
+@pytest.mark.parametrize(("before", "after"), [(4, 3), (3, 4), (2, 5), (1, 6), (2, 1)])
+def test_training_that_is_resumed_with_another_interval_goes_on_from_the_newest_stored_step(alone, before, after):
+    twin = trained(alone("twin"))
+    died = Tried(alone("run", before), dies_at=5)
+    with pytest.raises(Killed):
+        died.run()
+    newest = 5 // before * before
+    again = Tried(alone("run", after))
+    assert again.stored.steps() == [newest]
+    again.run()
+    assert again.model.engine.loaded
+    assert again.model.engine.weights == twin.model.engine.weights
+    assert again.exported == twin.exported
+    assert len(again.stored.steps()) == 1, "an older stored step was left"
+
+
 def stored(alone):
     """A training that died with a committed step, and that step's folder."""
     spec = alone("run", 2)
