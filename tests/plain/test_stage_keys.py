@@ -1,6 +1,7 @@
 """Stage keys of every shipped recipe, so that a run that was begun with an older version goes on with this one.
 
-`stage_keys.json` holds the keys that version 0.1.0 (revision 950e949) gave to the same inputs. A change that is meant to compute
+`stage_keys.json` holds the keys that version 0.1.0 (revision 950e949) gave to the same inputs; trainings in bfloat16 have keys of
+0.2.0, which sums their gradients in float32. A change that is meant to compute
 stages again (a new VERSION, an option that decides a result) writes the file anew and says so in CHANGELOG.md:
 `python -m tests.plain.test_stage_keys`.
 """

@@ -47,7 +47,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
                                   "sliding_window": None}, {}),
     "deepseek_v3": ("DeepseekV3Config", {**SHAPE, "num_key_value_heads": 2, **MOE, **LATENT, "n_shared_experts": 1,
                                          "first_k_dense_replace": 1,
-                                         "topk_method": "noaux_tc", "scoring_func": "sigmoid"}, {"do_sample": True, "temperature": 0.6, "top_p": 0.95}),
+                                         "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+                    {"do_sample": True, "temperature": 0.6, "top_p": 0.95}),
 }  # fmt: skip
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from safetensors.numpy import save_file
 
 from evolve_ray.compare import driver
 from evolve_ray.compare.models import model_shape
@@ -14,7 +13,7 @@ from evolve_ray.models import folders as models
 from evolve_ray.pools.actors import Host, Pools
 from evolve_ray.store import rows
 from evolve_ray.store.manifest import read_manifest
-from evolve_ray.toy.tokenizer import make_tokenizer
+from tests.tensors import zoo
 
 ANSWERS = ["aab", "bba", "aaa", "bbb", "aba"]
 
@@ -22,14 +21,9 @@ ANSWERS = ["aab", "bba", "aaa", "bbb", "aba"]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Three model folders that differ in their weights, the last one in its shape too; and prompts with and without drafts."""
-    import numpy as np
-
     root = tmp_path_factory.mktemp("compare")
     for number, name in enumerate(("one", "two", "wide")):
-        make_tokenizer().save_pretrained(root / name)
-        shape = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 256, "hidden_size": 8 + 8 * (name == "wide")}
-        (root / name / "config.json").write_text(json.dumps(shape))
-        save_file({"weight": np.full(1, float(number))}, root / name / "model.safetensors")
+        zoo.save("llama_dropout", root / name, seed=number, hidden_size=64 + 64 * (name == "wide"))
     lines = [{"prompt": f"q {number}", "answer": f"so it is\n#### {ANSWERS[number % 5]}"} for number in range(30)]
     rows.write_jsonl(root / "plain.jsonl", lines)
     rows.write_jsonl(root / "drafted.jsonl", [{**line, "draft": "abb"} for line in lines])
