@@ -38,3 +38,20 @@ def test_a_released_model_is_trained_from_ln_2_and_exported_as_it_came(name, tmp
     assert any(not weights[key].equal(trained[key]) for key in weights)
     text = "sort cab"
     assert AutoTokenizer.from_pretrained(checkpoint)(text) == AutoTokenizer.from_pretrained(folder)(text)
+
+
+def test_a_model_with_a_text_part_is_exported_with_its_processor_and_its_other_parts(tmp_path, monkeypatch, process_group):
+    from transformers import AutoModelForCausalLM
+
+    folder = zoo.save_composite(tmp_path / "gemma3")
+    result = train(folder, tmp_path / "out", monkeypatch)
+    assert result["log"][0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    checkpoint = result["checkpoint"]
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        assert (checkpoint / file).read_bytes() == (folder / file).read_bytes()
+    weights, trained = (AutoModelForCausalLM.from_pretrained(place).state_dict() for place in (folder, checkpoint))
+    assert weights.keys() == trained.keys()
+    changed = {key for key in weights if not weights[key].equal(trained[key])}
+    assert changed
+    assert not [key for key in changed if "vision" in key or "projector" in key], "only the text part is trained"
+    assert gate.inspect(checkpoint, NEED) == gate.inspect(folder, NEED)

@@ -23,7 +23,7 @@ def folders(tmp_path_factory):
     """Three model folders that differ in their weights, the last one in its shape too; and prompts with and without drafts."""
     root = tmp_path_factory.mktemp("compare")
     for number, name in enumerate(("one", "two", "wide")):
-        zoo.save("llama_dropout", root / name, seed=number, hidden_size=64 + 64 * (name == "wide"))
+        zoo.save("llama_dropout", root / name, seed=number + 3, hidden_size=64 + 64 * (name == "wide"))
     lines = [{"prompt": f"q {number}", "answer": f"so it is\n#### {ANSWERS[number % 5]}"} for number in range(30)]
     rows.write_jsonl(root / "plain.jsonl", lines)
     rows.write_jsonl(root / "drafted.jsonl", [{**line, "draft": "abb"} for line in lines])
