@@ -34,7 +34,7 @@ class Command:
     process: subprocess.Popen
     log: Path
 
-    def wait(self, timeout: float = 600) -> int:
+    def wait(self, timeout: float = 1500) -> int:
         code = self.process.wait(timeout)
         if code:
             print(self.log.read_text()[-4000:])

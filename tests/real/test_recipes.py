@@ -77,3 +77,17 @@ def test_the_recipe_of_the_paper_runs_scaled_down(refreshed, place):
     assert abs(first["loss_dpo"] - 0.6931) < 1e-3
     config = json.loads((place / "llama" / "iteration-01" / "checkpoint" / "config.json").read_text())
     assert (config["architectures"], config["dtype"]) == (["LlamaForCausalLM"], "bfloat16")
+
+
+def test_the_tiny_recipe_in_bfloat16(place):
+    """Engines, probe, training, reference and export in bfloat16: every arrow of the loop, and a loss that starts at ln 2."""
+    command = start(place / "half", *SMALL, "model.dtype=bfloat16", "--iterations", "1")
+    assert command.wait() == 0
+    here = place / "half" / "iteration-01"
+    config = json.loads((here / "checkpoint" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    first = rows.read_jsonl(here / "checkpoint" / "training_log.jsonl")[0]
+    assert abs(first["loss_dpo"] - 0.6931) < 1e-3
+    (probe,) = rows.read_jsonl(here / "probe" / "probe.jsonl")
+    assert probe["mean_difference"] < 0.02, "nats a token, between an engine and a plain forward"
+    assert len(rows.read_table(here / "pairs" / "pairs.parquet")) > 0
