@@ -51,10 +51,11 @@ class Plan:
 def compare(plan: Plan, folder: Run, start_ray: Callable[[], None], *, rerun_changed: bool, changed: str = "") -> dict[str, Any]:
     """Runs the chain and the probes of every model; returns the content of evaluation.json."""
     config = plan.config
-    for model in [*plan.models, *([plan.foreign] if plan.foreign else [])]:
-        check_model(Policy(model.folder, model.hash), policy_need(config, f"MODEL {model.name}"), folder, say)
     tokenizer = str(plan.models[0].folder)  # it checks the prompt lengths; other models reject what is too long for them
     context, toy = begin(config, folder, say, start_ray, rerun_changed=rerun_changed, changed=changed, model=tokenizer)
+    for model in [*plan.models, *([plan.foreign] if plan.foreign else [])]:
+        need = policy_need(config, context.template.rendering, f"MODEL {model.name}")
+        check_model(Policy(model.folder, model.hash), need, folder, say)
     probe_drafts = ProbeDrafts(plan, toy)
     held_out = context.held_out = Prompter(context, toy).held_out(folder.root / "prompts")
     table = rows.read_table(held_out.path("prompts.parquet"))

@@ -13,6 +13,7 @@ from evolve_ray.data import triples as data_triples
 from evolve_ray.data.prompts import drop_held_out, fresh_order, fresh_slice, read_prompts, scan_prompts, with_token_counts
 from evolve_ray.data.read import BLOCK_ROWS, MAX_SHOWN
 from evolve_ray.errors import UserError
+from evolve_ray.models.same_tokens import SameTokens
 from evolve_ray.store import rows
 from evolve_ray.store.files import sha256_file
 from evolve_ray.store.manifest import Manifest
@@ -68,7 +69,7 @@ class Prompter:
         if self._chat is None:
             from evolve_ray.models.chat import Chat
 
-            self._chat = Chat(self.context.policy.folder)
+            self._chat = Chat(self.context.policy.folder, rendering=self.context.template.rendering)
         return self._chat
 
     def limit(self) -> int:
@@ -143,7 +144,12 @@ class Prompter:
         return data_triples.read_triples(
             self.toy.get(part.path, part.path), prompt_column=part.prompt_column, chosen_column=part.chosen_column,
             rejected_column=part.rejected_column, source_split=part.split, limit=part.limit, held_out=self.held_texts(),
+            same_tokens=None if part.training.objective == "sft" else self.same_tokens,
         )  # fmt: skip
+
+    @property
+    def same_tokens(self) -> SameTokens:
+        return SameTokens(self.context.policy.folder, self.context.template.rendering)
 
     def held_inputs(self) -> dict[str, str]:
         """The stage inputs of a stage that leaves out held-out prompts; its own file is in its key."""
