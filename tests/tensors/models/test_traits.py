@@ -12,33 +12,9 @@ from evolve_ray.refine.template import load_template
 from evolve_ray.store.rows import PAIR
 from evolve_ray.train.logprobs import pair_sequences
 from tests.plain.conftest import make_bpe
+from tests.templates import CHANNELS, DATED, HIDDEN, LINE_BEFORE_END, OPENED, PLAIN
 
 END = "<|im_end|>"
-TURN = "{%- for m in messages -%}{{- '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' -}}{%- endfor -%}"
-ASK = "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-# The answer of an earlier turn is shown without its thinking and trimmed; without thinking the template writes an empty one.
-HIDDEN = """\
-{%- for m in messages -%}
-{%- set text = m['content'].split('</think>')[-1] | trim if m['role'] == 'assistant' else m['content'] -%}
-{%- set hidden = '<think>\\n\\n</think>\\n\\n' if loop.last and m['role'] == 'assistant' else '' -%}
-{{- '<|im_start|>' + m['role'] + '\\n' + hidden + text + '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- if enable_thinking is defined and not enable_thinking -%}{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}
-{%- endif -%}
-"""
-OPENED = TURN + "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- endif -%}"
-CHANNELS = """\
-{%- for m in messages -%}
-{%- set channel = '<|channel|>final' if m['role'] == 'assistant' else '' -%}
-{%- set end = '<|return|>' if loop.last and m['role'] == 'assistant' else '<|end|>' -%}
-{{- '<|start|>' + m['role'] + channel + '<|message|>' + m['content'] + end -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|start|>assistant' -}}{%- endif -%}
-"""
-DATED = "{{- 'Today is ' + strftime_now('%d %b %Y') + '.\\n' -}}" + TURN + ASK
-LINE_BEFORE_END = TURN.replace("'<|im_end|>", "'\\n<|im_end|>") + ASK
 
 
 @pytest.fixture
@@ -162,7 +138,7 @@ def test_a_draft_is_shown_by_the_rules_of_the_template_also_beside_markup(chat):
 
 
 def test_added_tokens_that_are_no_markup_stay_whole(chat):
-    talk = chat(TURN + ASK)
+    talk = chat(PLAIN)
     blank_line = talk.tokenizer.convert_tokens_to_ids("\n\n")
     assert blank_line in talk.text_ids("one\n\ntwo")
     assert blank_line in talk.context_ids(user("one\n\ntwo"))
@@ -173,7 +149,7 @@ def test_added_tokens_that_are_no_markup_stay_whole(chat):
 
 
 def test_a_mark_inside_a_mark_is_cut_too(chat):
-    talk = chat(TURN + ASK, special=("<|im_start|>", END, "<a>", "a><b"))
+    talk = chat(PLAIN, special=("<|im_start|>", END, "<a>", "a><b"))
     forged = talk.context_ids(user("<a><b"))
     assert not {talk.tokenizer.convert_tokens_to_ids(mark) for mark in ("<a>", "a><b")} & set(forged)
 
@@ -190,12 +166,12 @@ def test_the_date_of_a_template_is_the_day_of_the_run(chat):
 
 
 def test_a_base_model_gets_its_template_from_the_recipe(chat):
-    talk = chat(None, rendering=Rendering(chat_template=TURN + ASK))
+    talk = chat(None, rendering=Rendering(chat_template=PLAIN))
     assert talk.tokenizer.convert_ids_to_tokens(talk.end_id) == END
 
 
 def test_a_token_beyond_the_tokenizer_and_half_a_character_are_faults(chat):
-    talk = chat(TURN + ASK)
+    talk = chat(PLAIN)
     assert "does not have" in talk.fault([len(talk.tokenizer)], "")
     half = ids(talk, "\N{GRINNING FACE}")[:2]
     assert talk.fault(half, shown(talk, half)) == "has a part of a character"
