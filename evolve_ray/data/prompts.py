@@ -6,6 +6,7 @@ and the others are rejected. Also here: the order and the slices in which a run 
 
 from array import array
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,7 +16,7 @@ from evolve_ray.errors import UserError
 from evolve_ray.store.rows import content_id, derive_seed, reject
 
 
-def read_prompts(path: str, **columns: str) -> tuple[list[dict], list[dict]]:
+def read_prompts(path: str, **columns: Any) -> tuple[list[dict], list[dict]]:
     """Returns (prompt rows in the order of the file, rejected duplicates); see `scan_prompts` for the arguments."""
     rejected: list[dict] = []
     return list(scan_prompts(path, rejected, **columns)), rejected
@@ -32,11 +33,12 @@ def scan_prompts(
     draft_column: str = "",
     source_split: str = "train",
     split: str = "train",
+    gold_fault: Callable[[str], str] | None = None,
 ) -> Iterator[dict]:
     """Yields prompt rows (without `num_tokens`) in the order of the file; appends duplicates to `rejected`.
 
-    With `draft_column` a row also has the text of that column as `draft`; the first of several duplicates counts. Raises
-    UserError at the end of the file, with all faults.
+    `gold_fault` returns what is wrong with a gold answer, "" if nothing is. With `draft_column` a row also has the text of that
+    column as `draft`; the first of several duplicates counts. Raises UserError at the end of the file, with all faults.
     """
     faults: list[str] = []
     line_of: dict[str, int] = {}  # by prompt id
@@ -47,6 +49,9 @@ def scan_prompts(
         answer = text_of(record, answer_column, where, faults) if answer_column else None
         if answer_pattern and answer is not None:
             answer = answer_of(answer, answer_pattern, f"{where}: column {answer_column!r}", faults)
+        if gold_fault and answer is not None and (fault := gold_fault(answer)):
+            faults.append(f"{where}: {fault}")
+            answer = None
         draft = text_of(record, draft_column, where, faults) if draft_column else None
         user_id = text_of(record, id_column, where, faults) if id_column else None
         cells = ((answer_column, answer), (id_column, user_id), (draft_column, draft))

@@ -15,6 +15,7 @@ from evolve_ray.data.read import BLOCK_ROWS, MAX_SHOWN
 from evolve_ray.errors import UserError
 from evolve_ray.models import folders
 from evolve_ray.score.combined import reward_model_field
+from evolve_ray.score.verifiers import gold_check
 from evolve_ray.store import rows
 from evolve_ray.store.files import sha256_file
 from evolve_ray.store.manifest import Manifest
@@ -34,6 +35,7 @@ class Prompter:
         self.context, self.toy, self.config = context, toy, context.config
         self._chat: Any = None
         self._limit: int | None = None
+        self.gold_fault = gold_check(self.config.verifier)
 
     def commit_all(self) -> None:
         """Commits everything, or raises one `UserError` with the faults of all files."""
@@ -125,7 +127,7 @@ class Prompter:
         for split, path in part.splits.items():
             prompts, duplicates = read_prompts(
                 self.toy.get(path, path), prompt_column=part.prompt_column, answer_column=part.answer_column,
-                answer_pattern=part.answer_pattern, source_split=part.split, split=split,
+                answer_pattern=part.answer_pattern, source_split=part.split, split=split, gold_fault=self.gold_fault,
             )  # fmt: skip
             num_in += len(prompts) + len(duplicates)
             beyond = prompts[part.limit :] if part.limit else []
@@ -210,7 +212,7 @@ class Prompter:
         tables: list[pa.Table] = []
         prompts = scan_prompts(
             self.toy.get(part.path, part.path), duplicates, prompt_column=part.prompt_column, answer_column=part.answer_column,
-            answer_pattern=part.answer_pattern, id_column=part.id_column, source_split=part.split,
+            answer_pattern=part.answer_pattern, id_column=part.id_column, source_split=part.split, gold_fault=self.gold_fault,
         )  # fmt: skip
         while block := list(itertools.islice(prompts, BLOCK_ROWS)):
             usable, held_out = drop_held_out(block, texts)

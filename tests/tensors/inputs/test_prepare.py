@@ -340,3 +340,23 @@ def test_tokenizer_that_does_not_fit_the_model_is_refused_before_anything_starts
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 10}))
     with pytest.raises(UserError, match=r"^model\.path: .*does not fit the model.*vocab_size 10"):
         prepare(TEXTS, f"model.path={folder}")
+
+
+def test_gold_answers_that_the_verifier_cannot_check_are_refused_with_those_of_all_files_at_once(prepare, tmp_path):
+    def write(name, *answers):
+        rows_ = [json.dumps({"prompt": f"{name} {number}", "gold": answer}) for number, answer in enumerate(answers)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows_))
+        return f"{tmp_path}/{name}.jsonl"
+
+    training, held = write("sums", "4", "(1,2)", "5", "6", "7", "3 to 5"), write("test", "10:30", "9")
+    options = [
+        "verifier.name=numeric", f"prompts.path={training}", "prompts.answer_column=gold", f"evaluation.splits.held={held}",
+        "evaluation.answer_column=gold",
+    ]  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        prepare(TEXTS, *options)
+    said = str(caught.value)
+    assert f"{held}: 1 unusable row: {held}:1: gold answer '10:30' is not one number, as verifier.name 'numeric' needs it" in said
+    assert f"{training}: 2 unusable rows: {training}:2: gold answer '(1,2)' is not one number" in said
+    assert f"{training}:6: gold answer '3 to 5' is not one number" in said
+    assert prepare(TEXTS, *options, "verifier.name=exact").prompts
