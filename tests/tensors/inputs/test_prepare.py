@@ -168,6 +168,39 @@ def test_held_out_prompt_is_not_trained_on_and_is_counted(prepare):
 
 
 @pytest.fixture
+def asks_alike(tiny_model, tmp_path):
+    """The tiny model with a template that trims its messages and a tokenizer that composes Unicode and lowers letters."""
+    folder = tmp_path / "alike"
+    shutil.copytree(tiny_model, folder)
+    template = folder / "chat_template.jinja"
+    written = template.read_text()
+    template.write_text(written.replace("message.content", "(message.content | trim)"))
+    assert template.read_text() != written
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Lowercase"}]}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return f"model.path={folder}"
+
+
+def test_prompt_that_asks_the_model_the_same_as_a_held_out_one_is_not_trained_on(prepare, asks_alike, triples):
+    disguised = ["What is 2+2? ", "WHAT is 2+2?", "what is \uff12+2?", "one"]
+    given = triples("activation", *disguised)
+    context = prepare([*disguised, *TEXTS[1:]], asks_alike, given, held=["What is 2+2?", "other"])
+    trained = {row["prompt"] for number in (1, 2) for row in committed(context, number)}
+    assert trained <= set(TEXTS)
+    assert rejected(context, 1) == [(line, "is also a prompt of evaluation split 'held'") for line in (1, 2, 3)]
+    assert [row["prompt"] for row in rows.read_table(context.triples["activation"].path("pairs.parquet"))] == ["one"]
+
+
+def test_prompt_that_asks_the_model_the_same_as_an_earlier_one_counts_once(prepare, asks_alike):
+    context = prepare(["Two", *TEXTS, "three "], asks_alike, held=["held", "HELD ", "other"])
+    assert {row["prompt"] for number in (1, 2) for row in committed(context, number)} <= {"Two", "one", "three", "four", "five"}
+    assert rejected(context, 1) == [(3, "asks the model the same as line 1"), (7, "asks the model the same as line 4")]
+    assert [row["prompt"] for row in rows.read_table(context.held_out.path("prompts.parquet"))] == ["held", "other"]
+    assert context.held_out.stats["num_rejected"] == 1
+
+
+@pytest.fixture
 def triples(tmp_path):
     """Writes preference triples on the given prompts, and says how a recipe names them."""
 
