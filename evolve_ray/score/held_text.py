@@ -4,7 +4,9 @@ import re
 import unicodedata
 
 TAG = re.compile(
-    r"<(/?)(?:think|thinking|thoughts?|reasoning|scratchpad)>|\[(/?)THINK\]|<\|(?:begin|(end))_of_thought\|>", re.IGNORECASE
+    r"[<◁](/?)(?:(?:seed:)?think|thinking|thoughts?|reasoning|reflection|analysis|scratchpad)[>▷]|\[(/?)THINK\]"
+    r"|<\|(?:begin|(end))_of_thought\|>|<\|channel\|>(?:(final)|analysis|commentary)[^<>]*<\|message\|>",
+    re.IGNORECASE,
 )
 
 
@@ -34,6 +36,8 @@ BOLD = re.compile(r"(?<![\w)])\*\*|\*\*(?![\w(])|(?<=[^\W\d_])\*\*|`|__")
 NOTE = re.compile(r"<<[^<>\n]*>>|~~[^~\n]*~~|<\|\w+\|>")  # the calculator's <<3+4=7>>; what is struck out; special tokens
 OPERATOR = re.compile(r"(?<=\d) (plus|minus|times|divided by) (?=[-$\d])")
 OPERATORS = {"plus": "+", "minus": "-", "times": "×", "divided by": "/"}
+AND_A_HALF = re.compile(r"(?<=\d) and (?:a|one)[ -](half|third|quarter)\b", re.IGNORECASE)
+FRACTIONS = {"half": "1/2", "third": "1/3", "quarter": "1/4"}
 NEGATIVE = re.compile(r"\b(?:minus|negative) (?=[$€£]?\d)", re.IGNORECASE)
 
 
@@ -47,6 +51,7 @@ def tidy(text: str) -> str:
         text = SUPERSCRIPT.sub(lambda match: "^{" + normal(match[0]) + "}", text).translate(SIGNS)
         text = "".join(map(plain_character, text))
     text = OPERATOR.sub(lambda match: f" {OPERATORS[match[1]]} ", BOLD.sub("", text.replace("\t", " ")))
+    text = AND_A_HALF.sub(lambda match: f" {FRACTIONS[match[1].lower()]}", text)
     return NEGATIVE.sub("-", text)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import sympy
 from math_verify import verify
-from sympy import MatrixBase, Rational
+from sympy import Basic, MatrixBase, Rational
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
@@ -14,6 +14,7 @@ from evolve_ray.score.quantities import factors
 
 CHOICE = re.compile(r"\W*(?:(?:option|choice|answer)\s+)?\W*([A-J])(?=[).:,;\]}]|\s*$|\s+(?:because|since|as)\b)(.*)", re.DOTALL)
 ANOTHER = re.compile(r"(?:\bor\b|\band\b|[,/&])\s*\(?[A-J]\b\)?(?!\s+\w)")
+UNDEFINED = (sympy.zoo, sympy.nan)
 ROUNDED = 6  # digits behind the point from which a decimal may stand for a number that is no decimal
 
 
@@ -22,6 +23,8 @@ def gold_fault(answer: str) -> str:
     gold = read(answer, strict=True)
     if not gold.node and not gold.choice:
         return "cannot be read as mathematics"
+    if isinstance(gold.node, Formula) and isinstance(gold.node.expression, Basic) and gold.node.expression.has(*UNDEFINED):
+        return "is not defined"
     numbers = isinstance(gold.node, Words) and re.search(r"\d", gold.node.text)
     return "is a time, a date or a version, not mathematics" if numbers else ""
 
@@ -61,7 +64,7 @@ def same(gold: Node, response: Node) -> bool:
         return same_named(gold, response)
     if isinstance(gold, Words) or isinstance(response, Words):
         return isinstance(gold, Words) and isinstance(response, Words) and plain(gold.text) == plain(response.text)
-    if any(isinstance(node, Union) or is_relation(node) for node in (gold, response)):
+    if any(isinstance(node, Union) or is_relation(node) or is_set(node) for node in (gold, response)):
         return same_formula(gold, response) or same_sets(gold, response)
     return same_group(gold, response) if isinstance(gold, Group) or isinstance(response, Group) else same_formula(gold, response)
 
@@ -95,6 +98,10 @@ def is_relation(node: Node) -> bool:
     expression = node.expression if isinstance(node, Formula) else None
     parts = expression.args if isinstance(expression, sympy.And) else (expression,)
     return all(isinstance(part, Relational) for part in parts)
+
+
+def is_set(node: Node) -> bool:
+    return isinstance(node, Formula) and isinstance(node.expression, sympy.Set)
 
 
 def is_equation(node: Node) -> bool:

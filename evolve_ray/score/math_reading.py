@@ -79,7 +79,7 @@ class Answer:
 SYMBOLS = {
     "π": r"\pi ", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∞": r"\infty ",
     "±": r"\pm ", "°": r"^\circ ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "θ": r"\theta ",
-    "≈": r"\approx ",
+    "≈": r"\approx ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}",
     "<=": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "**": "^", r"\langle": "(", r"\rangle": ")", r"\varnothing": r"\emptyset ",
     r"\lor": " or ", r"\vee": " or ", r"\land": " and ", r"\wedge": " and ",
 }  # fmt: skip
@@ -88,6 +88,7 @@ REWRITTEN: tuple[tuple[re.Pattern, Any], ...] = (
     (re.compile("|".join(re.escape(symbol) + r"(?![A-Za-z])" * (symbol[-1].isalpha()) for symbol in SYMBOLS)),
      lambda match: SYMBOLS[match[0]]),
     (re.compile(r"√\s*(\d+|[A-Za-z]|\([^()]*\))"), r"\\sqrt{\1}"),
+    (re.compile(r"(?:\\text\s*\{\s*)?\ball real(?: number|s\b)s?(?:\s*\})?", re.IGNORECASE), r"\\mathbb{R}"),
     (LATEX_GROUPS, ","),
     (re.compile(r"\\(?:mathrm|text)\s*\{([ei])\}"), r"\1"),
     (re.compile(r"\\(?:left|right|displaystyle|[Bb]ig[lr]?|bigg[lr]?|limits|qquad|quad)(?![A-Za-z])"), " "),
@@ -148,13 +149,15 @@ def read_node(text: str) -> Node | None:
     text = text.strip().rstrip(".,;:").strip()
     if not text or CLOCK_OR_DATE.fullmatch(text):
         return Words(text) if text else None
+    quantity = read_quantity(without_latex(text)) if "=" not in text else None
+    if quantity:
+        return Formula(rational(quantity.top) / rational(quantity.bottom), quantity)
     plain_text = TEXT.sub(r"\1", text).strip()
     if WORD_ANSWER.fullmatch(plain_text):
         letters = re.sub("[^A-Za-z]", "", plain_text)
         if len(letters) > 3 or letters.lower() in SHORT_WORDS or plain_text != text:
             return Words(plain_text)
-    quantity = read_quantity(without_latex(text)) if "=" not in text else None
-    return Formula(rational(quantity.top) / rational(quantity.bottom), quantity) if quantity else read_parts(text)
+    return read_parts(text)
 
 
 def read_parts(text: str) -> Node | None:

@@ -41,7 +41,12 @@ SIZES = {
     "mass": "mg milligram 0.001, g gram 1, kg kilogram 1000, oz ounce 28.349523125, lb lbs 453.59237, ton tonne 1000000",
     "time": "ms millisecond 0.001, s sec second 1, min minute 60, h hr hour 3600, day 86400, week 604800",
     "months": "month 1, year yr 12",
-    "volume": "ml milliliter millilitre 0.001, l liter litre 1",
+    "length 2": "acre 4046.8564224, hectare ha 10000",
+    "length 3": "ml milliliter millilitre cc 0.000001, l liter litre 0.001, gallon gal 0.003785411784",
+    "force": "n newton 1",
+    "energy": "j joule 1, kj kilojoule 1000",
+    "power": "w watt 1, kw kilowatt 1000",
+    "frequency": "hz hertz 1, khz kilohertz 1000",
     "dollars": "$ dollar usd 1, ¢ cent 0.01",
     "euros": "€ euro eur 1",
     "pounds": "£ gbp 1",
@@ -73,11 +78,12 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 CARDINALS = {word: number for number, word in enumerate(SMALL.split())} | {
     word: 10 * number for number, word in enumerate(TENS.split(), start=2)
 }
-PARTS = {"half": 2, "halves": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
-CARDINAL = rf"(?:{'|'.join(sorted(CARDINALS, key=len, reverse=True))}|hundred|thousand|million|billion)"
+PARTS = {"half": 2, "halves": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10,
+         "hundredth": 100, "thousandth": 1000, "millionth": 10**6}  # fmt: skip
+CARDINAL = rf"(?:{'|'.join(sorted(CARDINALS, key=len, reverse=True))}|hundred|dozen|thousand|million|billion)"
 IN_WORDS = re.compile(
-    rf"\b(?:(?:minus|negative)\s+)?(?:an?\s+(?=[htmb]))?{CARDINAL}(?:(?:\s+and\s+|\s+|-){CARDINAL}){{0,20}}"
-    rf"(?:[\s-]+(?:{'|'.join(PARTS)})s?)?\b|\b(?:a )?half\b",
+    rf"\b(?:(?:minus|negative)\s+)?(?:(?:half\s+)?an?\s+(?=[htmbd]))?{CARDINAL}(?:(?:\s+and\s+|\s+|-){CARDINAL}){{0,20}}"
+    rf"(?:(?:[\s-]+|\s+and\s+an?\s+)(?:{'|'.join(PARTS)})s?)?\b|\b(?:a )?half\b|\ban? (?:{'|'.join(PARTS)})\b",
     re.IGNORECASE,
 )
 
@@ -102,6 +108,7 @@ UNIT_TEXT = re.compile(r"(?:[$€£¥¢°.,'’\"\s]|/(?=\s*[A-Za-z])|[A-Za-z]++
 VARIABLE = re.compile(r"(?:[xyznijπ]|pi|e)\b", re.IGNORECASE)
 ABOUT = re.compile(r"\s*(?:about|approximately|approx\.?|roughly|around|exactly|just|only|≈|~)\s*", re.IGNORECASE)
 NAME = re.compile(r"[A-Za-z][^-+*/^<>≤≥≠±×÷]*")  # what stands before `=`: x, f(2), Total cost
+NEXT_PART = re.compile(r"(?:(?<=[A-Za-z.])|(?<=[$€£]\d)|(?<=[$€£]\d\d))(?:\s*,?\s*\band\b\s+|\s*,\s*|\s+)(?=\d)")
 MILLION = re.compile(r"(?<=\d)\s?M(?![A-Za-z])")
 NO_GROUPS = str.maketrans("", "", ", _'")
 
@@ -149,7 +156,11 @@ def read_side(text: str) -> Quantity | None:
         digits = text if re.search(r"\d", text) else IN_WORDS.sub(lambda words: in_digits(words[0]), text)
         return read_side(digits) if digits != text else None
     part, follows = match.groupdict(), match["unit"]
-    if not UNIT_TEXT.fullmatch(follows) or CLOCK_OR_DATE.search(follows) or VARIABLE.match(follows):
+    if not UNIT_TEXT.fullmatch(follows):
+        return read_compound(text)
+    if CLOCK_OR_DATE.search(follows):
+        return None
+    if VARIABLE.match(follows) and not (text[match.start("unit") - 1].isspace() and follows[:1] in ("N", "J")):
         return None
     top, bottom = number_of(part), Decimal((part["bottom"] or "1").translate(NO_GROUPS))
     if top.is_nan() or bottom == 0 or (part["sign"] and part["inner"]):
@@ -164,6 +175,25 @@ def read_side(text: str) -> Quantity | None:
     return Quantity(top, bottom, bool(part["percent"]), read_unit(part["money"] or follows), decimals)
 
 
+def read_compound(text: str) -> Quantity | None:
+    """`1 hour 30 minutes`, `5 feet 3 inches`, `$4 and 50 cents`: each part is less than one of the unit before it."""
+    parts = [part for part in NEXT_PART.split(text.strip(" .")) if part]
+    quantities = [read_side(part) for part in parts] if 2 <= len(parts) <= 4 else []
+    total, least = Fraction(0), None
+    for quantity in quantities:
+        if quantity is None or quantity.unit is None or quantity.unit.each or quantity.percent or quantity.top.adjusted() > 30:
+            return None
+        size = Fraction(quantity.top) / Fraction(quantity.bottom) * quantity.unit.factor
+        if least and not (least.kind == quantity.unit.kind and 0 <= size < least.factor):
+            return None
+        total, least = total + size, quantity.unit
+    first = quantities[0].unit if quantities and quantities[0] else None
+    if first is None or total <= 0:
+        return None
+    value = total / first.factor
+    return Quantity(Decimal(value.numerator), Decimal(value.denominator), unit=first)
+
+
 def number_of(part: dict[str, str]) -> Decimal:
     """The number in a match of QUANTITY, without sign, whole part, denominator and scale; NaN if it is too large for any use."""
     digits = (part["top"] or part["times"] or part["number"] or "1").translate(NO_GROUPS)
@@ -172,20 +202,24 @@ def number_of(part: dict[str, str]) -> Decimal:
 
 
 def in_digits(words: str) -> str:
-    """`minus forty-two` -> -42, `three quarters` -> 3/4, for what IN_WORDS matches."""
-    total = group = 0
-    bottom = ""
+    """`minus forty-two` -> -42, `three quarters` -> 3/4, `two and a half` -> 2 1/2, for what IN_WORDS matches."""
     parts = re.findall(r"[a-z]+", words.lower())
-    for word in parts:
-        if word.removesuffix("s") in PARTS or word in PARTS:
-            bottom = f"/{PARTS.get(word) or PARTS[word.removesuffix('s')]}"
-        elif word == "hundred":
+    sign = "-" if parts[0] in ("minus", "negative") else ""
+    last = parts[-1] if parts[-1] in PARTS else parts[-1].removesuffix("s")
+    bottom = PARTS.get(last)
+    total = group = 0
+    for word in parts[:-1] if bottom else parts:
+        if word == "hundred":
             group = max(group, 1) * 100
         elif word in SCALES:
             total, group = total + max(group, 1) * SCALES[word], 0
         else:
             group += CARDINALS.get(word, 0)
-    return f"{'-' if parts[0] in ('minus', 'negative') else ''}{(total + group) or int('half' in parts)}{bottom}"
+    if parts[0] == "half" and total + group:  # half a dozen
+        return f"{total + group}/2"
+    if bottom and total + group and parts[-2] in ("a", "an"):
+        return f"{sign}{total + group} 1/{bottom}"
+    return f"{sign}{(total + group) or int(bottom is not None)}{f'/{bottom}' if bottom else ''}"
 
 
 def read_unit(text: str) -> Unit | None:

@@ -48,14 +48,15 @@ WORDS_OF_KIND = {
 }
 KIND_OF_WORD = {word: kind for kind, words in WORDS_OF_KIND.items() for word in words.split()}
 BEHIND_NUMBER = {"am", "pm", "o'clock", "percent", "percentage", *SCALES, *DAYS}
-EXPRESSION = r"(?<![S(])[S(]*+[NL](?:[S()]+[NL]|N)*[S)]*U*"
+EXPRESSION = r"(?<![S(])[S(]*+[NL](?:[S()]+[NL]|N)*[S)]*(?:U+(?:C?A?NU+)*)?"  # also "5 hours and 30 minutes"
 ANOTHER = EXPRESSION.removeprefix(r"(?<![S(])")
 # "4, 5 or 6", "4 apples or 5", "5 (or 6)"; but in "18, and 5 are left" the 5 begins another sentence.
-NEXT = rf"(?:\(?[WVU]{{0,3}}C?E?O|C(?=M)|C?A(?={ANOTHER}(?!V))|C(?={ANOTHER}(?!V)))M*{ANOTHER}"
+NEXT = rf"(?:\(?[WVU]{{0,3}}C?E?O|[CW]?(?=M)|C?A(?=M*{ANOTHER}(?!V))|C(?={ANOTHER}(?!V)))M*{ANOTHER}"
 RUN = re.compile(rf"{EXPRESSION}(?:{NEXT})*")
 STATED_RUN = re.compile(rf"{EXPRESSION}(?:{NEXT}|[WU]{{1,3}}C?A(?={ANOTHER}(?!V)){ANOTHER})*")  # also "5 hours and 30 minutes"
 NOT = re.compile(
-    r"(?:\bnot|\bcannot|n't|\bnever|\bneither|\bnor|≠|\\neq?(?![A-Za-z])|instead of|rather than|other than|except|unlike)"
+    r"(?:\bnot|\bcannot|n't|\bnever|\bneither|\bnor|≠|\\neq?(?![A-Za-z])|instead of|rather than|other than|except|unlike"
+    r"|anything but|\bdoubt|\bfalse that|\bunlikely)"
     r"(?:\s+(?:equal to|equal|just|exactly|be|actually|simply|necessarily|the|a|an|that|to|is|it|answer|in|fact|correct))*"
     r"\s*[($]?$",
     re.IGNORECASE,
@@ -64,13 +65,18 @@ IS_WRONG = re.compile(
     r"\s*[)$]?,?\s*(?:(?:is|was|are|would be|seems)\s+(?:\w+\s+)?(?:wrong|incorrect|false|not|impossible|too)\b|(?:is|was)n't\b)",
     re.IGNORECASE,
 )
+ONCE = re.compile(
+    r"\b(?:first|initially|originally|previously|earlier|mistakenly|wrongly)\s+(?:(?:I|we)\s+)?"
+    r"(?:had|got|wrote|thought|found|said|gave|put|answered|computed)(?:\s+(?:that|it|was|is))*[\s:($]*$",
+    re.IGNORECASE,
+)
 BOUND = re.compile(
     r"\b(?:at least|at most|at minimum|at maximum|(?:more|less|fewer|greater|larger|smaller|bigger|higher|lower) than|over|under"
-    rf"|above|below|up to|between|minimum of|maximum of|as (?:many|much) as|{'|'.join(DAYS)})\s+(?:about\s+)?$",
+    rf"|above|below|up to|between|minimum of|maximum of|nearly|almost|as (?:many|much) as|{'|'.join(DAYS)})\s+(?:about\s+)?$",
     re.IGNORECASE,
 )
 OR_MORE = re.compile(
-    r"\s*(?:or|and)\s+(?:more|less|fewer|greater|larger|smaller|above|below|up|higher|lower|another|some|so)\b|\+(?=\s|$)"
+    r"(?:\s+[a-z]+)?\s+at\s+(?:the\s+)?(?:most|least)\b|(?:\s+[a-z]+)?\s*(?:or|and)\s+(?:more|less|fewer|greater|larger|smaller|above|below|up|higher|lower|another|some|so)\b|\+(?=\s|$)"
     rf"|\s+of\s+(?:{'|'.join(DAYS)})\b",
     re.IGNORECASE,
 )
@@ -112,7 +118,7 @@ class Tokens:
         if name == "command":
             return "S" if SPACING.match(piece) else "N"
         if name == "L":
-            unit = before == "N" and piece in "msghlL" and behind.lstrip(" ")[:1] not in tuple("+-*/^=<>")
+            unit = before == "N" and piece in "msghlLJNW" and behind.lstrip(" ")[:1] not in tuple("+-*/^=<>")
             return "U" if unit else "L"
         if name == "W":
             behind_number = before in ("N", "U") and (piece.lower() in BEHIND_NUMBER or read_unit(piece))
@@ -148,7 +154,7 @@ MARK = re.compile(
     rf"(?P<box>{BOX_SIGN})"
     r"|(?P<hash>^[ ]*\#{4}(?!\#)[ ]*)"
     r"|(?P<tag><answer>)"
-    r"|(?P<says>\b(?:answers?|correct (?:option|choice))\b[^.!?\n:=]{0,60}?(?:\b(?:is|are|was|be|becomes|equals)\b(?:[ ]*:)?|=))"
+    r"|(?P<says>\b(?:answers?|(?:correct|right|true|actual|real) (?:option|choice|one|value|result|number|total))\b[^.!?\n:=]{0,60}?(?:\b(?:is|are|was|be|becomes|equals)\b(?:[ ]*:)?|=))"
     r"|(?P<label>(?:^[ *#>_-]*(?:A|Ans)\b|\banswers?\b[^.!?\n:=]{0,60}?)\s{0,9}(?::|\n))"
     r"|(?P<fix>\b(?:no(?=[,:;.!-])|nope|wait|actually|sorry|oops|correction|rather|hmm+|scratch that|i mean|make that"
     r"|should be)\b)",
@@ -192,7 +198,7 @@ def final_answer(response: str) -> Statement:
     return Statement(in_numbers.value, stated.words, in_numbers.marked) if in_numbers.marked >= stated.marked else stated
 
 
-LONE = re.compile(r"one|zero|(?:a )?half", re.IGNORECASE)
+LONE = re.compile(r"one|zero|(?:an? )?(?:half|third|quarter|fourth|fifth|sixth|eighth|tenth)", re.IGNORECASE)
 
 
 def number_in_words(match: re.Match) -> str:
@@ -225,7 +231,7 @@ class Reader:
     def at_box(self, mark: re.Match, *, first: bool) -> Statement | str:
         """The statement of a box; "denied" if the text says that it is wrong, "" if it is empty."""
         before = re.split(r"[.!?\n]\s", self.text[max(0, mark.start() - 60) : mark.start()])[-1]
-        if NOT.search(before) or IS_WRONG.match(self.text, mark.end()):
+        if NOT.search(before) or ONCE.search(before) or IS_WRONG.match(self.text, mark.end()):
             return "denied"
         content = self.held.pieces[mark[0]]
         if OR_ELSE.search(before) and not first:
