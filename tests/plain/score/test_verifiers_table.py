@@ -59,7 +59,8 @@ def test_table_has_hundreds_of_rows_of_many_kinds_and_of_every_verdict():
 
 
 CONTEXTS = (
-    "{}", "The answer is {}.", "So she has {} left.", "Answer: {}", r"\boxed{{{}}}", r"$\boxed{{{}}}$", "**{}**", "#### {}", "x = {}",
+    "{}", "The answer is {}.", "So she has {} left.", "Answer: {}", r"\boxed{{{}}}", r"$\boxed{{{}}}$", "**{}**", "#### {}",
+    "x = {}",
     "First 3, then 8.\n\nThe answer is {}", "<think>maybe 99</think>\nIt is {}.", r"\[ {} \]",
     "The answer is 99. Wait, no: {}",
 )  # fmt: skip
@@ -81,7 +82,8 @@ def test_number_is_right_in_every_context_and_beside_another_candidate_in_none(n
 
 PIECES = (
     "5", " ", "or", r"\frac{1}{2}", "}", "{", "$", "x", "=", ",", ".", "\n", "answer is", "not", "-", "(", ")", r"\boxed{",
-    r"\text{", "%", "^", "|", "half", "a million", "12:30", "½", "<think>", "</think>", "e5", "1e99999999", "/0", r"\pm", "≈", "[",
+    r"\text{", "%", "^", "|", "half", "a million", "12:30", "½", "<think>", "</think>", "e5", "1e99999999", "/0", r"\pm", "≈",
+    "[",
     "####", "\\\\",
 )  # fmt: skip
 
