@@ -182,6 +182,7 @@ LEAD = re.compile(
 UNIT_WORDS = re.compile(r"(?:[\s$)*]*\b(?!(?:is|are|was|were|has|have|had)\b)[A-Za-z]+\b){0,3}[\s$)*]*")
 VAGUE = "unclear"  # the value of a bound, or of one of several answers
 MAX_TOKENS = 400  # of a sentence
+MAX_VALUE = 2000  # characters; what is longer is no answer
 LINE_OF_NUMBER = r"[ ]*(?:[-*·][ ]+|\(?\d{1,2}[.)][ ]+)?[-+]?[$€£]{0,2}\d[\d,./]*%?\$?[ ]*[,;.]?[ ]*"
 LINES_OF_NUMBERS = re.compile(rf"^{LINE_OF_NUMBER}(?:\n{LINE_OF_NUMBER})+$", re.MULTILINE)
 BULLET = re.compile(r"^[ ]*(?:[-*·][ ]+|\(?\d{1,2}[.)][ ]+)|[ ,;.]+$", re.MULTILINE)
@@ -193,6 +194,8 @@ def final_answer(response: str) -> Statement:
     # Lines that hold a number each are one list.
     text = LINES_OF_NUMBERS.sub(lambda lines: ", ".join(BULLET.sub("", lines[0]).split("\n")), text)
     stated = Reader(HeldText(text)).statement()
+    if len(stated.value) > MAX_VALUE:
+        return Statement("", "", True)
     if stated.value or not IN_WORDS.search(text):
         return stated
     in_numbers = Reader(HeldText(IN_WORDS.sub(number_in_words, text))).statement()
@@ -204,8 +207,8 @@ LONE = re.compile(r"one|zero|(?:an? )?(?:half|third|quarter|fourth|fifth|sixth|e
 
 def number_in_words(match: re.Match) -> str:
     """A number in words as digits; "one" only where it must be a number."""
-    before, behind = match.string[: match.start()], match.string[match.end() :]
-    sure = not before.strip() or re.search(r"(?:\b(?:is|are|be)|[:=])\s+$", before)
+    before, behind = match.string[max(0, match.start() - 20) : match.start()], match.string[match.end() : match.end() + 20]
+    sure = (not before.strip() and match.start() < 20) or re.search(r"(?:\b(?:is|are|be)|[:=])\s+$", before)
     lone = LONE.fullmatch(match[0]) and (not sure or re.match(r"\s+(?:of|who|that|which)\b", behind))
     return match[0] if lone else in_digits(match[0])
 
