@@ -18,7 +18,7 @@ from evolve_ray.models.thinking import Parts, find_thinking
 from evolve_ray.refine.asks import Messages
 from evolve_ray.refine.rendering import Rendering
 
-ANSWER = "Q7xANSWERx7Q"  # stands for an answer while the template is read
+ANSWER = "q7xanswerx7q"  # stands for an answer while the template is read
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 

@@ -101,7 +101,10 @@ def inspect(folder: Path, need: Need) -> Model:
     chat = Chat(folder, need.field, need.rendering)
     faults += vocabulary_faults(model, chat, where)
     trip_faults, trip_notes = round_trip(chat, where)
-    faults += trip_faults
+    if need.classifier:  # it writes nothing, so what its tokenizer changes is only named
+        trip_notes += [fault.removeprefix(f"{where}: ").partition("; ")[0] for fault in trip_faults]
+    else:
+        faults += trip_faults
     positions = position_limit(model, config)
     if positions and need.length > positions:
         faults.append(f"{need.length_field}: is {need.length}, but {folder} has {positions} positions; lower it")

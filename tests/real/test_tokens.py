@@ -52,8 +52,9 @@ def test_every_token_of_the_engine_is_trained_as_it_was_written(name, tmp_path):
     rows.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"What is {number} and\n\n{number}?"} for number in range(50)])
     overrides = [
         f"model.path={folder}", f"prompts.path={tmp_path}/prompts.jsonl", 'prompts.answer_column=""', "prompts.per_iteration=50",
-        "model.context_tokens=256", "scorer.name=tests.real.recording:score", "selection.allow_cut=true", "sampling.max_tokens=24",
-        "evaluation.splits={}", 'evaluation.answer_column=""', "engine.name=tests.real.recording:RecordingEngine",
+        "model.context_tokens=256", "scorer.name=tests.real.recording:Order", "selection.allow_cut=true",
+        "sampling.max_tokens=24", "evaluation.splits={}", 'evaluation.answer_column=""',
+        "engine.name=tests.real.recording:RecordingEngine",
         f'engine.env.RECORD_TOKENS="{record}"', "engine.actors=1", "ray.dashboard=false", "probe.tolerance=0.001",
     ]  # fmt: skip
     run = tmp_path / "run"
