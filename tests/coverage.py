@@ -1,4 +1,4 @@
-"""How often the 95 % intervals of evolve_ray/evaluate/intervals.py hold the truth: `python -m tests.coverage` prints the tables.
+"""How often the 95 % intervals of evaluation and benchmarks hold the truth: `python -m tests.coverage` prints the tables.
 
 0/1 outcomes are counted exactly, over every outcome with its probability. Other values are drawn, 1,000 times with a fixed seed.
 Where few prompts are right or change there are few outcomes, and coverage moves in steps: a cell above 97 % also holds the least
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from scipy import stats
 
+from evolve_ray.benchmarks import arena_hard
 from evolve_ray.evaluate import intervals
 
 SIZES = (30, 60, 100, 200, 500)
@@ -96,15 +97,55 @@ def rewards(rng: np.random.Generator, n: int) -> np.ndarray:
     return rng.normal(1.0, 1.0, n)
 
 
+def gain_changes(rng: np.random.Generator, n: int) -> np.ndarray:
+    """The gain of one model minus that of another; each of the four outcomes of a prompt is right in 2 %."""
+    right = (rng.random((4, n)) < 0.02).astype(float)
+    return right[0] - right[1] - (right[2] - right[3])
+
+
+WORSE_TO_BETTER = ("B>>A", "B>A", "A=B", "A>B", "A>>B")  # with the model at position A
+RARELY_WON = (0.78, 0.15, 0.03, 0.03, 0.01)
+OFTEN_WON = (0.2, 0.2, 0.2, 0.2, 0.2)
+
+
+def games(chances: tuple[float, ...]) -> Callable:
+    """Questions of Arena-Hard; the second game repeats the verdict of the first in 60 %."""
+
+    def draw(rng: np.random.Generator, n: int) -> list[dict]:
+        first, other = rng.choice(5, (2, n), p=chances)
+        second = np.where(rng.random(n) < 0.6, first, other)
+        labels = [(WORSE_TO_BETTER[4 - one], WORSE_TO_BETTER[two]) for one, two in zip(first, second, strict=True)]
+        return [{"games": [{"score": score} for score in scores]} for scores in labels]
+
+    return draw
+
+
+def arena_rate(chances: tuple[float, ...]) -> float:
+    """The true win rate in %."""
+    won, fought = (
+        sum(chance * of(arena_hard.WORTH[label]) for chance, label in zip(chances, WORSE_TO_BETTER, strict=True))
+        for of in (sum, len)
+    )
+    return 100 * won / fought
+
+
 # name: (draws of n values, true mean, interval)
 DRAWN: dict[str, tuple[Callable, float, Callable]] = {
     "mean of rewards, normal": (lambda rng, n: rng.normal(7.0, 2.0, n), 7.0, intervals.mean),
     "mean of similarities, around 0.8": (lambda rng, n: rng.beta(8, 2, n), 0.8, intervals.mean),
     "mean of scores in quarters, 2 % above 0": (sparse(quarters, 0.02), 0.02 * 0.625, intervals.mean),
+    "mean of scores in quarters, 20 % not the same": (
+        lambda rng, n: np.where(rng.random(n) < 0.2, rng.integers(0, 5, n) / 4, 0.5), 0.5, intervals.mean,
+    ),
+    "AlpacaEval win rate 30 %, unsure judge": (lambda rng, n: rng.beta(0.3, 0.7, n), 0.3, intervals.mean),
+    "AlpacaEval win rate 2 %, unsure judge": (lambda rng, n: rng.beta(0.02, 0.98, n), 0.02, intervals.mean),
+    "Arena-Hard win rate 50 %": (games(OFTEN_WON), arena_rate(OFTEN_WON), arena_hard.figures),
+    "Arena-Hard win rate 3 %": (games(RARELY_WON), arena_rate(RARELY_WON), arena_hard.figures),
+    "change of a gain, shares of 2 %": (gain_changes, 0.0, intervals.difference),
     "difference of rewards, all changed": (rewards, 1.0, intervals.difference),
     "difference of rewards, 10 % changed": (sparse(rewards, 0.1), 0.1, intervals.difference),
     "difference of scores in quarters, 5 % changed": (sparse(signed_quarters, 0.05), 0.05 * 0.25, intervals.difference),
-}
+}  # fmt: skip
 
 
 @functools.cache

@@ -26,8 +26,8 @@ from evolve_ray.store.rows import digest
 OFFICIAL_TEMPLATE = "alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
 FOLDS = 5  # of the cross-validation in the length control
 
+LENGTH_CONTROLLED = ("length_controlled_winrate", "lc_standard_error")  # figures of the package
 # The model of the length control: v1 uses the fitted difficulty of AlpacaEval's instructions, minimal uses lengths alone.
-LENGTH_CONTROLLED = ("length_controlled_winrate", "lc_standard_error")
 LENGTH_CONTROLS = {"v1": "length_controlled_v1", "minimal": "length_controlled_minimal", "none": None}
 
 
@@ -247,7 +247,7 @@ def run(all_answers: list[Answers], reference: list[dict], judge: Judge, root: P
             "--reference: has none of the evaluation's prompts; give the reference outputs for the instructions that were "
             "evaluated"
         )
-    table, reference = difficulty_table(control, gamed, reference, all_answers[0].asked, root)
+    table, reference = difficulty_table(control, gamed, reference, all_answers[0].asked, root, say)
     write_json(root / "reference.json", reference)
     annotator = write_annotator(root, judge, template, top_logprobs)
     results = []

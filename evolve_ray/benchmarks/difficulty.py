@@ -8,14 +8,15 @@ import contextlib
 import csv
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from evolve_ray.errors import UserError, first_line
 from evolve_ray.store.files import write_atomic
 
-# Of each of AlpacaEval's instructions, in the order of its file: the first 8 hexadecimal digits of the sha256 of the text.
+# Of each of AlpacaEval's instructions, in the order of its file: the first 8 hexadecimal digits of the sha256 of the text, by
+# which a file in another order is put right without the texts.
 OFFICIAL = {
     digits: place for place, digits in enumerate(Path(__file__).with_name("alpaca_instructions.txt").read_text("utf-8").split())
 }
@@ -28,7 +29,7 @@ def official_place(instruction: str) -> int | None:
 
 
 def difficulty_table(
-    control: str, gamed: str | None, reference: list[dict], asked: list[str], root: Path
+    control: str, gamed: str | None, reference: list[dict], asked: list[str], root: Path, say: Callable[[str], None]
 ) -> tuple[Path | None, list[dict]]:
     """(the table for the package or None, the reference in a fixed order with the `index` of each row in the table).
 
@@ -47,7 +48,7 @@ def difficulty_table(
         return write_table(root / "no-difficulty.csv", [{"model": "none", **row} for row in table]), ordered
     path = Path(gamed) if gamed else download(reference)
     table = read_table(path)
-    place_of = places(path, table, reference, asked)
+    place_of = places(path, table, reference, asked, say)
     missing = [name for name in NEEDED if name not in table[0]]
     if missing:
         raise UserError(f"--gamed {path}: has no column {', '.join(missing)}; the table of the package has {', '.join(NEEDED)}")
@@ -91,11 +92,13 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     return table
 
 
-def places(path: Path, table: list[dict[str, Any]], reference: list[dict], asked: list[str]) -> dict[str, int]:
+def places(
+    path: Path, table: list[dict[str, Any]], reference: list[dict], asked: list[str], say: Callable[[str], None]
+) -> dict[str, int]:
     """`{instruction: index in the table}`.
 
     By the table's column `instruction`; without one by AlpacaEval's own order, if table and instructions are AlpacaEval's; else
-    the table counts the evaluated prompts.
+    the table counts the evaluated prompts, and that is said.
     """
     texts = list(dict.fromkeys(row["instruction"] for row in reference))
     indexes = list(dict.fromkeys(row["index"] for row in table))
@@ -122,6 +125,8 @@ def places(path: Path, table: list[dict[str, Any]], reference: list[dict], asked
             f"--gamed {path}: must begin with the instructions 0 to {size - 1} of the reference, in the order in which they were "
             "evaluated, or have a column `instruction`"
         )
+    if place_of is not official:
+        say(f"{path} has no column `instruction`: its difficulties are taken for the evaluated prompts, in their order")
     return place_of
 
 

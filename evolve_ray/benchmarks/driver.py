@@ -46,8 +46,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="v1: as AlpacaEval 2; minimal: from lengths alone, for other instructions (default: v1)",
     )  # fmt: skip
     alpaca_parser.add_argument(
-        "--gamed", metavar="FILE", help="df_gamed.csv of the dataset tatsu-lab/alpaca_eval (default: from the hub)"
-    )
+        "--gamed", metavar="FILE",
+        help="difficulties: df_gamed.csv of the dataset tatsu-lab/alpaca_eval (default: from the hub), or a table of that form "
+             "with a column `instruction`",
+    )  # fmt: skip
     alpaca_parser.add_argument(
         "--top-logprobs", type=int, default=5, metavar="N",
         help="the number of tokens searched for the verdict (default: 5, as AlpacaEval)",

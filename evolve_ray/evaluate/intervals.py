@@ -20,25 +20,35 @@ def mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Fig
 
     Shares (0 and 1) have Wilson's score interval (JASA 22, 1927). Other values within [0, 1] or [-1, 1] have it for as many 0/1
     values as would vary as much as their mean does (the effective sample size of Korn and Graubard, Survey Methodology 24, 1998).
-    Values beyond have Student's t interval, which is a point for a single value.
+    Where few of them lie far from a bound, that number would be known too badly: then the interval counts gaps of their mean
+    size, in which one gap of the whole width counts as a quarter of a prompt. If more than four in five are the same value
+    inside, the others are differences from it. Values beyond have Student's t interval, which is a point for a single value.
     """
     data, each, size = weighted(values, weights)
     center, (bottom, top) = average(data, each), bounds(data)
     at_bounds = bool(np.isin(data, (bottom, top)).all())
     variance = average((data - center) ** 2, each**2) / size  # of the mean
-    if not at_bounds and len(data) > 1:
-        variance *= size / (size - 1)
+    unbiased = variance if at_bounds or len(data) == 1 else variance * size / (size - 1)
     quantile = Z if at_bounds else student(size)
+    common = float(np.median(data))
     if math.isinf(top):
-        half = quantile * math.sqrt(variance)
-        return {"mean": center, "low": center - half, "high": center + half}
-    rate, width = (center - bottom) / (top - bottom), top - bottom
-    if variance:
-        size = rate * (1 - rate) * width**2 / variance
-    elif not at_bounds and len(data) > 1:
-        size = math.inf
-    low, high = wilson(rate, size, quantile)
-    return {"mean": center, "low": min(center, bottom + width * low), "high": max(center, bottom + width * high)}
+        half = quantile * math.sqrt(unbiased)
+        low, high = center - half, center + half
+    elif bottom < common < top and len(data) > 1 and average(data == common, each) > 0.8:
+        others = difference((data - common).tolist(), max(common - bottom, top - common), each.tolist())
+        low, high = max(bottom, common + others["low"]), min(top, common + others["high"])
+    else:
+        near, width = (bottom, top - bottom) if center <= (bottom + top) / 2 else (top, bottom - top)
+        gaps, most = each * (data - near) / width, float(each.max())
+        total, squares = float(gaps.sum()), float((gaps**2).sum())
+        gap, step = total / len(gaps), 1.0
+        if squares > 2 * gap * total:
+            step = max((squares + most**2 / 4) / (total + most / 4), gap)
+            like = gap * (squares / total - gap) * width**2 / variance
+        else:
+            like = gap * (1 - gap) * width**2 / unbiased if unbiased else size
+        low, high = sorted(near + width * min(1.0, step * end) for end in wilson(gap / step, like, quantile))
+    return {"mean": center, "low": min(center, low), "high": max(center, high)}
 
 
 def paired(before: Sequence[float], after: Sequence[float]) -> Figures:
@@ -51,14 +61,14 @@ def paired(before: Sequence[float], after: Sequence[float]) -> Figures:
 def difference(values: Sequence[float], unit: float = 1.0, weights: Sequence[float] | None = None) -> Figures:
     """The mean of one paired difference a prompt with its interval, which stays wide where few prompts moved.
 
-    Differences of 0/1 outcomes have Tango's score interval (Statistics in Medicine 17, 1998). Where fewer than half of the
-    prompts moved by other amounts, it counts movements of their mean size; `unit`, how far a prompt may move, counts as half a
-    prompt in that size, and is the size where nothing moved. Other differences have the interval of `mean`.
+    Differences of 0/1 outcomes have Tango's score interval (Statistics in Medicine 17, 1998). Where other amounts come from few
+    prompts (fewer than half moved, or few by much), it counts movements of their mean size; `unit`, how far a prompt may move,
+    counts as half a prompt in that size, and is the size where nothing moved. Other differences have the interval of `mean`.
     """
     data, each, size = weighted(values, weights)
     moves = np.abs(data)
     by_units = bool(np.isin(moves, (0.0, unit)).all())
-    if not by_units and len(data) > 1 and average(moves > 0, each) >= 0.5:
+    if not by_units and len(data) > 1 and not is_sparse(moves, each):
         return mean(values, weights)
     total = size * average(moves, each) + unit / 2
     if not total:  # all values are equal, and nothing says how far they could move
@@ -71,15 +81,22 @@ def difference(values: Sequence[float], unit: float = 1.0, weights: Sequence[flo
 
 
 def weighted(values: Sequence[float], weights: Sequence[float] | None) -> tuple[np.ndarray, np.ndarray, float]:
-    """(values, their weights, the number of equally weighted values that would tell as much)."""
+    """(values, their weights of mean 1, the number of equally weighted values that would tell as much), sorted: order changes no bit."""
     data = np.asarray(values, dtype=np.float64)
     each = np.ones(len(data)) if weights is None else np.asarray(weights, dtype=np.float64)
+    order = np.lexsort((each, data))
+    data, each = data[order], each[order] * len(data) / each.sum()
     return data, each, float(each.sum() ** 2 / (each @ each))
 
 
 def average(data: np.ndarray, each: np.ndarray) -> float:
     """The weighted mean; of equal values it is that value to the last bit, which `@` would not give."""
     return float((data * each).sum() / each.sum())
+
+
+def is_sparse(moves: np.ndarray, each: np.ndarray) -> bool:
+    """Whether fewer than half of the prompts moved, or few make up the most of all movement."""
+    return average(moves > 0, each) < 0.5 or average(moves**2, each) > 4 * average(moves, each) ** 2
 
 
 def bounds(data: np.ndarray) -> tuple[float, float]:

@@ -24,7 +24,7 @@ def annotations(verdicts):
 def win_rates(tmp_path, verdicts):
     rows = annotations(verdicts)
     reference = [{"instruction": str(n), "output": "", "index": n} for n in range(len(rows))]
-    table, _ = difficulty_table("minimal", None, reference, [row["instruction"] for row in reference], tmp_path)
+    table, _ = difficulty_table("minimal", None, reference, [row["instruction"] for row in reference], tmp_path, print)
     with difficulties_from(table), alpaca.quiet():
         return alpaca.win_rates(rows, control=alpaca.LENGTH_CONTROLS["minimal"], weights=tmp_path / "weights")
 

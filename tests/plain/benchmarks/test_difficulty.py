@@ -65,7 +65,9 @@ def test_order_of_the_reference_changes_no_rate(place, judge, control):
 def settle(place, table, columns=COLUMNS, asked=PROMPTS, instructions=PROMPTS):
     """`{instruction: its difficulty by the row number that the package takes for the index}`."""
     reference = [{"instruction": text, "output": "o", "index": n} for n, text in enumerate(instructions)]
-    path, ordered = difficulty.difficulty_table("v1", write(place / "t.csv", table, columns), reference, list(asked), place)
+    path, ordered = difficulty.difficulty_table(
+        "v1", write(place / "t.csv", table, columns), reference, list(asked), place, print
+    )
     rows = list(csv.DictReader(path.read_text().splitlines()))
     return {row["instruction"]: float(rows[row["index"]]["instruction_difficulty"]) for row in ordered}
 
@@ -73,8 +75,9 @@ def settle(place, table, columns=COLUMNS, asked=PROMPTS, instructions=PROMPTS):
 TRUE = {prompt: (-1) ** n * 0.4 + n / 7 for n, prompt in enumerate(PROMPTS)}
 
 
-def test_table_counts_the_evaluated_prompts(tmp_path):
+def test_table_counts_the_evaluated_prompts_and_that_is_said(tmp_path, capsys):
     assert settle(tmp_path, gamed_rows()) == pytest.approx(TRUE)
+    assert "t.csv has no column `instruction`: its difficulties are taken for the evaluated prompts" in capsys.readouterr().out
     assert settle(tmp_path, gamed_rows(), instructions=PROMPTS[::-1]) == pytest.approx(TRUE)
 
 
@@ -106,7 +109,7 @@ def test_alpaca_evals_own_instructions_have_its_own_order(tmp_path, monkeypatch)
 
 def test_alpaca_eval_has_805_instructions_each_with_a_place():
     assert sorted(difficulty.OFFICIAL.values()) == list(range(805))
-    assert difficulty.official_place("What are the names of some famous actors that started their careers on Broadway?") == 0
+    assert difficulty.official_place("How can I improve my time management skills?") == 725
     assert difficulty.official_place("question 1") is None
 
 

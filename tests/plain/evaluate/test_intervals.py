@@ -62,7 +62,8 @@ def test_interval_that_three_changes_end_would_hold_0_too_rarely():
 @pytest.mark.parametrize("name", coverage.DRAWN)
 @pytest.mark.parametrize("n", coverage.DRAWN_SIZES)
 def test_other_values_are_covered(name, n):
-    assert 0.92 <= coverage.drawn_coverage(name, n) <= (0.97 if "5 % changed" not in name else 1.0)
+    few_events = "5 % changed" in name or name == "Arena-Hard win rate 3 %"  # about three: coverage moves in steps
+    assert 0.93 <= coverage.drawn_coverage(name, n) <= (1.0 if few_events else 0.97)
 
 
 def test_page_of_the_evaluation_has_the_tables_that_the_command_prints():
@@ -122,7 +123,21 @@ def test_values_within_bounds_vary_as_they_do_and_not_as_shares():
     assert near["high"] - near["low"] == pytest.approx(
         2 * 1.98 * statistics.stdev([0.79, 0.8, 0.81, 0.8] * 30) / 120**0.5, rel=0.01
     )
-    assert ends(intervals.mean([0.5] * 10)) == [0.5, 0.5]
+
+
+def test_equal_values_are_not_certain():
+    """None of 60 prompts had another score: up to 6 % of all may, as far away as a score can be."""
+    assert ends(intervals.mean([0.5] * 60)) == pytest.approx([0.5 - 0.0301, 0.5 + 0.0301], abs=1e-4)
+    assert ends(intervals.mean([0.25] * 59 + [0.5]))[1] > 0.27
+    assert ends(intervals.mean([7.0] * 60)) == [7.0, 7.0], "nothing says how far such a reward may be away"
+
+
+def test_win_in_few_questions_of_many_battles_is_not_certain():
+    """Values of 0, 1 and between with unequal weights, and the smallest probabilities that a judge can give."""
+    for values, weights in (([1.0, 0.1], [1, 10]), ([1e-300] * 3 + [0.0] * 50, None), ([0.02] * 59 + [0.9], None)):
+        figures = intervals.mean(values, weights)
+        assert figures["high"] > figures["mean"] + 0.01
+        assert figures["low"] >= 0.0
 
 
 def test_rewards_of_minus_1_and_1_are_shares_on_another_scale():
@@ -133,7 +148,8 @@ def test_rewards_of_minus_1_and_1_are_shares_on_another_scale():
 def test_halves_in_place_of_whole_points_halve_the_interval():
     low, high = ends(intervals.mean([0.0] * 57 + [1.0] * 3))
     halved = ends(intervals.mean([0.0] * 57 + [0.5] * 3))
-    assert halved == pytest.approx([low / 2, high / 2], rel=0.06)
+    assert halved == pytest.approx([low / 2, high / 2], rel=0.1)
+    assert halved[1] > high / 2, "that no prompt has a whole point is not certain"
 
 
 @pytest.mark.parametrize("unit", [1.0, 0.25, 40.0])
