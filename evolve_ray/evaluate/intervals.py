@@ -81,7 +81,7 @@ def difference(values: Sequence[float], unit: float = 1.0, weights: Sequence[flo
 
 
 def weighted(values: Sequence[float], weights: Sequence[float] | None) -> tuple[np.ndarray, np.ndarray, float]:
-    """(values, their weights of mean 1, the number of equally weighted values that would tell as much), sorted: order changes no bit."""
+    """(values, their weights of mean 1, the number of equally weighted values that would tell as much), in one order."""
     data = np.asarray(values, dtype=np.float64)
     each = np.ones(len(data)) if weights is None else np.asarray(weights, dtype=np.float64)
     order = np.lexsort((each, data))
