@@ -77,16 +77,16 @@ def compare(plan: Plan, folder: Run, start_ray: Callable[[], None], *, rerun_cha
         tables = runner.run_all(model, prompts_with_drafts, plan.probes)
         usage = {part: {name: drafts.stats[name] for name in USAGE} for part, (drafts, _) in tables.items()}
         rows_by_part = {part: read_both(*manifests) for part, manifests in tables.items()}
-        splits, chains[model.name] = model_figures(table, rows_by_part.pop("chain"), seed=config.seed)
+        splits, chains[model.name] = model_figures(table, rows_by_part.pop("chain"))
         parts[model.name] = rows_by_part
         models.append({"name": model.name, "given": model.given, "model": model.hash, "path": str(model.folder),
                        "splits": splits, "usage": usage})  # fmt: skip
     figures = {model["name"]: model["splits"] for model in models}
     same_answers = same_answer(config.verifier)
-    add_probes(figures, chains, parts, table, plan.probes, same_answers, seed=config.seed, longer_tokens=runner.longer_tokens())
+    add_probes(figures, chains, parts, table, plan.probes, same_answers, longer_tokens=runner.longer_tokens())
     return {
         "models": models,
-        "differences": model_differences(chains, seed=config.seed),
+        "differences": model_differences(chains),
         "foreign": probe_drafts.source,
         "prompts": {"identity": held_out.identity, "num_rejected": held_out.stats["num_rejected"]},
         "reward_models": {name: model.hash for name, model in context.reward_models.items()},
