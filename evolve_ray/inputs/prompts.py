@@ -44,7 +44,6 @@ class Prompter:
         self.context, self.toy, self.config = context, toy, context.config
         self._chat: Any = None
         self._limit: int | None = None
-        self.gold_fault = gold_check(self.config.verifier)
         # The tokens of a prompt are asked for up to three times, while its block is read.
         self.first_ask = functools.lru_cache(maxsize=BLOCK_ROWS)(self.read_first_ask)
 
@@ -85,6 +84,11 @@ class Prompter:
 
     def asked(self, prompt: str) -> str:
         return self.first_ask(prompt)[1]
+
+    @functools.cached_property
+    def gold_fault(self) -> Callable[[str], str] | None:
+        """What is wrong with a gold answer, if the verifier can say it."""
+        return gold_check(self.config.verifier)
 
     @property
     def chat(self) -> Any:
