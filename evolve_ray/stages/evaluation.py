@@ -7,6 +7,7 @@ from evolve_ray.config import options
 from evolve_ray.config.resolve import resolved
 from evolve_ray.evaluate.figures import add_best_of, summarise
 from evolve_ray.inputs.context import Context, Policy
+from evolve_ray.score.verifiers import verifier_key
 from evolve_ray.stages.generations import EVALUATION_SCOPE, GenerationJob, generate_and_score
 from evolve_ray.store import rows, shards
 from evolve_ray.store.manifest import Manifest
@@ -31,7 +32,7 @@ def evaluate(context: Context, iteration: int, policy: Policy, name: str, folder
         "template": context.template.hash,
         "options": [resolved(part, runtime=False) for part in (chain, sampling, config.engine, config.scorer)],
         "parallel": config.evaluation.parallel,
-        "verifier": resolved(config.verifier),
+        "verifier": verifier_key(config.verifier),
         "reward_models": {name: model.hash for name, model in context.reward_models.items()},
     }
     stage = context.stage(context.run.iteration(iteration) / folder, "evaluation", key, {"prompts": context.held_out.identity})

@@ -7,6 +7,7 @@ from evolve_ray.config.resolve import resolved
 from evolve_ray.inputs.context import Context, Policy
 from evolve_ray.pools.dispatch import Step
 from evolve_ray.score import worker as scoring
+from evolve_ray.score.verifiers import verifier_key
 from evolve_ray.select import pairs as selections
 from evolve_ray.stages.generations import run_steps, scores_loss
 from evolve_ray.stages.pairs import check_not_empty, write_pairs
@@ -40,7 +41,7 @@ def label(context: Context, iteration: int, prompts: Manifest, drafts: Manifest)
     size = config.engine.shard_prompts
     num_shards = -(-min(config.refresh.prompts, prompts.stats["num_rows"]) // size)
     verifier = dataclasses.replace(config.scorer, name="verifier", model="")
-    key = {"version": scoring.VERSION, "verifier": resolved(config.verifier), "num_shards": num_shards}
+    key = {"version": scoring.VERSION, "verifier": verifier_key(config.verifier), "num_shards": num_shards}
     stage = context.stage(context.run.iteration(iteration) / "labels", "scores", key, {"generations": drafts.identity})
     manifest = stage.committed()
     if manifest is None:
