@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evolve_ray.config import options
@@ -51,10 +50,11 @@ def write_pairs(
 ) -> Manifest:  # fmt: skip
     """Commits the pairs of all prompts whose drafts have scores (only of the first `limit`, if set), shard by shard."""
     work = stage.start()
+    schema = rows.with_messages(rows.PAIR, prompts.path("prompts.parquet"))
     counts: dict[str, Any] = dict.fromkeys(("num_in", "num_rows", "num_used", "num_rejected"), 0)
     with (
         report_disk_errors(work),  # covers the footers too, which are written when the files close
-        pq.ParquetWriter(work / "pairs.parquet", rows.PAIR, compression="zstd") as writer,
+        pq.ParquetWriter(work / "pairs.parquet", schema, compression="zstd") as writer,
         open(work / "rejected.jsonl", "wb") as rejected_file,
     ):
         for shard in range(scores.stats["num_shards"]):
@@ -62,7 +62,7 @@ def write_pairs(
             shard_rows = shards.read_slice(prompts.path("prompts.parquet"), shard, shard_prompts)
             shard_rows = shard_rows[: None if limit is None else max(0, limit - shard * shard_prompts)]
             pairs, rejected = select_all(shard_rows, by_prompt, selection, settings, counts)
-            writer.write_table(pa.Table.from_pylist(pairs, schema=rows.PAIR))
+            writer.write_table(rows.to_table(pairs, schema))
             rejected_file.writelines(rows.canonical(row) + b"\n" for row in rejected)
     return stage.commit(**counts)
 
