@@ -53,7 +53,7 @@ def write_pairs(
     shard_prompts: int, same_tokens: SameTokens, limit: int | None = None,
 ) -> Manifest:  # fmt: skip
     """Commits the pairs of all prompts whose drafts have scores (only of the first `limit`, if set), shard by shard."""
-    work, schema = stage.start(), pair_schema(drafts)
+    work, schema = stage.start(), rows.with_messages(pair_schema(drafts), prompts.path("prompts.parquet"))
     counts: dict[str, Any] = dict.fromkeys(("num_in", "num_rows", "num_used", "num_rejected"), 0)
     with (
         report_disk_errors(work),  # covers the footers too, which are written when the files close
@@ -65,7 +65,7 @@ def write_pairs(
             shard_rows = shards.read_slice(prompts.path("prompts.parquet"), shard, shard_prompts)
             shard_rows = shard_rows[: None if limit is None else max(0, limit - shard * shard_prompts)]
             pairs, rejected = select_all(shard_rows, by_prompt, selection, settings, counts, same_tokens)
-            writer.write_table(pa.Table.from_pylist(pairs, schema=schema))
+            writer.write_table(rows.to_table(pairs, schema))
             rejected_file.writelines(rows.canonical(row) + b"\n" for row in rejected)
     return stage.commit(**counts)
 
