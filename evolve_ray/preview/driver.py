@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def main(arguments: list[str]) -> int:
         if args.prompts < 1:
             raise UserError(f"--prompts {args.prompts}: must be at least 1")
         config = load(args.recipe, args.overrides)
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a prompt beyond the model's length is reported here
         from evolve_ray.preview.collect import Preview
         from evolve_ray.preview.text import text
 

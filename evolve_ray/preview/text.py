@@ -103,9 +103,10 @@ def listed(title: str, items: list[str], empty: str = "") -> str:
 
 
 def cut(value: str, limit: int = CUT) -> str:
-    """A text without control characters, cut with a count of what is missing."""
+    """A text without control characters; of a long one the start and the end, with a count of what is missing between them."""
     value = clean(value)
-    return value if len(value) <= limit else f"{value[:limit]} ... ({len(value) - limit:,} more characters)"
+    missing = len(value) - limit
+    return value if missing <= 0 else f"{value[: limit // 2]} ... ({missing:,} characters) ... {value[-limit // 2 :]}"
 
 
 def ids(numbers: list[int]) -> str:
