@@ -12,7 +12,6 @@ from evolve_ray.config.load import load
 from evolve_ray.errors import UserError
 from evolve_ray.inputs import prepare as inputs
 from evolve_ray.store import rows
-from evolve_ray.store.manifest import commit
 from evolve_ray.store.run import Run
 from evolve_ray.store.turns import assistant, system, user
 from tests.plain.conftest import allow_systems
@@ -176,14 +175,3 @@ def test_what_fails_on_its_input_leaves_nothing_that_refuses_the_corrected_comma
     assert driver.main([*fixed, "evaluation.prompt_column=question", "prompts.prompt_column=question", "seed=3"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].endswith("stop")
     assert [row["prompt"] for row in table(reached[0].held_out)] == ["h"]
-
-
-def test_a_run_with_results_refuses_another_configuration(tmp_path):
-    run = Run(tmp_path)
-    for folder in ("iteration-00/held_out", "iteration-01/prompts", "iteration-01/.superseded-scores-1"):
-        (tmp_path / f"{folder}.work").mkdir(parents=True)
-        commit(tmp_path / f"{folder}.work", tmp_path / folder, stage="s", key="k")
-    assert not run.has_results()
-    (tmp_path / "w").mkdir()
-    commit(tmp_path / "w", tmp_path / "iteration-01" / ".generations-abc", stage="shard", key="k")
-    assert run.has_results()
