@@ -120,6 +120,7 @@ def run(
     from evolve_ray.inputs.prepare import prepare, settle_config
     from evolve_ray.plan.plan import check_space
     from evolve_ray.report.tables import table
+    from evolve_ray.watch import progress
     from evolve_ray.watch.trackers import Trackers
 
     started = time.monotonic()
@@ -138,7 +139,8 @@ def run(
             context = prepare(config, directory, print_line, join_cluster, rerun_changed=rerun_changed, changed=changed)
             context.trackers = trackers
             check_space(config, directory)
-            result = iterate.iterate(context)
+            with progress.shown(directory, say):
+                result = iterate.iterate(context)
             trackers.close(failed=False)
         except BaseException as error:
             directory.event("driver_failed", error=f"{type(error).__name__}: {error}"[:2000])

@@ -17,6 +17,7 @@ from evolve_ray.data.prompts import HeldOut, drop_held_out, drop_repeated, read_
 from evolve_ray.data.read import BLOCK_ROWS, MAX_SHOWN
 from evolve_ray.data.shapes import Shape
 from evolve_ray.errors import UserError, first_line
+from evolve_ray.models.same_tokens import bare
 from evolve_ray.refine.template import Template
 from evolve_ray.score.verifiers import gold_check
 from evolve_ray.store import rows
@@ -33,17 +34,21 @@ class DataReader:
 
     def __init__(self, config: Config, template: Template, policy: Path, toy: dict[str, str], say: Callable[[str], None]):
         self.config, self.template, self.policy, self.toy, self.say = config, template, policy, toy, say
-        self.gold_fault = gold_check(config.verifier)
         self.shapes: dict[str, Shape] = {}  # by the table of the recipe: "prompts", "evaluation.splits.NAME", "activation"
         self.fault_of_roles: dict[tuple[str, ...], str] = {}
         # The tokens of a prompt are asked for up to three times, while its block is read.
         self.read_ask = functools.lru_cache(maxsize=BLOCK_ROWS)(self.read_first_ask)
 
     @functools.cached_property
+    def gold_fault(self) -> Callable[[str], str] | None:
+        """What is wrong with a gold answer, if the verifier can say it."""
+        return gold_check(self.config.verifier)
+
+    @functools.cached_property
     def chat(self) -> Any:
         from evolve_ray.models.chat import Chat
 
-        return Chat(self.policy)
+        return Chat(self.policy, rendering=self.template.rendering)
 
     def read_first_ask(self, key: bytes) -> tuple[int, str]:
         """(number of tokens of a prompt's first ask, an id of these tokens); `key` is the canonical JSON of the prompt."""
@@ -145,7 +150,7 @@ class DataReader:
 
     def same_tokens(self, first: str, second: str) -> bool:
         """Whether two answers are trained as the same tokens: equal texts, or texts that the tokenizer makes equal."""
-        return first == second or self.chat.text_ids(first) == self.chat.text_ids(second)
+        return bare(first) == bare(second) and self.chat.text_ids(first) == self.chat.text_ids(second)
 
     def training(self, held_prompts: HeldOut) -> tuple[pa.Table, list[dict]]:
         """(the usable training prompts as one table, which needs far less memory than dicts; the rejected rows)."""

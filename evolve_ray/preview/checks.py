@@ -45,12 +45,15 @@ def template_warnings(chat: Any, *, systems: bool) -> list[str]:
             "the chat template trims: a draft is shown without the white space around it, but trained as it was written"
         )
     thought = rendered(user("question"), assistant("<think>before</think>after"), user("again"))
-    if "before" not in thought and "after" in thought:
-        warnings.append("the chat template cuts `<think>` text out of earlier turns: the next round does not see it")
+    if chat.thinking is None and "before" not in thought and "after" in thought:
+        warnings.append(
+            "the chat template cuts `<think>` text out of earlier turns, but [thinking] takes a response for all answer: the "
+            "next round does not see what is scored"
+        )
     if systems and "polite words" not in rendered(system("polite words"), user("question")):
         warnings.append("the chat template does not write system prompts, but prompts of the data have one")
     if "strftime_now" in str(tokenizer.chat_template):
-        warnings.append("the chat template writes the date, so prompts change from day to day")
+        warnings.append("the chat template writes the date: a run keeps the day on which it began, another run has another day")
     return warnings
 
 
@@ -107,12 +110,14 @@ def other_answer(prompts: list[dict]) -> Callable[[int], str | None]:
     return wrong
 
 
-def check_scorer(config: Config, reward_models: dict[str, Path], pairs: list[dict]) -> tuple[list[dict[str, Any]], list[str]]:
-    """(scores, warnings) of the recipe's scorer on the chosen and the rejected answer of some pairs."""
+def check_scorer(
+    config: Config, reward_models: dict[str, Path], pairs: list[dict], day: str
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """(scores, warnings) of the recipe's scorer on the chosen and the rejected answer of some pairs; `day` as in RewardModel."""
     from evolve_ray.score.combined import build_scorer
 
     verifier = build_verifier(config.verifier) if config.verifier else None
-    scorer = build_scorer(config.scorer, {name: str(folder) for name, folder in reward_models.items()}, verifier)
+    scorer = build_scorer(config.scorer, {name: str(folder) for name, folder in reward_models.items()}, verifier, day)
     prompts, answers = [pair["prompt"] for pair in pairs], [pair.get("answer") for pair in pairs]
     name = f"scorer {config.scorer.name}"
     sides = {side: call_scorer(name, scorer, prompts, answers, [pair[side] for pair in pairs]) for side in ("chosen", "rejected")}

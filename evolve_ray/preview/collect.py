@@ -1,6 +1,7 @@
 """Gathers the preview of a recipe as one dict of plain JSON values."""
 
 import contextlib
+import dataclasses
 import re
 import statistics
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 from evolve_ray.config.options import Config
 from evolve_ray.data.prompts import HeldOut, fresh_order, fresh_slice
 from evolve_ray.errors import UserError
-from evolve_ray.inputs.prepare import check_plugs
+from evolve_ray.inputs.prepare import check_plugs, settle_rendering
 from evolve_ray.inputs.reader import DataReader
 from evolve_ray.models import folders, round_trip
 from evolve_ray.preview import asks, checks, pairs
@@ -30,10 +31,11 @@ class Preview:
     def __init__(self, config: Config, run: Run, num_prompts: int, say: Callable[[str], None]):
         check_plugs(config)
         self.config, self.num_prompts = config, num_prompts
-        self.template: Template = load_template(config.template.name, config.template.layout, config.strategy.name)
+        template = load_template(config.template.name, config.template.layout, config.strategy.name)
         self.toy = toy_parts(config, run, say) if config.toy else {}
         path = self.toy.get(config.model.path, config.model.path)
         self.policy = folders.resolve(path, "model.path", folders.WITHOUT_WEIGHTS)
+        self.template: Template = dataclasses.replace(template, rendering=settle_rendering(config, None, [self.policy]))
         self.reader = DataReader(config, self.template, self.policy, self.toy, lambda line: None)
         self.faults: list[str] = []
         self.warnings: list[str] = []
@@ -60,6 +62,7 @@ class Preview:
             "model": str(self.policy),
             "template": {"name": config.template.name, "layout": config.template.layout},
             "strategy": config.strategy.name,
+            "thinking": type(chat.thinking).__name__.lower() if chat.thinking else "none",
             "context_tokens": config.model.context_tokens,
             "max_tokens": config.sampling.max_tokens,
             "tables": self.tables,
@@ -201,7 +204,7 @@ class Preview:
         names = reward_model_names(self.config.scorer)
         field = reward_model_field(self.config.scorer)
         models: dict[str, Path] = {name: folders.resolve(self.toy.get(name, name), field) for name in names}
-        scores, warnings = checks.check_scorer(self.config, models, scored)
+        scores, warnings = checks.check_scorer(self.config, models, scored, self.template.rendering.day)
         self.warnings += warnings
         return [
             {"prompt": as_text(pair["prompt"]), "chosen": pair["chosen"], "rejected": pair["rejected"], "scores": score}

@@ -19,9 +19,8 @@ STYLE = """
 def page(content: dict[str, Any]) -> str:
     """The whole page."""
     parts = [
-        f"<header><h1>{escape(content['name'])}: preview</h1><p>{escape(content['model'])}, template "
-        f"{escape(content['template']['name'])} ({escape(content['template']['layout'])}), strategy {escape(content['strategy'])}"
-        "</p></header>",
+        f"<header><h1>{escape(content['name'])}: preview</h1><p>{escape(content['model'])}</p></header>",
+        lines(text.data(content).splitlines()[1]),
         section("warnings", "Warnings", "" if content["warnings"] else "None.", bullets(content["warnings"]) or " "),
         section("faults", "What cannot be used", "", bullets(content["faults"])),
         section("data", "Data", "What each table was taken for, and the rows that are not used.", data(content)),

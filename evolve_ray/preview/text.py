@@ -17,10 +17,9 @@ def text(content: dict[str, Any]) -> str:
 
 
 def data(content: dict[str, Any]) -> str:
-    lines = [
-        f"{content['name']}: {content['model']}, template {content['template']['name']} ({content['template']['layout']})",
-        "",
-    ]
+    template = content["template"]
+    lines = [f"{content['name']}: {content['model']}", f"template {template['name']} ({template['layout']}), strategy "
+             f"{content['strategy']}, thinking: {content['thinking']}", ""]  # fmt: skip
     for table in content["tables"]:
         lines.append(f"{table['table']}: {table['num_rows']:,} rows of {table['path']}: {table['taken_for']}")
         lines += [f"  dropped {part['count']:,}: {part['reason']} (first: {part['first']})" for part in table["dropped"]]

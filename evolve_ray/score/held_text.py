@@ -1,4 +1,7 @@
-"""What is read of a response: what follows its thinking, in plain characters, with one sign for each box and formula."""
+"""What is read of a response: what follows its thinking, in plain characters, with one sign for each box and formula.
+
+Also here: how a value is cut out of its text.
+"""
 
 import re
 import unicodedata
@@ -72,10 +75,10 @@ BOX = re.compile(r"\\f?boxed\s*|\\fbox\s*")
 CUT = r"\cut"  # in place of a box that is never closed
 UNBRACED = re.compile(r"[^\s$.,]*")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-LISTED = re.compile(r"[,;&]|\b(?:and|or)\b")
+LISTED = re.compile(r"[,;&/|]|\b(?:and|or)\b")
 BETWEEN_BOXES = re.compile(
     r"(?:(?:\s[a-z]+){1,2}\s(?=(?:and|or)\s))?"  # \boxed{1} bin and \boxed{2} papers
-    r"(?:\s|\$|\\[,;:!() ]|\\quad|\\text\{\s*(?:and|or)\s*\}|[,;&]|\band\b|\bor\b|\b[A-Za-z](?:_\w)?\s*=)*"
+    r"(?:\s|\$|\\[,;:!() ]|\\quad|\\text\{\s*(?:and|or)\s*\}|[,;&/|]|\band\b|\bor\b|\b[A-Za-z](?:_\w)?\s*=)*"
 )
 FORMULA = re.compile(
     r"\$\$(?P<a>.{1,2000}?)\$\$|\\\[(?P<b>(?:(?!\\\[).){1,2000}?)\\\]|\\\((?P<c>(?:(?!\\\().){1,2000}?)\\\)"
@@ -168,3 +171,38 @@ def group_ends(text: str) -> dict[int, int]:
         elif brace[0] == "}" and opened:
             ends[opened.pop()] = brace.end()
     return ends
+
+
+def trim(text: str) -> str:
+    """A value without the punctuation, the quotes and the single brackets around it."""
+    text = text.lstrip(' \n*=:,;/^%!~)]}"').rstrip(' \n=:,;*/^([<>~"-\\')
+    if len(text) > 2 and text[0] == text[-1] == "'":
+        text = text[1:-1]
+    text = text.strip("| ") if text.count("|") % 2 else text
+    opened = min((n for n in map(text.find, "([") if n >= 0), default=len(text))
+    pair = opened < max(map(text.rfind, ")]")) or r"\{" in text  # [0, 1) is a pair
+    for opening, closing in ("()", "[]", "{}"):
+        if (opening in text) != (closing in text) and not pair:
+            text = text.removeprefix(opening).removesuffix(closing)
+    return text.strip()
+
+
+def last_step(text: str) -> str:
+    """Of calculations in a row, "5+3=8, 8*2=16", the last."""
+    steps = split_top(text, ",;")
+    calculated = len(steps) > 1 and any("=" in step and not re.search(r"[A-Za-z]", step.split("=")[0]) for step in steps[:-1])
+    return steps[-1].strip() if calculated else text
+
+
+def split_top(text: str, separators: str) -> list[str]:
+    """The parts of a text between separators that stand in no brackets."""
+    parts, depth, start = [], 0, 0
+    for n, character in enumerate(text):
+        if character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth = max(0, depth - 1)
+        elif depth == 0 and character in separators and text[n - 1 : n] != "\\":
+            parts.append(text[start:n])
+            start = n + 1
+    return [*parts, text[start:]]

@@ -13,9 +13,9 @@ from latex2sympy2_extended.math_normalization import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse
 from sympy import Basic, Float, MatrixBase, Rational
 
-from evolve_ray.score.held_text import COMMAND, has_prose
-from evolve_ray.score.quantities import DAYS, LATEX_GROUPS, Quantity, read_quantity, read_unit, without_latex
-from evolve_ray.score.statements import final_answer, split_top
+from evolve_ray.score.held_text import COMMAND, has_prose, split_top
+from evolve_ray.score.quantities import DAYS, LATEX_GROUPS, Quantity, read_quantity, read_unit, said_twice, without_latex
+from evolve_ray.score.statements import final_answer
 
 NORMALIZATION = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
 EXTRACTION = [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=NORMALIZATION)]
@@ -79,7 +79,7 @@ class Answer:
 SYMBOLS = {
     "π": r"\pi ", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∞": r"\infty ",
     "±": r"\pm ", "°": r"^\circ ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "θ": r"\theta ",
-    "≈": r"\approx ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}",
+    "≈": r"\approx ", "\u211d": r"\mathbb{R}", "\u2124": r"\mathbb{Z}", "\u2115": r"\mathbb{N}",
     "<=": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "**": "^", r"\langle": "(", r"\rangle": ")", r"\varnothing": r"\emptyset ",
     r"\lor": " or ", r"\vee": " or ", r"\land": " and ", r"\wedge": " and ",
 }  # fmt: skip
@@ -149,7 +149,8 @@ def read_node(text: str) -> Node | None:
     text = text.strip().rstrip(".,;:").strip()
     if not text or CLOCK_OR_DATE.fullmatch(text):
         return Words(text) if text else None
-    quantity = read_quantity(without_latex(text)) if "=" not in text else None
+    number = without_latex(text)
+    quantity = (said_twice(number) or read_quantity(number)) if "=" not in text else None
     if quantity:
         return Formula(rational(quantity.top) / rational(quantity.bottom), quantity)
     plain_text = TEXT.sub(r"\1", text).strip()
@@ -230,7 +231,7 @@ def read_brackets(brackets: str, content: str) -> Node | None:
 
 def read_equation(sides: list[str], text: str) -> Node | None:
     """`x = 5`, `5 = x`, `x = 5 \\pm 1` and calculations have a value; other equations are compared as equations."""
-    if NAME.fullmatch(sides[0]):
+    if NAME.fullmatch(sides[0]) and not re.fullmatch(r"\|\s*[a-z]\s*\|", sides[0]):
         name, value = re.sub(r"\s", "", sides[0]), read_node(sides[-1])
         if isinstance(value, Group) and r"\pm" in sides[-1]:
             return Group("", tuple(Named(name, item, text) for item in value.items))

@@ -34,6 +34,11 @@ class Quantity:
         """The number to 60 digits; exact if there is no denominator."""
         return self.top if self.bottom == 1 else CONTEXT.divide(self.top, self.bottom)
 
+    @property
+    def plain_value(self) -> Decimal:
+        """The value, of a percentage as a share of one."""
+        return self.value.scaleb(-2, CONTEXT) if self.percent else self.value
+
 
 SIZES = {
     "length": "mm millimeter millimetre 0.001, cm centimeter centimetre 0.01, m meter metre 1, km kilometer kilometre 1000, "
@@ -119,6 +124,8 @@ def read_quantity(text: str) -> Quantity | None:
     Of an equation the last side with a number counts; `2x = 4` is no number.
     """
     sides = [side.strip() for side in re.split(r"(?<![<>!])=", text)]
+    if any(re.search(r"[,;]\s*[A-Za-z]", side) for side in sides[1:-1]):
+        return None  # p = 5, q = 2
     values = [read_side(side) for side in sides]
     fits = all(value or is_name(side) for side, value in zip(sides, values, strict=True))
     return next(filter(None, reversed(values)), None) if fits else None
@@ -132,6 +139,20 @@ def read_readings(text: str) -> list[Quantity]:
     if last is None or not all(number or is_name(part) for part, number in zip(parts, exact, strict=False)):
         return []
     return [last, *(number for number in exact if number and is_rounded(number.value, last))]
+
+
+TWICE = re.compile(r",\s+|;\s*|\s+or\s+|\s+\((?:=|i\.e\.|or|that is)?[\s,]*(?=[^()]*\)$)", re.IGNORECASE)
+
+
+def said_twice(text: str) -> Quantity | None:
+    """The number of a text that says one number in several ways, "18, 18.00", "1/2 (0.5)", "1/2 or 50%"; else None."""
+    parts = TWICE.split(text.strip().removesuffix("."))
+    quantities = [read_quantity(part.removesuffix(")") if "(" not in part else part) for part in parts] if len(parts) > 1 else []
+    first = quantities[0] if quantities else None
+    if first is None:
+        return None
+    same = all(other and other.unit == first.unit and other.plain_value == first.plain_value for other in quantities[1:])
+    return first if same else None
 
 
 def is_rounded(exact: Decimal, written: Quantity) -> bool:

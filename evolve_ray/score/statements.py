@@ -8,7 +8,7 @@ import bisect
 import re
 from dataclasses import dataclass
 
-from evolve_ray.score.held_text import BOX_SIGN, CUT, FORMULA_SIGN, HeldText, has_prose, tidy, visible
+from evolve_ray.score.held_text import BOX_SIGN, CUT, FORMULA_SIGN, HeldText, has_prose, last_step, tidy, trim, visible
 from evolve_ray.score.quantities import DAYS, IN_WORDS, SCALES, in_digits, read_unit
 
 
@@ -154,7 +154,8 @@ MARK = re.compile(
     rf"(?P<box>{BOX_SIGN})"
     r"|(?P<hash>^[ ]*\#{4}(?!\#)[ ]*)"
     r"|(?P<tag><answer>)"
-    r"|(?P<says>\b(?:answers?|(?:correct|right|true|actual|real) (?:option|choice|one|value|result|number|total))\b[^.!?\n:=]{0,60}?(?:\b(?:is|are|was|be|becomes|equals)\b(?:[ ]*:)?|=))"
+    r"|(?P<says>\b(?:answers?|(?:correct|right|true|actual|real) (?:option|choice|one|value|result|number|total))\b"
+    r"[^.!?\n:=]{0,60}?(?:\b(?:is|are|was|be|becomes|equals)\b(?:[ ]*:)?|=))"
     r"|(?P<label>(?:^[ *#>_-]*(?:A|Ans)\b|\banswers?\b[^.!?\n:=]{0,60}?)\s{0,9}(?::|\n))"
     r"|(?P<fix>\b(?:no(?=[,:;.!-])|nope|wait|actually|sorry|oops|correction|rather|hmm+|scratch that|i mean|make that"
     r"|should be)\b)",
@@ -181,6 +182,7 @@ LEAD = re.compile(
 UNIT_WORDS = re.compile(r"(?:[\s$)*]*\b(?!(?:is|are|was|were|has|have|had)\b)[A-Za-z]+\b){0,3}[\s$)*]*")
 VAGUE = "unclear"  # the value of a bound, or of one of several answers
 MAX_TOKENS = 400  # of a sentence
+MAX_VALUE = 2000  # characters; what is longer is no answer
 LINE_OF_NUMBER = r"[ ]*(?:[-*·][ ]+|\(?\d{1,2}[.)][ ]+)?[-+]?[$€£]{0,2}\d[\d,./]*%?\$?[ ]*[,;.]?[ ]*"
 LINES_OF_NUMBERS = re.compile(rf"^{LINE_OF_NUMBER}(?:\n{LINE_OF_NUMBER})+$", re.MULTILINE)
 BULLET = re.compile(r"^[ ]*(?:[-*·][ ]+|\(?\d{1,2}[.)][ ]+)|[ ,;.]+$", re.MULTILINE)
@@ -192,6 +194,8 @@ def final_answer(response: str) -> Statement:
     # Lines that hold a number each are one list.
     text = LINES_OF_NUMBERS.sub(lambda lines: ", ".join(BULLET.sub("", lines[0]).split("\n")), text)
     stated = Reader(HeldText(text)).statement()
+    if len(stated.value) > MAX_VALUE:
+        return Statement("", "", True)
     if stated.value or not IN_WORDS.search(text):
         return stated
     in_numbers = Reader(HeldText(IN_WORDS.sub(number_in_words, text))).statement()
@@ -203,8 +207,8 @@ LONE = re.compile(r"one|zero|(?:an? )?(?:half|third|quarter|fourth|fifth|sixth|e
 
 def number_in_words(match: re.Match) -> str:
     """A number in words as digits; "one" only where it must be a number."""
-    before, behind = match.string[: match.start()], match.string[match.end() :]
-    sure = not before.strip() or re.search(r"(?:\b(?:is|are|be)|[:=])\s+$", before)
+    before, behind = match.string[max(0, match.start() - 20) : match.start()], match.string[match.end() : match.end() + 20]
+    sure = (not before.strip() and match.start() < 20) or re.search(r"(?:\b(?:is|are|be)|[:=])\s+$", before)
     lone = LONE.fullmatch(match[0]) and (not sure or re.match(r"\s+(?:of|who|that|which)\b", behind))
     return match[0] if lone else in_digits(match[0])
 
@@ -236,7 +240,9 @@ class Reader:
         content = self.held.pieces[mark[0]]
         if OR_ELSE.search(before) and not first:
             content = VAGUE
-        return Statement("", "", True) if content == CUT else Statement(content, content, True) if content else ""
+        if content == CUT:
+            return Statement("", "", True)
+        return Statement(boxed_value(content), content, True) if content else ""
 
     def at(self, mark: re.Match) -> Statement | str:
         """The statement behind a mark; "denied" if it only says what the answer is not, "" if it states nothing."""
@@ -290,6 +296,12 @@ class Reader:
         vague = run.state == "vague" or ALSO.search(self.text, run.end)
         return Statement(VAGUE if vague else last_step(trim(text)), self.held.restore(self.text[start:end]), True)
 
+    def is_aside(self, before: Run, last: Run) -> bool:
+        """Whether the last value stands in brackets behind another of its line: She makes $18 a day (7 days a week)."""
+        between = self.text[before.end : last.start + 1]
+        opened = between.rfind("(") > max(between.rfind(")"), between.rfind("\n"))
+        return opened and not before.state and bool(re.match(r"[^()\n]*\)\W*$", self.text[last.end :]))
+
     def unmarked(self) -> Statement:
         """Without a mark: the whole text if it is mathematics alone, else its last value."""
         whole = self.held.restore(self.text).strip()
@@ -298,6 +310,8 @@ class Reader:
         if "\n" not in whole and not has_prose(whole):
             return Statement(last_step(trim(whole)), words, False)
         found = [run for run in self.tokens.runs(0, len(self.tokens.kinds), RUN) if run.state != "denied"]
+        if len(found) > 1 and self.is_aside(found[-2], found[-1]):
+            found.pop()
         if found:
             begin = max(self.text.rfind("\n", 0, found[-1].start), self.text.rfind(". ", 0, found[-1].start))
             because = BECAUSE.search(self.text, begin + 1, found[-1].start)
@@ -306,36 +320,17 @@ class Reader:
         return Statement("", words, False)
 
 
-def trim(text: str) -> str:
-    """A value without the punctuation, the quotes and the single brackets around it."""
-    text = text.lstrip(' \n*=:,;/^%!~)]}"').rstrip(' \n=:,;*/^([<>~"-\\')
-    if len(text) > 2 and text[0] == text[-1] == "'":
-        text = text[1:-1]
-    text = text.strip("| ") if text.count("|") % 2 else text
-    opened = min((n for n in map(text.find, "([") if n >= 0), default=len(text))
-    pair = opened < max(map(text.rfind, ")]")) or r"\{" in text  # [0, 1) is a pair
-    for opening, closing in ("()", "[]", "{}"):
-        if (opening in text) != (closing in text) and not pair:
-            text = text.removeprefix(opening).removesuffix(closing)
-    return text.strip()
+BOX_LABEL = re.compile(r"(?:\\(?:text|math)[a-z]*\s*\{\s*\([A-J]\)[\s~]*\}|\([A-J]\)(?=[\s\\~]))[\s\\~,:]*(?=\S)")
+BOX_TEXT = re.compile(r"\\text[a-z]*\s*\{([^{}]*)\}")
 
 
-def last_step(text: str) -> str:
-    """Of calculations in a row, "5+3=8, 8*2=16", the last."""
-    steps = split_top(text, ",;")
-    calculated = len(steps) > 1 and any("=" in step and not re.search(r"[A-Za-z]", step.split("=")[0]) for step in steps[:-1])
-    return steps[-1].strip() if calculated else text
-
-
-def split_top(text: str, separators: str) -> list[str]:
-    """The parts of a text between separators that stand in no brackets."""
-    parts, depth, start = [], 0, 0
-    for n, character in enumerate(text):
-        if character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth = max(0, depth - 1)
-        elif depth == 0 and character in separators and text[n - 1 : n] != "\\":
-            parts.append(text[start:n])
-            start = n + 1
-    return [*parts, text[start:]]
+def boxed_value(content: str) -> str:
+    """What a box holds, without the letter of a choice; of a sentence in a box its one value."""
+    content = BOX_LABEL.sub("", content, count=1) if BOX_LABEL.match(content) else content
+    plain = BOX_TEXT.sub(r" \1 ", content)
+    if plain == content or not re.match(r"\s*[A-Za-z]{2,}", plain):
+        return content
+    held = HeldText(plain)
+    tokens = Tokens(held.text)
+    found = tokens.runs(0, len(tokens.kinds), STATED_RUN)
+    return held.restore(held.text[found[0].start : found[0].end]) if [run.state for run in found] == [""] else content

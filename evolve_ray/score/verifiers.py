@@ -14,8 +14,8 @@ from evolve_ray.errors import UserError
 from evolve_ray.score.held_text import visible
 from evolve_ray.score.math_verifier import MathMatch
 from evolve_ray.score.protocol import Scorer
-from evolve_ray.score.quantities import CONTEXT, Quantity, factors, read_readings, without_latex
-from evolve_ray.score.statements import final_answer, split_top
+from evolve_ray.score.quantities import CONTEXT, Quantity, factors, read_readings, said_twice, without_latex
+from evolve_ray.score.statements import final_answer
 
 
 class ExactMatch:
@@ -105,11 +105,10 @@ def stated_numbers(text: str) -> list[Quantity]:
 
 
 def read_numbers(text: str) -> list[Quantity]:
-    """The readings of one number, also of "18, 18.00"."""
-    readings = [read_readings(without_latex(part)) for part in split_top(text, ",;")] if ", " in text else []
-    if readings and all(readings) and len({numbers[0].value for numbers in readings}) == 1:
-        return readings[-1]
-    return read_readings(without_latex(text))
+    """The readings of one number, also of what says it twice: "18, 18.00", "1/2 (0.5)"."""
+    text = without_latex(text)
+    twice = said_twice(text)
+    return [twice] if twice else read_readings(text)
 
 
 VERIFIERS: dict[str, Callable[[options.Verifier], Scorer]] = {

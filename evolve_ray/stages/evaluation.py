@@ -55,9 +55,9 @@ def run_evaluation(context: Context, stage: Stage, job: GenerationJob) -> Manife
         parts.append(generate_and_score(context, dataclasses.replace(job, strategy=parallel), stage.work / "parallel"))
     prompts = rows.read_table(job.prompts.path("prompts.parquet"))
     tables = [[list(shards.read_rows(table)) for table in part] for part in parts]
-    summary = summarise(prompts, *tables[0], seed=config.seed)
+    summary = summarise(prompts, *tables[0])
     for samples in tables[1:]:
-        add_best_of(summary, tables[0], samples, seed=config.seed)
+        add_best_of(summary, tables[0], samples)
     rows.write_jsonl(stage.work / "summary.jsonl", [summary])
     rejected = [row for part in parts for table in part for row in rows.read_jsonl(table.path("rejected.jsonl"))]
     totals = {name: sum(drafts.stats[name] for drafts, _ in parts) for name in TOTALS}

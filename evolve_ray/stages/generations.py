@@ -87,7 +87,7 @@ def run_pipeline(context: Context, job: GenerationJob, folder: Path, *, scored: 
     score_spec = scoring.ScoreSpec(
         prompts=str(prompts.path("prompts.parquet")), drafts=str(drafts_folder), work=str(scores_stage.work),
         key=scores_stage.key, shard_prompts=size, scorer=config.scorer, verifier=config.verifier,
-        reward_models=folders(job.reward_models),
+        reward_models=folders(job.reward_models), day=context.template.rendering.day,
     )  # fmt: skip
     with context.timed(job.label, job.iteration):
         context.start_ray()

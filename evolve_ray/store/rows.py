@@ -43,6 +43,15 @@ GENERATION = pa.schema(
         ("model", pa.string()),  # content hash of the model that wrote it; null in the same cases
     ]
 )
+# Further columns of drafts, each there only in a table in which a row has a value. They say what the text alone does not.
+DRAFT_DETAILS = pa.schema(
+    [
+        ("token_ids", pa.list_(pa.int32())),  # what the engine wrote, its end token too; null if these are the tokens of `text`
+        ("thinking", pa.string()),  # what the model thought before the answer; `text` is the answer alone
+        ("num_thinking_tokens", pa.int64()),
+        ("fault", pa.string()),  # why the draft must not be learned: no answer, or a token without a text
+    ]
+)
 SCORE = pa.schema(
     [
         ("draft_id", pa.string()),
@@ -66,6 +75,14 @@ PAIR = pa.schema(
         ("rejected_round", pa.int64()),
         ("chosen_score", pa.float64()),
         ("rejected_score", pa.float64()),
+    ]
+)
+PAIR_DETAILS = pa.schema(  # in the same way; what they say of a draft of the pair
+    [
+        ("chosen_token_ids", pa.list_(pa.int32())),
+        ("rejected_token_ids", pa.list_(pa.int32())),
+        ("chosen_num_thinking_tokens", pa.int64()),
+        ("rejected_num_thinking_tokens", pa.int64()),
     ]
 )
 
@@ -113,14 +130,25 @@ def derive_seed(*parts: Any) -> int:
     return int(digest(list(parts))[:12], 16) % 2**31
 
 
-def write_table(path: Path, rows: list[dict] | pa.Table, schema: pa.Schema, *, group_rows: int | None = None) -> None:
-    """Writes `rows` to one Parquet file, in row groups of `group_rows`; the same rows give the same bytes."""
+def write_table(
+    path: Path, rows: list[dict] | pa.Table, schema: pa.Schema, details: pa.Schema | None = None, *, group_rows: int | None = None
+) -> None:  # fmt: skip
+    """Writes `rows` to one Parquet file, in row groups of `group_rows`; the same rows give the same bytes.
+
+    Of `details`, which a row may leave out, those columns are written in which a row has a value.
+    """
     if not isinstance(rows, pa.Table):
-        names = set(schema.names)
+        names, known = set(schema.names), set(details.names if details else ())
         for row in rows[:1]:
-            assert set(row) == names, f"row has {sorted(set(row) ^ names)} too many or too few for the schema"
-        rows = to_table(rows, schema)
+            assert set(row) - known == names, f"row has {sorted(set(row) ^ names)} too many or too few for the schema"
+        rows = to_table(rows, with_details(schema, details, rows) if details else schema)
     pq.write_table(rows, path, compression="zstd", row_group_size=group_rows)
+
+
+def with_details(schema: pa.Schema, details: pa.Schema, rows: list[dict]) -> pa.Schema:
+    """The schema with those of the further columns in which a row has a value."""
+    used = [field for field in details if any(row.get(field.name) is not None for row in rows)]
+    return pa.schema([*schema, *used])
 
 
 def read_table(path: Path) -> list[dict]:
@@ -141,7 +169,7 @@ def to_table(rows: list[dict], schema: pa.Schema) -> pa.Table:
 def from_table(table: pa.Table) -> list[dict]:
     """The rows of a table; the prompt of a row is a text, or a tuple of messages."""
     rows = table.to_pylist()
-    if MESSAGES.name in table.column_names:
+    if {"prompt", MESSAGES.name} <= set(table.column_names):
         for row in rows:
             messages = row.pop(MESSAGES.name)
             row["prompt"] = row["prompt"] if messages is None else tuple(messages)

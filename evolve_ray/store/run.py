@@ -22,7 +22,9 @@ from evolve_ray.store.files import report_disk_errors
 from evolve_ray.store.manifest import MANIFEST, Manifest, commit, read_manifest
 from evolve_ray.store.rows import write_jsonl
 
-INPUTS = frozenset(("held_out", "prompts", "activation_pairs", "offline_pairs", "keep_drafts", "foreign_drafts"))  # read from files
+INPUTS = frozenset(
+    ("held_out", "prompts", "activation_pairs", "offline_pairs", "keep_drafts", "foreign_drafts")
+)  # read from files
 ASIDE = ".superseded-"
 
 

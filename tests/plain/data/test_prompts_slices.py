@@ -80,7 +80,8 @@ def test_training_prompt_that_is_held_out_is_dropped_by_its_text_and_named():
 @pytest.mark.parametrize(
     "text",
     [
-        "What is 2+2? ", "\n What  is\t2+2?\r\n", "What is\u00a02+2?", "\ufeffWhat is 2+2?", "What\u200b is 2+2?", "What is 2+\u00ad2?",
+        "What is 2+2? ", "\n What  is\t2+2?\r\n", "What is\u00a02+2?", "\ufeffWhat is 2+2?",
+        "What\u200b is 2+2?", "What is 2+\u00ad2?",
     ],
 )  # fmt: skip
 def test_held_out_prompt_is_found_in_other_white_space_and_invisible_characters(text):
@@ -111,7 +112,8 @@ def test_row_that_asks_the_same_as_an_earlier_one_is_dropped_with_its_line_unles
     more, also_rejected = drop_repeated(table[4:], str.lower, line_of)
     assert ids(kept + more) == ["p0", "p1", "p3"]
     assert [(row["line"], row["reason"]) for row in rejected + also_rejected] == [
-        (2, "asks the model the same as line 0"), (4, "asks the model the same as line 3"), (5, "asks the model the same as line 1"),
+        (2, "asks the model the same as line 0"), (4, "asks the model the same as line 3"),
+        (5, "asks the model the same as line 1"),
     ]  # fmt: skip
 
 

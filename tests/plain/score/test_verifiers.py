@@ -299,7 +299,7 @@ def test_plugged_scorer_is_found_and_a_missing_one_is_named_by_its_field():
 
 
 def test_reward_models_are_hosted_by_the_names_of_the_recipe(monkeypatch):
-    monkeypatch.setattr(combinations, "RewardModel", lambda options, folder, field="scorer.model": (folder, field))
+    monkeypatch.setattr(combinations, "RewardModel", lambda options, folder, field="scorer.model", day="": (folder, field))
     one = config.Scorer(model="some/model")
     several = config.Scorer(name="mean", members=["reward_model=toy:reward_model", "verifier", "reward_model=other"])
     folders = {"some/model": "/one", "toy:reward_model": "/two", "other": "/three"}

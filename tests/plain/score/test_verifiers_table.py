@@ -53,13 +53,14 @@ def test_every_verdict_is_that_of_the_hand(name):
 def test_table_has_hundreds_of_rows_of_many_kinds_and_of_every_verdict():
     rows = {(gold, response) for _, _, gold, response, _ in TABLE}
     verdicts = Counter((name.partition(":")[0], verdict) for _, name, _, _, verdict in TABLE)
-    assert len(rows) >= 600
+    assert len(rows) >= 1000
     assert len({kind for kind, *_ in TABLE}) >= 25
     assert all(verdicts[name, said] >= 5 for name in ("math", "numeric", "regex") for said in ("right", "wrong", "refused"))
 
 
 CONTEXTS = (
-    "{}", "The answer is {}.", "So she has {} left.", "Answer: {}", r"\boxed{{{}}}", r"$\boxed{{{}}}$", "**{}**", "#### {}", "x = {}",
+    "{}", "The answer is {}.", "So she has {} left.", "Answer: {}", r"\boxed{{{}}}", r"$\boxed{{{}}}$", "**{}**", "#### {}",
+    "x = {}",
     "First 3, then 8.\n\nThe answer is {}", "<think>maybe 99</think>\nIt is {}.", r"\[ {} \]",
     "The answer is 99. Wait, no: {}",
 )  # fmt: skip
@@ -81,7 +82,8 @@ def test_number_is_right_in_every_context_and_beside_another_candidate_in_none(n
 
 PIECES = (
     "5", " ", "or", r"\frac{1}{2}", "}", "{", "$", "x", "=", ",", ".", "\n", "answer is", "not", "-", "(", ")", r"\boxed{",
-    r"\text{", "%", "^", "|", "half", "a million", "12:30", "½", "<think>", "</think>", "e5", "1e99999999", "/0", r"\pm", "≈", "[",
+    r"\text{", "%", "^", "|", "half", "a million", "12:30", "½", "<think>", "</think>", "e5", "1e99999999", "/0", r"\pm", "≈",
+    "[",
     "####", "\\\\",
 )  # fmt: skip
 

@@ -11,10 +11,12 @@ from evolve_ray import driver
 from evolve_ray.config.load import load
 from evolve_ray.errors import UserError
 from evolve_ray.inputs import prepare as inputs
+from evolve_ray.models.chat import Chat
+from evolve_ray.refine.rendering import Rendering
 from evolve_ray.store import rows
 from evolve_ray.store.run import Run
 from evolve_ray.store.turns import assistant, system, user
-from tests.plain.conftest import allow_systems
+from tests.plain.conftest import allow_systems, make_bpe
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -89,9 +91,7 @@ def test_the_system_prompt_of_the_recipe_is_in_every_table(prepare, tiny_model, 
 def test_a_system_prompt_that_the_template_refuses_is_named_by_row(prepare):
     with pytest.raises(UserError) as caught:
         prepare([{"prompt": "a"}, {"prompt": [system("s"), user("b")]}])
-    said = (
-        "prompts.jsonl:2: the model's chat template cannot render its turns (system, user): the tiny world knows the"
-    )
+    said = "prompts.jsonl:2: the model's chat template cannot render its turns (system, user): the tiny world knows the"
     assert said in str(caught.value)
     assert str(caught.value).endswith("; write the system prompt into the first user turn")
 
@@ -135,7 +135,8 @@ def test_the_recipe_of_the_paper_reads_ultrafeedback_as_it_is(tmp_path, tiny_mod
     config = load(
         ROOT / "jobs" / "recipes" / f"{name}.toml",
         [
-            f"model.path={tiny_model}", "model.context_tokens=250", "sampling.max_tokens=20", "prompts.per_iteration=5",
+            f"model.path={tiny_model}", "model.chat_template=''", "model.context_tokens=250", "sampling.max_tokens=20",
+            "prompts.per_iteration=5",
             "iterations=1", f"prompts.path={paths[0]}", f"activation.path={paths[1]}", f"evaluation.splits.heldout={paths[2]}",
             f"scorer.name={__name__}:Zero", "scorer.model=''", "template.name=tiny",
         ],
@@ -148,6 +149,18 @@ def test_the_recipe_of_the_paper_reads_ultrafeedback_as_it_is(tmp_path, tiny_mod
     assert [(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in pairs] == [
         (f"question {number}", "good", "bad") for number in (5, 6)
     ]
+
+
+def test_the_chat_template_of_the_recipe_writes_all_turns_and_ends_answers_with_the_end_of_turn(tmp_path):
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    make_bpe(special, None, bos_token=special[0], eos_token=special[1]).save_pretrained(tmp_path)
+    config = load(ROOT / "jobs/recipes/llama31_8b.toml")
+    chat = Chat(tmp_path, rendering=Rendering(chat_template=(ROOT / config.model.chat_template).read_text()))
+    assert chat.tokenizer.convert_ids_to_tokens(chat.end_id) == "<|eot_id|>"
+    messages = (system("s"), user(" a "), assistant("b"), user("c"))
+    headers = [f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n{m['content']}<|eot_id|>" for m in messages]
+    whole = "<|begin_of_text|>" + "".join(headers) + "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    assert chat.tokenizer.decode(chat.context_ids(messages)) == whole
 
 
 def test_what_fails_on_its_input_leaves_nothing_that_refuses_the_corrected_command(
