@@ -252,9 +252,8 @@ def test_triples_without_an_evaluation_prompt_among_them_are_the_same_pairs_with
 
 
 def test_triples_that_are_all_on_held_out_prompts_are_refused(prepare, triples):
-    with pytest.raises(
-        UserError, match=r"offline\.jsonl: none of 2 preference triples can be used \(is on a prompt of evaluation split"
-    ):
+    said = r"offline\.jsonl: none of 2 preference triples can be used: is on a prompt of evaluation split 'held' \(2\)"
+    with pytest.raises(UserError, match=said):
         prepare(TEXTS, triples("offline", "three", "other"), held=["three", "other"])
 
 

@@ -145,7 +145,7 @@ def test_a_fault_of_the_data_is_shown_beside_what_can_be_read_and_ends_with_exit
 def test_what_a_template_does_that_a_user_may_not_expect(preview, change, warning):
     template = preview.model / "chat_template.jinja"
     template.write_text(change(template.read_text()))
-    _, content, _ = preview([{"prompt": CHAT}, {"prompt": "b"}])
+    _, content, _ = preview([{"prompt": CHAT}, {"prompt": "b"}], "thinking.style=none")
     found = [text for text in content["warnings"] if "template" in text]
     assert [warning in text for text in found] == [True] if warning else found == []
 
