@@ -25,6 +25,7 @@ class Strategy:
     show: str = option("for `few_shot`: which earlier drafts a draft sees", "last", choices=("last", "best"))
     stop_unchanged: bool = option("for `chain`, in training data: stop when a refinement is equal to its draft", False)
     stop_right: bool = option("for `chain`, in training data: stop when the verifier gives a draft the full score (1.0)", False)
+    args: dict = option("options of a strategy of your own; it gets them as `args`", {}, later=True)
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Scorer:
         high=1.0,
         runtime=True,
     )
+    args: dict = option("options of a scorer of your own; it gets them as `args` when it is made", {}, later=True)
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class Verifier:
         "for `regex`: its last match in a response (the first group, if it has one) is compared with the gold answer", ""
     )
     tolerance: float = option("for `numeric`: allowed relative difference", 1e-9, low=0.0)
+    args: dict = option("options of a verifier of your own; it gets them as `args` when it is made", {}, later=True)
 
 
 @dataclass(frozen=True)
@@ -163,3 +166,4 @@ class Selection:
     max_repetition: float = option(
         "for `rule`: no pair if more than this share of the 4-grams of the last round is repeated", 0.3, low=0.0, high=1.0
     )
+    args: dict = option("options of a selection of your own; it gets them as `args`", {}, later=True)

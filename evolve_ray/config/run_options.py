@@ -55,6 +55,7 @@ class Controller:
         "for `guard`: smallest ratio of the distinct-2 of the last round to that of the start", 0.5, low=0.0, high=1.0
     )
     max_kl: float = option("for `guard`: largest KL to the start; 0: no limit", 0.0, unit="nats per response", low=0.0)
+    args: dict = option("options of a controller of your own; it gets them as `args`", {}, later=True)
 
 
 @dataclass(frozen=True)

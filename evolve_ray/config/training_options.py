@@ -36,6 +36,7 @@ class Training:
     schedule: str = option("learning rate after the warm-up", "cosine", choices=("cosine", "linear", "constant"))
     weight_decay: float = option("weight decay of AdamW", 0.0, low=0.0)
     gradient_clip: float = option("largest norm of the gradient", 1.0, above=0.0)
+    objective_args: dict = option("options of an objective of your own; its loss gets them as `args`", {}, later=True)
 
 
 @dataclass(frozen=True)

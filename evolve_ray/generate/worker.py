@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from evolve_ray.config import options
-from evolve_ray.config.plugs import find_plug
+from evolve_ray.config.plugs import find_plug, is_own, with_args
 from evolve_ray.generate.drive import Drive
 from evolve_ray.generate.spec import Engine, GenerateSpec
 from evolve_ray.generate.vllm import ENGINE_ENV, VllmEngine
@@ -53,6 +53,7 @@ class Generator(ShardWorker):
         started = time.monotonic()
         spec = self.spec
         strategy = find_plug(ALL_STRATEGIES, spec.strategy.name, "strategy.name")
+        strategy = with_args("strategy.args", spec.strategy.name, strategy, spec.strategy.args)
 
         def start(prompt: str) -> Strategy:
             return strategy(prompt, spec.template, spec.strategy)
@@ -68,12 +69,15 @@ class Generator(ShardWorker):
             "start_seconds": round(self.start_seconds, 3),
             "num_cut": sum(row["finish_reason"] == "length" for row in generated),
         }
+        self.schema = rows.GENERATION_WITH_MESSAGES if is_own(spec.strategy.name) else rows.GENERATION
         self.start_seconds = 0.0
         return generated, rejected, stats
 
     def verify(self, prompt: dict, text: str) -> float:
         assert self.verifier is not None
-        return call_scorer("verifier", self.verifier, [prompt["prompt"]], [prompt["answer"]], [text])[0]
+        assert self.spec.verifier is not None
+        name = f"verifier {self.spec.verifier.name}"
+        return call_scorer(name, self.verifier, [prompt["prompt"]], [prompt["answer"]], [text])[0]
 
     def encode(self, ask: Ask) -> list[int]:
         return self.chat.context_ids(ask.messages)

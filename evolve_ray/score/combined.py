@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 
 from evolve_ray.config import options
-from evolve_ray.config.plugs import find_plug
+from evolve_ray.config.plugs import blame, find_plug, with_args
 from evolve_ray.errors import UserError
 from evolve_ray.score.protocol import Scorer, call_scorer, is_finite
 from evolve_ray.score.reward_model import RewardModel
@@ -61,4 +61,7 @@ def build_member(member: str, scorer: options.Scorer, reward_models: dict[str, s
         return verifier
     if member.startswith(REWARD_MODEL):
         return RewardModel(scorer, reward_models[member.removeprefix(REWARD_MODEL)], "scorer.members")
-    return find_plug({}, member, "scorer.members" if scorer.members else "scorer.name")()
+    field = "scorer.members" if scorer.members else "scorer.name"
+    plug = with_args("scorer.args", member, find_plug({}, member, field), scorer.args)
+    with blame(field, member):
+        return plug()

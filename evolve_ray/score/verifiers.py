@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 
 from evolve_ray.config import options
-from evolve_ray.config.plugs import find_plug
+from evolve_ray.config.plugs import blame, find_plug, with_args
 from evolve_ray.errors import UserError
 from evolve_ray.score.math_verifier import MathMatch
 from evolve_ray.score.protocol import Scorer
@@ -87,10 +87,12 @@ VERIFIERS: dict[str, Callable[[options.Verifier], Scorer]] = {
 
 
 def build_verifier(verifier: options.Verifier) -> Scorer:
-    """A shipped verifier with its options, or a plug `module:Name`, which is built without arguments."""
+    """A shipped verifier with its options, or a plug `module:Name`, which gets its `args` if it takes them."""
     if verifier.name in VERIFIERS:
         return VERIFIERS[verifier.name](verifier)
-    return find_plug({}, verifier.name, "verifier.name")()
+    plug = with_args("verifier.args", verifier.name, find_plug({}, verifier.name, "verifier.name"), verifier.args)
+    with blame("verifier.name", verifier.name):
+        return plug()
 
 
 def same_answer(verifier: options.Verifier | None) -> Callable[[str, str], bool]:

@@ -177,8 +177,9 @@ def reject_draft(prompt: dict, draft: dict, reason: str) -> dict:
     return reject({**prompt, "prompt_id": draft["draft_id"]}, "pairs", reason)
 
 
-def make_pair(prompt: dict, chosen: dict, rejected: dict) -> dict:
-    return {
+def make_pair(prompt: dict, chosen: dict, rejected: dict, numbers: dict[str, float] | None = None) -> dict:
+    """The pair of two drafts; `numbers` are named numbers for the loss, the same names in every pair of a selection."""
+    pair = {
         "pair_id": content_id("pair", prompt["prompt_id"], prompt["prompt"], chosen["text"], rejected["text"]),
         "prompt_id": prompt["prompt_id"],
         "prompt": prompt["prompt"],
@@ -193,6 +194,7 @@ def make_pair(prompt: dict, chosen: dict, rejected: dict) -> dict:
         "chosen_score": chosen.get("score"),
         "rejected_score": rejected.get("score"),
     }
+    return pair | {"numbers": numbers} if numbers else pair
 
 
 SELECTIONS: dict[str, Callable[[dict, list[dict], Selection], Selected]] = {

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from evolve_ray.config import options
+from evolve_ray.config.plugs import sources
 from evolve_ray.config.resolve import resolved
 from evolve_ray.evaluate.figures import add_best_of, summarise
 from evolve_ray.inputs.context import Context, Policy
@@ -31,8 +32,9 @@ def evaluate(context: Context, iteration: int, policy: Policy, name: str, folder
         "template": context.template.hash,
         "options": [resolved(part, runtime=False) for part in (chain, sampling, config.engine, config.scorer)],
         "parallel": config.evaluation.parallel,
-        "verifier": resolved(config.verifier),
+        "verifier": resolved(config.verifier, runtime=False),
         "reward_models": {name: model.hash for name, model in context.reward_models.items()},
+        **sources(*(part.name for part in (config.engine, config.scorer, config.verifier) if part), *config.scorer.members),
     }
     stage = context.stage(context.run.iteration(iteration) / folder, "evaluation", key, {"prompts": context.held_out.identity})
     manifest = stage.committed()

@@ -3,6 +3,7 @@
 import dataclasses
 
 from evolve_ray.config import options
+from evolve_ray.config.plugs import sources
 from evolve_ray.config.resolve import resolved
 from evolve_ray.inputs.context import Context, Policy
 from evolve_ray.pools.dispatch import Step
@@ -23,7 +24,7 @@ def refresh(
     assert config.refresh is not None
     labels = label(context, iteration, prompts, drafts)
     settings = options.Selection(max_pairs=config.refresh.max_pairs)
-    key = {"refresh": config.refresh.prompts, "selection": resolved(settings)}
+    key = {"refresh": config.refresh.prompts, "selection": resolved(settings, runtime=False)}
     inputs = {"prompts": prompts.identity, "generations": drafts.identity, "scores": labels.identity}
     stage = context.stage(context.run.iteration(iteration) / "reward_pairs", "pairs", key, inputs)
     size, limit = config.engine.shard_prompts, config.refresh.prompts
@@ -40,7 +41,8 @@ def label(context: Context, iteration: int, prompts: Manifest, drafts: Manifest)
     size = config.engine.shard_prompts
     num_shards = -(-min(config.refresh.prompts, prompts.stats["num_rows"]) // size)
     verifier = dataclasses.replace(config.scorer, name="verifier", model="")
-    key = {"version": scoring.VERSION, "verifier": resolved(config.verifier), "num_shards": num_shards}
+    key = {"version": scoring.VERSION, "verifier": resolved(config.verifier, runtime=False), "num_shards": num_shards}
+    key |= sources(config.verifier.name) if config.verifier else {}
     stage = context.stage(context.run.iteration(iteration) / "labels", "scores", key, {"generations": drafts.identity})
     manifest = stage.committed()
     if manifest is None:

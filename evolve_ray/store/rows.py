@@ -41,6 +41,10 @@ GENERATION = pa.schema(
         ("model", pa.string()),  # content hash of the model that wrote it; null in the same cases
     ]
 )
+# Of a strategy of the user's own, whose asks no template can tell: the messages of each ask; empty if there was none.
+GENERATION_WITH_MESSAGES = GENERATION.append(
+    pa.field("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))
+)
 SCORE = pa.schema(
     [
         ("draft_id", pa.string()),
@@ -66,6 +70,14 @@ PAIR = pa.schema(
         ("rejected_score", pa.float64()),
     ]
 )
+
+
+def pair_schema(numbers: list[str]) -> pa.Schema:
+    """The schema of pairs; with a struct column `numbers` if they have named numbers for the loss."""
+    if not numbers:
+        return PAIR
+    return PAIR.append(pa.field("numbers", pa.struct([(name, pa.float64()) for name in numbers])))
+
 
 # Sums of the log-probabilities of response tokens under the reference policy; null if the objective does not need them.
 REFERENCE = pa.schema(

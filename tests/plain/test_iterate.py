@@ -278,7 +278,7 @@ def test_a_decision_is_an_event(loop, tmp_path):
 
 def test_every_option_of_the_controller_is_in_the_key_of_the_decision():
     fields = {field.name for field in dataclasses.fields(Controller)}
-    assert fields == set(resolved(Controller(), runtime=False))
+    assert fields == set(resolved(Controller(args={"limit": 1}), runtime=False))
 
 
 def test_evaluation_folder_of_every_model_is_in_the_report(loop, tmp_path):
