@@ -124,16 +124,20 @@ class Verifier:
 
     name: str = option(
         "`exact`: the text is equal; `regex`: the match of a pattern is equal; `numeric`: the last number is equal; `math`: the "
-        "mathematical value is equal",
+        "mathematical value is equal; `tests`: the program in the response passes the tests in the gold answer",
         "exact",
-        choices=("exact", "regex", "numeric", "math"),
+        choices=("exact", "regex", "numeric", "math", "tests"),
         plug=True,
     )
     pattern: str = option(
         "for `regex`: its last match in a response (the first group, if it has one) is compared with the gold answer", ""
     )
     tolerance: float = option("for `numeric`: allowed relative difference", 1e-9, low=0.0)
-    args: dict = option("options of a verifier of your own; it gets them as `args` when it is made", {}, later=True)
+    args: dict = option(
+        "for `tests`: `seconds`, `memory_mib` and `output_mib`; for a verifier of your own: its options, as `args` when it is made",
+        {},
+        later=True,
+    )
 
 
 @dataclass(frozen=True)

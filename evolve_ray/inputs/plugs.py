@@ -52,8 +52,6 @@ def check_scorers(config: Config) -> None:
         raise UserError(f"scorer.args: has no effect with scorer {config.scorer.name!r}; remove it")
     named = [(field, "scorer.args", name, config.scorer.args) for name in plugs]
     if config.verifier and config.verifier.name in VERIFIERS:
-        if config.verifier.args:
-            raise UserError(f"verifier.args: has no effect with verifier {config.verifier.name!r}; remove it")
         build_verifier(config.verifier)
     elif config.verifier:
         named.append(("verifier.name", "verifier.args", config.verifier.name, config.verifier.args))

@@ -8,6 +8,7 @@ from evolve_ray.config import options
 from evolve_ray.config.plugs import blame, find_plug, with_args
 from evolve_ray.errors import UserError
 from evolve_ray.score.math_verifier import MathMatch
+from evolve_ray.score.programs import ProgramTests
 from evolve_ray.score.protocol import Scorer
 
 
@@ -78,18 +79,19 @@ def last_number(text: str) -> float:
     return value / float(denominator) if float(denominator) else math.nan
 
 
-VERIFIERS: dict[str, Callable[[options.Verifier], Scorer]] = {
+VERIFIERS: dict[str, Callable[..., Scorer]] = {
     "exact": lambda _: ExactMatch(),
     "regex": RegexMatch,
     "numeric": NumericMatch,
     "math": lambda _: MathMatch(),
+    "tests": ProgramTests,
 }
 
 
 def build_verifier(verifier: options.Verifier) -> Scorer:
     """A shipped verifier with its options, or a plug `module:Name`, which gets its `args` if it takes them."""
     if verifier.name in VERIFIERS:
-        return VERIFIERS[verifier.name](verifier)
+        return with_args("verifier.args", verifier.name, VERIFIERS[verifier.name], verifier.args)(verifier)
     plug = with_args("verifier.args", verifier.name, find_plug({}, verifier.name, "verifier.name"), verifier.args)
     with blame("verifier.name", verifier.name):
         return plug()

@@ -147,7 +147,7 @@ def test_one_plug_of_each_kind_runs_with_its_options_and_its_source_is_in_the_ke
         assert (row["score"], row["correct"]) == (int(text, 16) * 0.5, float(text[0] in "0123"))
     found = rows.read_table(pairs.path("pairs.parquet"))
     assert {pair["numbers"]["weight"] for pair in found} == {0.25}
-    assert max(pair["numbers"]["remarks"] for pair in found) == 1
+    assert max(pair["numbers"]["remarks"] for pair in found) >= 1
     models = [{"name": name, "iteration": number, "evaluation": None, "path": ""} for number, name in enumerate("ab")]
     assert measures.decide(context, 1, models)["decision"]["reason"] == "enough"
     # The same command with another helper beside the plugs: nothing stale is returned.
