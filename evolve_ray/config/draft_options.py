@@ -134,7 +134,7 @@ class Verifier:
     )
     tolerance: float = option("for `numeric`: allowed relative difference", 1e-9, low=0.0)
     args: dict = option(
-        "for `tests`: `seconds`, `memory_mib` and `output_mib`; for a verifier of your own: its options, as `args` when it is made",
+        "for `tests`: `seconds`, `memory_mib`, `output_mib`; for a verifier of your own: its options, as `args` of its making",
         {},
         later=True,
     )

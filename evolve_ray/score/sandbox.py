@@ -26,7 +26,7 @@ START = Path(__file__).with_name("sandbox_start.py")
 SHOWN = 1500  # characters of the output that are kept: the last ones
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LANG": "C.UTF-8"}
 # The same words for CPU time and clock, because the load of the machine decides which limit is met first.
-ENDS = {signal.SIGXCPU: "the limit of time", signal.SIGKILL: "the limit of time", signal.SIGXFSZ: "the limit of output"}
+ENDS = {signal.SIGXCPU: "the limit of time", signal.SIGKILL: "the limit of time"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def run_program(source: str, limits: Limits) -> Outcome:
         reader, writer = os.pipe()
         files.callback(os.close, reader)
         process = subprocess.Popen(
-            [sys.executable, "-I", "-B", str(START), json.dumps(dataclasses.asdict(limits)), str(program), str(writer)],
+            [sys.executable, "-P", "-s", "-B", str(START), json.dumps(dataclasses.asdict(limits)), str(program), str(writer)],
             stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True,
             pass_fds=[writer], env=ENVIRONMENT,
         )  # fmt: skip
@@ -89,6 +89,8 @@ def run_program(source: str, limits: Limits) -> Outcome:
     if code < 0:
         # Without the output: how much of it was written by then is chance.
         text = f"ended by {ENDS.get(signal.Signals(-code), f'signal {signal.Signals(-code).name}')}"
+    elif size >= limits.output_mib << 20:
+        text = "ended by the limit of output"
     elif code == 0 and not passed:
         text = f"{text}\nended before its tests did".strip()
     return Outcome(passed, text)

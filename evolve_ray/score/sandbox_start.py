@@ -1,8 +1,8 @@
 """The child process of `sandbox.py`: gives up its rights, then runs the program in its folder.
 
 It imports nothing of this package, because it is started as a file by its path. Its arguments are the limits as JSON, the
-program, and a file descriptor. That gets the token from standard input after the program has ended without an error, so that a program
-which ends early does not pass.
+program, and a file descriptor. That gets the token from standard input after the program has ended without an error, so that a
+program which ends early does not pass.
 """
 
 import ctypes
