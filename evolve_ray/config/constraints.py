@@ -72,6 +72,10 @@ def check_together(config: Config, reader: Reader) -> None:
             reader.fail(f"strategy.{name}", f"has no effect with strategy {config.strategy.name!r}; remove it")
     if config.strategy.stop_right and config.verifier is None:
         reader.fail("strategy.stop_right", "needs a verifier, and there is none; add a [verifier] table")
+    if config.strategy.name == "feedback" and config.verifier is None:
+        reader.fail("strategy.name", "is 'feedback', which shows the verifier's words, and there is no verifier; add [verifier]")
+    if config.evaluation.pick and not config.evaluation.splits:
+        reader.fail("evaluation.pick", "needs held-out prompts; add [evaluation.splits]")
     texts = texts_in_view(config.strategy)
     if texts * config.sampling.max_tokens >= config.model.context_tokens:
         reader.fail(

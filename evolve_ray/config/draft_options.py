@@ -14,9 +14,10 @@ class Strategy:
 
     name: str = option(
         "`chain`: each draft refines the one before; `parallel`: independent samples; `few_shot`: a draft sees several earlier "
-        "ones; `critique`: a draft follows a critique of the one before; `best_of`: a round refines the best of several samples",
+        "ones; `critique`: a draft follows a critique of the one before; `best_of`: a round refines the best of several samples; "
+        "`feedback`: a draft follows the verifier's words on the one before, until it is right",
         "chain",
-        choices=("chain", "parallel", "few_shot", "critique", "best_of"),
+        choices=("chain", "parallel", "few_shot", "critique", "best_of", "feedback"),
         plug=True,
     )
     rounds: int = option("rounds of drafts for each prompt", 4, unit="rounds", low=1)
@@ -78,9 +79,9 @@ class Scorer:
     """How a response is scored."""
 
     name: str = option(
-        "a reward model, the verifier, or the mean or minimum of several",
+        "a reward model, the verifier, the mean or minimum of several, or `judge`: a language model behind an OpenAI server",
         "reward_model",
-        choices=("reward_model", "verifier", "mean", "minimum"),
+        choices=("reward_model", "verifier", "mean", "minimum", "judge"),
         plug=True,
     )
     model: str = option("the reward model: a folder or name of a sequence classifier, or `toy:reward_model`", "")
@@ -115,7 +116,11 @@ class Scorer:
         high=1.0,
         runtime=True,
     )
-    args: dict = option("options of a scorer of your own; it gets them as `args` when it is made", {}, later=True)
+    args: dict = option(
+        "for `judge`: its options, listed in docs/recipes.md; for a scorer of your own: its options, as `args` of its making",
+        {},
+        later=True,
+    )
 
 
 @dataclass(frozen=True)

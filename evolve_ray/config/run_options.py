@@ -18,6 +18,13 @@ class Evaluation:
     temperature: float = option("sampling temperature", 1.0, low=0.0)
     limit: int = option("use the first rows of each split only; 0: all", 0, unit="rows", low=0)
     parallel: int = option("independent samples per prompt in addition to the chain, for best of n; 0: none", 0, low=0)
+    pick: str = option(
+        "also run the recipe's strategy on the held-out prompts and report its final answer: that of the `last` round, the "
+        "`best` by the scorer, or the `vote` of all answers; empty: only the chain",
+        "",
+        choices=("", "last", "best", "vote"),
+        later=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from evolve_ray.config.plugs import check_call, find_plug, with_args
 from evolve_ray.errors import UserError
 from evolve_ray.evaluate.controller import CONTROLLERS
 from evolve_ray.refine.strategies import ALL_STRATEGIES
+from evolve_ray.score.combined import JUDGES, build_member
 from evolve_ray.score.verifiers import VERIFIERS, build_verifier
 from evolve_ray.select.pairs import SELECTIONS
 
@@ -48,7 +49,9 @@ def check_scorers(config: Config) -> None:
     plugs = [
         name for name in (config.scorer.name, *config.scorer.members) if ":" in name and not name.startswith("reward_model=")
     ]
-    if config.scorer.args and not plugs:
+    if config.scorer.name in JUDGES:
+        build_member(config.scorer.name, config.scorer, {}, None)
+    elif config.scorer.args and not plugs:
         raise UserError(f"scorer.args: has no effect with scorer {config.scorer.name!r}; remove it")
     named = [(field, "scorer.args", name, config.scorer.args) for name in plugs]
     if config.verifier and config.verifier.name in VERIFIERS:

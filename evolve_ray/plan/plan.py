@@ -87,7 +87,7 @@ def count_texts(config: Config) -> tuple[int, int, int]:
     """
     held_out = sum(rows or 0 for rows in rows_by_split(config).values())
     responses = config.prompts.per_iteration * responses_per_prompt(config.strategy)
-    return held_out, responses, held_out * (config.evaluation.rounds + config.evaluation.parallel)
+    return held_out, responses, held_out * estimate.evaluation_responses(config)
 
 
 def check_space(config: Config, run: Run) -> None:

@@ -24,6 +24,7 @@ FIELDS = {
 ALWAYS = ("first", "refine", "one_message")  # the parts that every strategy needs
 NEEDED = {  # the further parts that a strategy needs
     "few_shot": ("several",),
+    "feedback": ("revise_one_message",),
     "critique": ("critique", "revise", "critique_one_message", "revise_one_message"),
 }
 
@@ -71,6 +72,12 @@ class Template:
         if self.layout == "one_message":
             return (user(fill(self.revise_one_message, prompt=prompt, draft=draft, critique=critique)),)
         return (*self.critical(prompt, draft), assistant(critique), user(self.revise))
+
+    def after_feedback(self, prompt: str, draft: str, words: str) -> Messages:
+        """The messages that ask for a better draft and show what the verifier says about this one."""
+        if self.layout == "one_message":
+            return (user(fill(self.revise_one_message, prompt=prompt, draft=draft, critique=words)),)
+        return (*self.direct(prompt), assistant(draft), user(f"{words}\n\n{self.refine}".strip()))
 
     @property
     def hash(self) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evolve_ray.config import options
-from evolve_ray.config.plugs import is_own, sources
+from evolve_ray.config.plugs import sources
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import NumericsError, UserError
 from evolve_ray.generate.scorer_requests import RemoteScorer
@@ -124,7 +124,7 @@ def scores_key(config: options.Config, reward_models: dict[str, Policy]) -> dict
 
 def asked_verifier(config: options.Config, job: GenerationJob) -> options.Verifier | None:
     """The verifier that the strategy of a job may ask; None for a strategy that asks none."""
-    return config.verifier if job.strategy.stop_right or is_own(job.strategy.name) else None
+    return config.verifier if strategies.asks_verifier(job.strategy) else None
 
 
 def prompts_loss(config: options.Config) -> shards.RejectionLimit:

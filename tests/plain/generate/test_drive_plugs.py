@@ -1,11 +1,16 @@
 """Strategies of one's own on an engine: wrong requests, errors, several asks of one round, messages, verdicts with words."""
 
+from dataclasses import replace
+
 import pytest
 
 from evolve_ray.config import options
 from evolve_ray.errors import UserError
 from evolve_ray.generate.drive import Drive
 from evolve_ray.refine.asks import Ask, Verdict, Verify
+from evolve_ray.refine.strategies import STRATEGIES
+from evolve_ray.refine.template import load_template
+from evolve_ray.score.verifiers import build_verifier
 from tests.plain.generate.test_drive import PROMPTS, FakeEngine, encode, spec
 
 NAME = "mine:strategy"
@@ -81,6 +86,31 @@ def test_an_empty_list_of_asks_is_answered_with_an_empty_list_and_no_prompt_is_l
     assert (len(generated), rejected, stats["num_answers"]) == (2, [], 2)
 
 
+WRONG, RIGHT = "def add(a, b):\n    return a - b", "def add(a, b):\n    return a + b"
+CODE = [{**PROMPTS[0], "prompt": "Write add(a, b).", "answer": "assert add(1, 2) == 3"}]
+
+
+class Programmer(FakeEngine):
+    """Writes a wrong program, and the right one where the prompt shows that an assertion failed."""
+
+    def answer(self, request_id, ids):
+        text = RIGHT if "AssertionError" in "".join(map(chr, ids)) else WRONG
+        return replace(super().answer(request_id, ids), text=f"```python\n{text}\n```")
+
+
+def test_a_program_is_refined_with_the_error_of_its_tests_in_view():
+    settings = options.Strategy(name="feedback", rounds=3)
+    verifier = build_verifier(options.Verifier(name="tests"))
+    drive = Drive(Programmer(), encode, spec(strategy=settings, context_tokens=4000))
+    drive.verify = lambda prompt, text: verifier([prompt["prompt"]], [prompt["answer"]], [text])[0]
+    template = load_template("default", "conversation", "feedback")
+    generated, _, stats = drive.run(CODE, lambda prompt: STRATEGIES["feedback"](prompt, template, settings))
+    assert [(row["round"], row["kind"], RIGHT in row["text"]) for row in generated] == [
+        (1, "answer", False), (2, "answer", True), (3, "skipped", False),
+    ]  # fmt: skip
+    assert stats["num_skipped"] == 1
+
+
 class SeedEngine(FakeEngine):
     """Answers the latest request first, with the text of its seed."""
 
@@ -89,8 +119,6 @@ class SeedEngine(FakeEngine):
         return [self.answer(request_id, ids, seed)]
 
     def answer(self, request_id, ids, seed):
-        from dataclasses import replace
-
         return replace(super().answer(request_id, ids), text=f"{seed % 2}")
 
 
