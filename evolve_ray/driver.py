@@ -123,6 +123,7 @@ def run(
     from evolve_ray.inputs.prepare import prepare, settle_config
     from evolve_ray.plan.plan import check_space
     from evolve_ray.report.tables import table
+    from evolve_ray.watch import progress
     from evolve_ray.watch.trackers import Trackers
 
     started = time.monotonic()
@@ -141,7 +142,8 @@ def run(
             context = prepare(config, directory, print_line, join_cluster, rerun_changed=rerun_changed, changed=changed)
             context.trackers = trackers
             check_space(config, directory)
-            result = iterate.iterate(context)
+            with progress.shown(directory, say):
+                result = iterate.iterate(context)
             trackers.close(failed=False)
         except BaseException as error:
             log = {"traceback": error.log} if isinstance(error, EvolveError) and error.log else {}

@@ -15,7 +15,7 @@ from evolve_ray.store.shards import read_rows
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of one model in one round, `{prompt: draft}` in the order of the prompts."""
+    """The answers of one model in one round, `{prompt: draft}` in the order of the prompts; `asked` are all prompts."""
 
     model: str
     round: int
@@ -23,6 +23,7 @@ class Answers:
     drafts: dict[str, dict]
     identity: str  # the manifest identity of the drafts
     committed: float  # time of the commit, seconds since 1970
+    asked: list[str]
 
 
 def read_evaluation(folder: Path, split: str | None) -> tuple[list[Answers], str]:
@@ -67,7 +68,8 @@ def model_answers(folder: Path, model: str, name: str, prompts: dict[str, str]) 
     committed = (folder / "MANIFEST.json").stat().st_mtime
     return [
         Answers(model, round_number, f"{name}-y{round_number}",
-                {prompts[prompt_id]: chain[round_number] for prompt_id, chain in complete.items()}, manifest.identity, committed)
+                {prompts[prompt_id]: chain[round_number] for prompt_id, chain in complete.items()}, manifest.identity, committed,
+                list(prompts.values()))
         for round_number in range(1, rounds + 1)
     ]  # fmt: skip
 

@@ -51,10 +51,11 @@ class Plan:
 def compare(plan: Plan, folder: Run, start_ray: Callable[[], None], *, rerun_changed: bool, changed: str = "") -> dict[str, Any]:
     """Runs the chain and the probes of every model; returns the content of evaluation.json."""
     config = plan.config
-    for model in [*plan.models, *([plan.foreign] if plan.foreign else [])]:
-        check_model(Policy(model.folder, model.hash), policy_need(config, f"MODEL {model.name}"), folder, say)
     tokenizer = str(plan.models[0].folder)  # it checks the prompt lengths; other models reject what is too long for them
     context, toy = begin(config, folder, say, start_ray, rerun_changed=rerun_changed, changed=changed, model=tokenizer)
+    for model in [*plan.models, *([plan.foreign] if plan.foreign else [])]:
+        need = policy_need(config, context.template.rendering, f"MODEL {model.name}")
+        check_model(Policy(model.folder, model.hash), need, folder, say)
     probe_drafts = ProbeDrafts(plan, toy)
     held_out = context.held_out = Prompter(context, toy).held_out(folder.root / "prompts")
     table = rows.read_table(held_out.path("prompts.parquet"))
@@ -76,16 +77,16 @@ def compare(plan: Plan, folder: Run, start_ray: Callable[[], None], *, rerun_cha
         tables = runner.run_all(model, prompts_with_drafts, plan.probes)
         usage = {part: {name: drafts.stats[name] for name in USAGE} for part, (drafts, _) in tables.items()}
         rows_by_part = {part: read_both(*manifests) for part, manifests in tables.items()}
-        splits, chains[model.name] = model_figures(table, rows_by_part.pop("chain"), seed=config.seed)
+        splits, chains[model.name] = model_figures(table, rows_by_part.pop("chain"))
         parts[model.name] = rows_by_part
         models.append({"name": model.name, "given": model.given, "model": model.hash, "path": str(model.folder),
                        "splits": splits, "usage": usage})  # fmt: skip
     figures = {model["name"]: model["splits"] for model in models}
     same_answers = same_answer(config.verifier)
-    add_probes(figures, chains, parts, table, plan.probes, same_answers, seed=config.seed, longer_tokens=runner.longer_tokens())
+    add_probes(figures, chains, parts, table, plan.probes, same_answers, longer_tokens=runner.longer_tokens())
     return {
         "models": models,
-        "differences": model_differences(chains, seed=config.seed),
+        "differences": model_differences(chains),
         "foreign": probe_drafts.source,
         "prompts": {"identity": held_out.identity, "num_rejected": held_out.stats["num_rejected"]},
         "reward_models": {name: model.hash for name, model in context.reward_models.items()},

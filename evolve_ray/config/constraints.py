@@ -8,7 +8,8 @@ from evolve_ray.config.parse import Reader, describe, pattern_fault
 
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 SECRET = re.compile(r"(?i)(^|_)(token|secret|password|passwd|credentials?|api_?key|access_?key)(_|$)")
-IGNORED = {"sft": ("label_smoothing",), "reward": ("nll", "length_normalised")}  # options that the objective does not use
+# Options that the objective does not use.
+IGNORED = {"sft": ("label_smoothing",), "policy_gradient": ("label_smoothing",), "reward": ("nll", "length_normalised")}
 
 
 def check_together(config: Config, reader: Reader) -> None:
@@ -35,6 +36,8 @@ def check_together(config: Config, reader: Reader) -> None:
             reader.fail(
                 f"{name}.objective", "is 'reward', which trains a reward model and not a policy; use it in [refresh] only"
             )
+        if training.objective == "policy_gradient" and training.reference != "iteration":
+            reader.fail(f"{name}.reference", "must be 'iteration' with objective 'policy_gradient': it wrote the answers")
         for objective, ignored in IGNORED.items():
             for field_name in ignored if training.objective == objective else ():
                 if getattr(training, field_name):

@@ -28,6 +28,28 @@ class Model:
     path: str = option("a Hugging Face folder or name (safetensors, a tokenizer with a chat template), or `toy:base`")
     dtype: str = option("number type of the weights in engines and training", "float32", choices=("float32", "bfloat16"))
     context_tokens: int = option("longest context, prompt and response together", 4096, unit="tokens", low=16)
+    chat_template: str = option(
+        "a .jinja file with a chat template, for a base model or in place of the model's own; checkpoints get it too",
+        "",
+        later=True,
+    )
+    template_arguments: dict = option(
+        "arguments of the chat template, for example `{enable_thinking = false}`; used wherever it is rendered", {}, later=True
+    )
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """Models that think before they answer: the answer alone is refined, scored and shown to the next round."""
+
+    style: str = option(
+        "`tags`: thinking ends with a mark; `channels`: the answer is the channel `final` (gpt-oss); `none`: a response is all "
+        "answer; `auto`: what tokenizer and template know",
+        "auto", choices=("auto", "none", "tags", "channels"),
+    )  # fmt: skip
+    open: str = option("the mark that begins the thinking", "<think>")
+    close: str = option("the mark that ends the thinking", "</think>")
+    train: str = option("`all`: thinking and answer are trained; `answer`: thinking is context", "all", choices=("all", "answer"))
 
 
 @dataclass(frozen=True)

@@ -151,9 +151,9 @@ class Selection:
 
     name: str = option(
         "`reward_model`: the draft with the higher score is chosen; `rule`: the last round is chosen, the first rejected; "
-        "`random`: two random drafts",
+        "`random`: two random drafts; `advantages`: every answer alone, with its advantage, for `policy_gradient`",
         "reward_model",
-        choices=("reward_model", "rule", "random"),
+        choices=("reward_model", "rule", "random", "advantages"),
         plug=True,
     )
     pairing: str = option(
@@ -175,4 +175,6 @@ class Selection:
     max_repetition: float = option(
         "for `rule`: no pair if more than this share of the 4-grams of the last round is repeated", 0.3, low=0.0, high=1.0
     )
-    args: dict = option("options of a selection of your own; it gets them as `args`", {}, later=True)
+    args: dict = option(
+        "for `advantages`: `baseline` and `bonus`; for a selection of your own: its options, as `args`", {}, later=True
+    )

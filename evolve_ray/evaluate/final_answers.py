@@ -10,7 +10,7 @@ Same = Callable[[str, str], bool]  # whether two responses give the same answer
 
 
 def add_final_answers(
-    summary: dict[str, Any], prompts: Rows, chains: Tables, tables: Tables, *, name: str, pick: str, same: Same, seed: int
+    summary: dict[str, Any], prompts: Rows, chains: Tables, tables: Tables, *, name: str, pick: str, same: Same
 ) -> None:  # fmt: skip
     """Adds `strategy` to each split: the figures of the answer that `pick` takes from all answers to a prompt.
 
@@ -37,9 +37,9 @@ def add_final_answers(
         last = {prompt_id: chain[max(chain)] for prompt_id, chain in complete[split].items()}
         both = [(last[prompt_id], final) for prompt_id, final in finals.items() if prompt_id in last]
         figures["strategy"] = {"name": name, "pick": pick, "n": len(finals), "mean_tokens": tokens / len(finals)}
-        figures["strategy"] |= values_of(list(finals.values()), seed)
+        figures["strategy"] |= values_of(list(finals.values()))
         if both:
-            figures["strategy"]["difference"] = differences(both, seed)
+            figures["strategy"]["difference"] = differences(both)
 
 
 def last(answers: Rows, same: Same) -> dict | None:

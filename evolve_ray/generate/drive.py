@@ -4,6 +4,7 @@ A finished response goes to its strategy at once, and the next asks of the strat
 the same input gives the same schedule.
 """
 
+import dataclasses
 import heapq
 import itertools
 from collections import Counter
@@ -60,9 +61,9 @@ class Drive:
         self.engine, self.encode, self.spec, self.scorer = engine, encode, spec, scorer
         self.beat: Callable[[], None] = lambda: None  # called after every finished response
         self.verify: Callable[[dict, str], float] | None = None  # the verifier's value of (prompt, response)
+        self.read: Callable[[Completion], dict] = lambda completion: {}  # what a row says of a response beside its text
         self.pending: dict[str, tuple[Chain, Ask, Place]] = {}  # by request id
         self.queue: list[tuple[int, int, str, list[int], int]] = []  # a heap: round, arrival, request id, prompt ids, seed
-        self.messages: dict[str, list[dict]] = {}  # by draft id: what its ask showed the model
         self.arrivals, self.num_submitted = itertools.count(), 0
         self.waiting_for_scores: dict[int, Chain] = {}
         names = ("num_asks", "num_answers", "num_steps", "num_judged", "num_prompt_tokens", "num_cached_tokens", "num_tokens")
@@ -85,8 +86,6 @@ class Drive:
                     self.advance(self.waiting_for_scores.pop(key), scores)
         generated = [row for chain in chains if not chain.problem for row in in_order(chain)]
         rejected = [rows.reject(chain.prompt, "generations", chain.problem) for chain in chains if chain.problem]
-        if is_own(self.spec.strategy.name):
-            generated = [row | {"messages": self.messages.get(row["draft_id"], [])} for row in generated]
         self.stats["num_answers"] = sum(row["kind"] == "answer" for row in generated)
         return generated, rejected, self.stats
 
@@ -203,9 +202,12 @@ class Drive:
         self.beat()
         self.num_submitted -= 1
         chain, ask, place = self.pending.pop(completion.request_id)
-        row = draft_row(completion, chain.prompt, ask, place.seed, self.spec.model_hash, place.again)
+        details = self.read(completion)
+        completion = dataclasses.replace(completion, text=details.pop("text", completion.text))
+        row = draft_row(completion, chain.prompt, ask, place.seed, self.spec.model_hash, place.again) | details
+        if is_own(self.spec.strategy.name):  # no template can tell what it asks
+            row["messages"] = list(ask.messages)
         chain.order[row["draft_id"]] = place.number
-        self.messages[row["draft_id"]] = list(ask.messages)
         for name in ("num_prompt_tokens", "num_cached_tokens", "num_tokens"):
             self.stats[name] += getattr(completion, name)
         self.stats["num_asks"] += 1
@@ -261,7 +263,7 @@ def draft_row(
 
 def skipped_row(last_row: dict, number: int, reason: str) -> dict:
     """The row of round `number`, which a chain skipped after the draft of `last_row`: no text, no model, no tokens."""
-    return last_row | {
+    return {name: value for name, value in last_row.items() if name not in rows.DRAFT_DETAILS.names} | {
         "draft_id": rows.content_id("skipped", last_row["draft_id"], number),
         "round": number,
         "kind": "skipped",

@@ -8,9 +8,9 @@ from evolve_ray.config.plugs import check_call, find_plug, with_args
 from evolve_ray.errors import UserError
 from evolve_ray.evaluate.controller import CONTROLLERS
 from evolve_ray.refine.strategies import ALL_STRATEGIES
-from evolve_ray.score.combined import JUDGES, build_member
+from evolve_ray.score.combined import JUDGES, build_scorer
 from evolve_ray.score.verifiers import VERIFIERS, build_verifier
-from evolve_ray.select.pairs import SELECTIONS
+from evolve_ray.select.selections import SELECTIONS
 
 SCORER = ("prompts", "answers", "responses")
 
@@ -31,12 +31,10 @@ def check_plugs(config: Config) -> None:
         check_call("engine.name", config.engine.name, find_plug({}, config.engine.name, "engine.name"), ("spec", "chat"))
     check_scorers(config)
     for name, training in trainings(config):
-        if ":" in training.objective:
-            from evolve_ray.train import objectives  # loads torch, as the objective's own module does
+        if ":" in training.objective or training.objective_args:
+            from evolve_ray.train import objectives  # loads torch, so only where there is something to check
 
             objectives.find(training, name)
-        elif training.objective_args:
-            raise UserError(f"{name}.objective_args: has no effect with the shipped objective {training.objective!r}; remove it")
     if config.trainer.lora_rank and importlib.util.find_spec("peft") is None:
         raise UserError(
             "trainer.lora_rank: needs the package peft; pip install -e '.[lora]', or remove the option to train all weights"
@@ -50,7 +48,7 @@ def check_scorers(config: Config) -> None:
         name for name in (config.scorer.name, *config.scorer.members) if ":" in name and not name.startswith("reward_model=")
     ]
     if config.scorer.name in JUDGES:
-        build_member(config.scorer.name, config.scorer, {}, None)
+        build_scorer(config.scorer, {}, None)
     elif config.scorer.args and not plugs:
         raise UserError(f"scorer.args: has no effect with scorer {config.scorer.name!r}; remove it")
     named = [(field, "scorer.args", name, config.scorer.args) for name in plugs]

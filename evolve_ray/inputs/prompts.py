@@ -1,6 +1,7 @@
 """Commits the prompts of all iterations, the held-out prompts and the preference triples, or names the faults of all files."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,20 @@ import pyarrow as pa
 
 from evolve_ray.config.options import Preferences, texts_in_view
 from evolve_ray.data import triples as data_triples
-from evolve_ray.data.prompts import drop_held_out, fresh_order, fresh_slice, read_prompts, scan_prompts, with_token_counts
+from evolve_ray.data.prompts import (
+    HeldOut,
+    drop_held_out,
+    drop_repeated,
+    fresh_order,
+    fresh_slice,
+    read_prompts,
+    scan_prompts,
+    with_token_counts,
+)
 from evolve_ray.data.read import BLOCK_ROWS, MAX_SHOWN
 from evolve_ray.errors import UserError
+from evolve_ray.models.same_tokens import SameTokens
+from evolve_ray.score.verifiers import gold_check
 from evolve_ray.store import rows
 from evolve_ray.store.files import sha256_file
 from evolve_ray.store.manifest import Manifest
@@ -32,6 +44,8 @@ class Prompter:
         self.context, self.toy, self.config = context, toy, context.config
         self._chat: Any = None
         self._limit: int | None = None
+        # The tokens of a prompt are asked for up to three times, while its block is read.
+        self.first_ask = functools.lru_cache(maxsize=BLOCK_ROWS)(self.read_first_ask)
 
     def commit_all(self) -> None:
         """Commits everything, or raises one `UserError` with the faults of all files."""
@@ -60,15 +74,28 @@ class Prompter:
         path = self.toy.get(path, path)
         return ["file", sha256_file(Path(path))] if Path(path).is_file() else ["name", path]
 
+    def read_first_ask(self, prompt: str) -> tuple[int, str]:
+        """(number of tokens of a prompt's first ask, an id of these tokens)."""
+        ids = self.chat.context_ids(self.context.template.direct(prompt))
+        return len(ids), rows.content_id("ask", ids)
+
     def count(self, prompt: str) -> int:
-        return len(self.chat.context_ids(self.context.template.direct(prompt)))
+        return self.first_ask(prompt)[0]
+
+    def asked(self, prompt: str) -> str:
+        return self.first_ask(prompt)[1]
+
+    @functools.cached_property
+    def gold_fault(self) -> Callable[[str], str] | None:
+        """What is wrong with a gold answer, if the verifier can say it."""
+        return gold_check(self.config.verifier)
 
     @property
     def chat(self) -> Any:
         if self._chat is None:
             from evolve_ray.models.chat import Chat
 
-            self._chat = Chat(self.context.policy.folder)
+            self._chat = Chat(self.context.policy.folder, rendering=self.context.template.rendering)
         return self._chat
 
     def limit(self) -> int:
@@ -117,14 +144,15 @@ class Prompter:
         for split, path in part.splits.items():
             prompts, duplicates = read_prompts(
                 self.toy.get(path, path), prompt_column=part.prompt_column, answer_column=part.answer_column,
-                answer_pattern=part.answer_pattern, source_split=part.split, split=split,
+                answer_pattern=part.answer_pattern, source_split=part.split, split=split, gold_fault=self.gold_fault,
             )  # fmt: skip
             num_in += len(prompts) + len(duplicates)
             beyond = prompts[part.limit :] if part.limit else []
             rejected += duplicates + [rows.reject(row, "held_out", f"beyond evaluation.limit {part.limit}") for row in beyond]
-            fitting, too_long = self.fitting(prompts[: part.limit or None])
+            usable, repeated = drop_repeated(prompts[: part.limit or None], self.asked, {})
+            fitting, too_long = self.fitting(usable)
             self.check_loss(too_long, len(fitting) + len(too_long), path)
-            rejected += too_long
+            rejected += repeated + too_long
             table += [{**row, "prompt_id": evaluation_id(split, row["prompt_id"])} for row in fitting]
         return self.commit(stage, table, rejected, "prompts.parquet", rows.PROMPT, num_in)
 
@@ -142,17 +170,21 @@ class Prompter:
     def read_triples(self, part: Preferences) -> tuple[list[dict], list[dict]]:
         return data_triples.read_triples(
             self.toy.get(part.path, part.path), prompt_column=part.prompt_column, chosen_column=part.chosen_column,
-            rejected_column=part.rejected_column, source_split=part.split, limit=part.limit, held_out=self.held_texts(),
+            rejected_column=part.rejected_column, source_split=part.split, limit=part.limit, held_out=self.held_prompts(),
+            same_tokens=None if part.training.objective == "sft" else self.same_tokens,
         )  # fmt: skip
+
+    @property
+    def same_tokens(self) -> SameTokens:
+        return SameTokens(self.context.policy.folder, self.context.template.rendering)
 
     def held_inputs(self) -> dict[str, str]:
         """The stage inputs of a stage that leaves out held-out prompts; its own file is in its key."""
         return {"held_out": self.context.held_out.identity} if self.context.held_out else {}
 
-    def held_texts(self) -> dict[str, str]:
-        """`{text: split}` of the held-out prompts."""
+    def held_prompts(self) -> HeldOut:
         held_out = self.context.held_out
-        return {row["prompt"]: row["split"] for row in rows.read_table(held_out.path("prompts.parquet"))} if held_out else {}
+        return HeldOut(rows.read_table(held_out.path("prompts.parquet")), self.asked) if held_out else HeldOut()
 
     def tokens_key(self) -> list[Any]:
         """The part of a stage key that decides which prompts fit: the tokenizer and template (by hash), and the sizes."""
@@ -195,19 +227,22 @@ class Prompter:
 
     def read_training(self, part: Any) -> tuple[pa.Table, list[dict]]:
         """(the usable training prompts as one table, which needs far less memory than dicts; the rejected rows)."""
-        texts = self.held_texts()
+        held_prompts = self.held_prompts()
+        line_of: dict[tuple[str, str | None], int] = {}
         duplicates: list[dict] = []
         overlap: list[dict] = []
         too_long: list[dict] = []
         tables: list[pa.Table] = []
         prompts = scan_prompts(
             self.toy.get(part.path, part.path), duplicates, prompt_column=part.prompt_column, answer_column=part.answer_column,
-            answer_pattern=part.answer_pattern, id_column=part.id_column, source_split=part.split,
+            answer_pattern=part.answer_pattern, id_column=part.id_column, source_split=part.split, gold_fault=self.gold_fault,
         )  # fmt: skip
         while block := list(itertools.islice(prompts, BLOCK_ROWS)):
-            usable, held_out = drop_held_out(block, texts)
+            usable, held_out = drop_held_out(block, held_prompts)
+            # Ids of the user's own say which prompts differ.
+            usable, repeated = (usable, []) if part.id_column else drop_repeated(usable, self.asked, line_of)
             usable, beyond = self.fitting(usable)
-            overlap += held_out
+            overlap += held_out + repeated
             too_long += beyond
             tables.append(pa.Table.from_pylist(usable, schema=rows.PROMPT))
         table = pa.concat_tables(tables).combine_chunks()

@@ -42,6 +42,7 @@ FIRST_STAGES = (
     "evaluation",
 )
 NO_REFERENCE = ("sft", "reward")  # shipped objectives without a reference policy
+WITH_NUMBERS = ("policy_gradient",)  # shipped objectives that need numbers of their pairs
 STEP_BYTES = 3  # bytes of a stored step, in sizes of the model: the weights and two moments of AdamW
 CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English text, used only to estimate disk
 
@@ -172,7 +173,8 @@ def rows_by_split(config: Config) -> dict[str, int | None]:
 
 def pair_bound(config: Config) -> int:
     """Returns the largest number of pairs that selection can give."""
-    return config.prompts.per_iteration * config.selection.max_pairs
+    alone = config.selection.name == "advantages"  # a row for each answer
+    return config.prompts.per_iteration * (drafts_per_prompt(config.strategy) if alone else config.selection.max_pairs)
 
 
 def model_bytes(config: Config) -> int | None:

@@ -1,5 +1,6 @@
 """Templates: the words around prompts and drafts, and how they become chat messages."""
 
+import dataclasses
 import re
 import tomllib
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from evolve_ray.errors import UserError
 from evolve_ray.refine.asks import Messages
+from evolve_ray.refine.rendering import Rendering
 from evolve_ray.store.rows import digest
 
 # The parts of a template, and the fields that each part must contain.
@@ -31,7 +33,10 @@ NEEDED = {  # the further parts that a strategy needs
 
 @dataclass(frozen=True)
 class Template:
-    """The words around prompts and drafts. `layout` is "conversation" or "one_message"."""
+    """The words around prompts and drafts. `layout` is "conversation" or "one_message".
+
+    `rendering` is how the messages become text afterwards; it travels with the words, because both decide what a model is asked.
+    """
 
     layout: str
     first: str
@@ -42,6 +47,7 @@ class Template:
     revise: str = ""
     critique_one_message: str = ""
     revise_one_message: str = ""
+    rendering: Rendering = dataclasses.field(default_factory=Rendering)
 
     def direct(self, prompt: str) -> Messages:
         """The messages that ask for round 1: `x`."""
@@ -81,7 +87,7 @@ class Template:
 
     @property
     def hash(self) -> str:
-        return digest([self.layout, *(getattr(self, part) for part in FIELDS)])
+        return digest([self.layout, *(getattr(self, part) for part in FIELDS), *self.rendering.key])
 
 
 def user(content: str) -> dict[str, str]:

@@ -42,27 +42,32 @@ def reward_model_field(scorer: options.Scorer) -> str:
     return "scorer.members" if scorer.members else "scorer.model"
 
 
-def build_scorer(scorer: options.Scorer, reward_models: dict[str, str], verifier: Scorer | None) -> Scorer:
-    """The scorer of a recipe. `reward_models` maps the names in the recipe to local folders; `verifier` is the recipe's."""
+def build_scorer(scorer: options.Scorer, reward_models: dict[str, str], verifier: Scorer | None, day: str = "") -> Scorer:
+    """The scorer of a recipe. `reward_models` maps the names in the recipe to local folders; `verifier` is the recipe's.
+
+    `day` is the date that their chat templates print ("": today).
+    """
     if scorer.name == "reward_model":
-        return RewardModel(scorer, reward_models[scorer.model])
+        return RewardModel(scorer, reward_models[scorer.model], day=day)
     if scorer.name in COMBINATIONS:
         for member, count in collections.Counter(scorer.members).items():
             if count > 1:
                 raise UserError(f"scorer.members: {member!r} occurs {count} times; name each scorer once")
-        members = {member: build_member(member, scorer, reward_models, verifier) for member in scorer.members}
+        members = {member: build_member(member, scorer, reward_models, verifier, day) for member in scorer.members}
         return Combined(members, COMBINATIONS[scorer.name])
-    return build_member(scorer.name, scorer, reward_models, verifier)
+    return build_member(scorer.name, scorer, reward_models, verifier, day)
 
 
-def build_member(member: str, scorer: options.Scorer, reward_models: dict[str, str], verifier: Scorer | None) -> Scorer:
+def build_member(
+    member: str, scorer: options.Scorer, reward_models: dict[str, str], verifier: Scorer | None, day: str
+) -> Scorer:  # fmt: skip
     """One scorer by its name: the verifier, a reward model, or a plug."""
     if member == "verifier":
         if verifier is None:
             raise UserError("verifier: must be set when the verifier is the scorer; add a [verifier] table")
         return verifier
     if member.startswith(REWARD_MODEL):
-        return RewardModel(scorer, reward_models[member.removeprefix(REWARD_MODEL)], "scorer.members")
+        return RewardModel(scorer, reward_models[member.removeprefix(REWARD_MODEL)], "scorer.members", day)
     if member in JUDGES:
         return with_args("scorer.args", member, JUDGES[member], scorer.args)(scorer)
     field = "scorer.members" if scorer.members else "scorer.name"

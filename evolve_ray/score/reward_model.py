@@ -6,6 +6,7 @@ from typing import Any
 
 from evolve_ray.config import options
 from evolve_ray.models.chat import Chat
+from evolve_ray.refine.rendering import Rendering
 
 
 class RewardModel:
@@ -17,13 +18,13 @@ class RewardModel:
     batches and in their order, so a score does not depend on the number of actors.
     """
 
-    def __init__(self, scorer: options.Scorer, folder: str, field: str = "scorer.model"):
+    def __init__(self, scorer: options.Scorer, folder: str, field: str = "scorer.model", day: str = ""):
         import torch
         from transformers import AutoModelForSequenceClassification
 
         self.torch = torch
         self.batch_size, self.max_tokens, self.output = scorer.batch_size, scorer.max_tokens, max(scorer.output, 0)
-        self.chat = Chat(folder, field)
+        self.chat = Chat(folder, field, Rendering(day=day))
         self.device = torch.device("cuda" if scorer.gpus_per_actor else "cpu")
         model = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=getattr(torch, scorer.dtype), trust_remote_code=False

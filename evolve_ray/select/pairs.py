@@ -6,7 +6,7 @@ draft that was cut by length can be rejected in a pair, but is never chosen, exc
 """
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from rapidfuzz.distance import Levenshtein
 
@@ -195,10 +195,3 @@ def make_pair(prompt: dict, chosen: dict, rejected: dict, numbers: dict[str, flo
         "rejected_score": rejected.get("score"),
     }
     return pair | {"numbers": numbers} if numbers else pair
-
-
-SELECTIONS: dict[str, Callable[[dict, list[dict], Selection], Selected]] = {
-    "reward_model": reward_model,
-    "rule": rule,
-    "random": random_pairs,
-}

@@ -9,7 +9,7 @@ from evolve_ray.config.resolve import resolved
 from evolve_ray.evaluate.figures import add_best_of, summarise
 from evolve_ray.evaluate.final_answers import add_final_answers
 from evolve_ray.inputs.context import Context, Policy
-from evolve_ray.score.verifiers import same_answer
+from evolve_ray.score.verifiers import same_answer, verifier_key
 from evolve_ray.stages.generations import EVALUATION_SCOPE, GenerationJob, generate_and_score
 from evolve_ray.store import rows, shards
 from evolve_ray.store.manifest import Manifest
@@ -34,13 +34,13 @@ def evaluate(context: Context, iteration: int, policy: Policy, name: str, folder
         "template": context.template.hash,
         "options": [resolved(part, runtime=False) for part in (chain, sampling, config.engine, config.scorer)],
         "parallel": config.evaluation.parallel,
-        "verifier": resolved(config.verifier, runtime=False),
+        "verifier": verifier_key(config.verifier),
         "reward_models": {name: model.hash for name, model in context.reward_models.items()},
-        **sources(*(part.name for part in (config.engine, config.scorer, config.verifier) if part), *config.scorer.members),
+        **sources(config.engine.name, config.scorer.name, *config.scorer.members),
     }
     if config.evaluation.pick:
-        key["measured"] = {"pick": config.evaluation.pick, "strategy": resolved(config.strategy, runtime=False)}
-        key["measured"] |= sources(config.strategy.name)
+        measured = {"pick": config.evaluation.pick, "strategy": resolved(config.strategy, runtime=False)}
+        key["measured"] = measured | sources(config.strategy.name)
     stage = context.stage(context.run.iteration(iteration) / folder, "evaluation", key, {"prompts": context.held_out.identity})
     manifest = stage.committed()
     if manifest is None:
@@ -60,17 +60,16 @@ def run_evaluation(context: Context, stage: Stage, job: GenerationJob) -> Manife
         parallel = options.Strategy(name="parallel", samples=config.evaluation.parallel)
         parts.append(generate_and_score(context, dataclasses.replace(job, strategy=parallel), stage.work / "parallel"))
     if config.evaluation.pick:
-        measured = dataclasses.replace(job, strategy=config.strategy)
-        parts.append(generate_and_score(context, measured, stage.work / "strategy"))
+        own = dataclasses.replace(job, strategy=config.strategy)
+        parts.append(generate_and_score(context, own, stage.work / "strategy"))
     prompts = rows.read_table(job.prompts.path("prompts.parquet"))
     tables = [[list(shards.read_rows(table)) for table in part] for part in parts]
-    summary = summarise(prompts, *tables[0], seed=config.seed)
+    summary = summarise(prompts, *tables[0])
     if config.evaluation.parallel:
-        add_best_of(summary, tables[0], tables[1], seed=config.seed)
+        add_best_of(summary, tables[0], tables[1])
     if config.evaluation.pick:
         names = {"name": config.strategy.name, "pick": config.evaluation.pick}
-        same = same_answer(config.verifier)
-        add_final_answers(summary, prompts, tables[0], tables[-1], **names, same=same, seed=config.seed)
+        add_final_answers(summary, prompts, tables[0], tables[-1], **names, same=same_answer(config.verifier))
     rows.write_jsonl(stage.work / "summary.jsonl", [summary])
     rejected = [row for part in parts for table in part for row in rows.read_jsonl(table.path("rejected.jsonl"))]
     totals = {name: sum(drafts.stats[name] for drafts, _ in parts) for name in TOTALS}

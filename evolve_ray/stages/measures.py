@@ -67,7 +67,7 @@ def decide(context: Context, iteration: int, models: list[dict[str, Any]]) -> di
     if manifest is None:
         with context.run.timed("decision", iteration):
             tables = [chains_of(part) for part in (evaluations["previous"], evaluations["evaluation"]) if part]
-            changes = against_previous(list(config.evaluation.splits), *tables, seed=config.seed) if tables else {}
+            changes = against_previous(list(config.evaluation.splits), *tables) if tables else {}
             control = find_plug(controller.CONTROLLERS, settings.name, "controller.name")
             control = with_args("controller.args", settings.name, control, settings.args)
             with blame("controller.name", settings.name, f"iteration {iteration}"):

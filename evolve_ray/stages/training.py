@@ -10,7 +10,7 @@ from evolve_ray.config.plugs import is_own, sources
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import UserError
 from evolve_ray.inputs.context import Context, Policy
-from evolve_ray.plan.plan import find_objective, uses_reference
+from evolve_ray.plan.plan import WITH_NUMBERS, find_objective, uses_reference
 from evolve_ray.store.manifest import Manifest
 from evolve_ray.store.run import Stage
 from evolve_ray.train import group
@@ -77,7 +77,7 @@ def stages(
 
 def check_numbers(pairs: Manifest, training: options.Training, selection: str) -> None:
     """Raises UserError if pairs lack a number that the objective needs."""
-    needed = find_objective(training).numbers if is_own(training.objective) else ()
+    needed = find_objective(training).numbers if is_own(training.objective) or training.objective in WITH_NUMBERS else ()
     schema = pq.read_schema(pairs.path("pairs.parquet"))
     present = [field.name for field in schema.field("numbers").type] if "numbers" in schema.names else []
     for name in needed:

@@ -41,9 +41,16 @@ GENERATION = pa.schema(
         ("model", pa.string()),  # content hash of the model that wrote it; null in the same cases
     ]
 )
-# Of a strategy of the user's own, whose asks no template can tell: the messages of each ask; empty if there was none.
-GENERATION_WITH_MESSAGES = GENERATION.append(
-    pa.field("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))
+# Further columns of drafts, each there only in a table in which a row has a value. They say what the text alone does not.
+DRAFT_DETAILS = pa.schema(
+    [
+        ("token_ids", pa.list_(pa.int32())),  # what the engine wrote, its end token too; null if these are the tokens of `text`
+        ("thinking", pa.string()),  # what the model thought before the answer; `text` is the answer alone
+        ("num_thinking_tokens", pa.int64()),
+        ("fault", pa.string()),  # why the draft must not be learned: no answer, or a token without a text
+        # Of a strategy of the user's own, whose asks no template can tell: what the ask showed the model.
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+    ]
 )
 SCORE = pa.schema(
     [
@@ -70,13 +77,19 @@ PAIR = pa.schema(
         ("rejected_score", pa.float64()),
     ]
 )
+PAIR_DETAILS = pa.schema(  # in the same way; what they say of a draft of the pair
+    [
+        ("chosen_token_ids", pa.list_(pa.int32())),
+        ("rejected_token_ids", pa.list_(pa.int32())),
+        ("chosen_num_thinking_tokens", pa.int64()),
+        ("rejected_num_thinking_tokens", pa.int64()),
+    ]
+)
 
 
-def pair_schema(numbers: list[str]) -> pa.Schema:
-    """The schema of pairs; with a struct column `numbers` if they have named numbers for the loss."""
-    if not numbers:
-        return PAIR
-    return PAIR.append(pa.field("numbers", pa.struct([(name, pa.float64()) for name in numbers])))
+def numbered(schema: pa.Schema, numbers: list[str]) -> pa.Schema:
+    """The schema of pairs, with a struct column `numbers` if they have named numbers for the loss."""
+    return schema.append(pa.field("numbers", pa.struct([(name, pa.float64()) for name in numbers]))) if numbers else schema
 
 
 # Sums of the log-probabilities of response tokens under the reference policy; null if the objective does not need them.
@@ -118,14 +131,25 @@ def derive_seed(*parts: Any) -> int:
     return int(digest(list(parts))[:12], 16) % 2**31
 
 
-def write_table(path: Path, rows: list[dict] | pa.Table, schema: pa.Schema, *, group_rows: int | None = None) -> None:
-    """Writes `rows` to one Parquet file, in row groups of `group_rows`; the same rows give the same bytes."""
+def write_table(
+    path: Path, rows: list[dict] | pa.Table, schema: pa.Schema, details: pa.Schema | None = None, *, group_rows: int | None = None
+) -> None:  # fmt: skip
+    """Writes `rows` to one Parquet file, in row groups of `group_rows`; the same rows give the same bytes.
+
+    Of `details`, which a row may leave out, those columns are written in which a row has a value.
+    """
     if not isinstance(rows, pa.Table):
-        names = set(schema.names)
+        names, known = set(schema.names), set(details.names if details else ())
         for row in rows[:1]:
-            assert set(row) == names, f"row has {sorted(set(row) ^ names)} too many or too few for the schema"
-        rows = pa.Table.from_pylist(rows, schema=schema)
+            assert set(row) - known == names, f"row has {sorted(set(row) ^ names)} too many or too few for the schema"
+        rows = pa.Table.from_pylist(rows, schema=with_details(schema, details, rows) if details else schema)
     pq.write_table(rows, path, compression="zstd", row_group_size=group_rows)
+
+
+def with_details(schema: pa.Schema, details: pa.Schema, rows: list[dict]) -> pa.Schema:
+    """The schema with those of the further columns in which a row has a value."""
+    used = [field for field in details if any(row.get(field.name) is not None for row in rows)]
+    return pa.schema([*schema, *used])
 
 
 def read_table(path: Path) -> list[dict]:

@@ -21,6 +21,7 @@ from evolve_ray.config import options
 from evolve_ray.config.plugs import blame, check_call, find_plug, with_args
 from evolve_ray.errors import UserError
 from evolve_ray.store import rows
+from evolve_ray.train.policy_gradient import policy_gradient
 
 Logps = dict[str, torch.Tensor]
 Result = tuple[torch.Tensor, dict[str, torch.Tensor]]
@@ -169,10 +170,16 @@ def find(training: options.Training, table: str = "training") -> Objective:
         "srpo": Objective(refine, AFTER_REJECTED + AFTER_CHOSEN, reference=True),
         "evolve": Objective(evolve, DIRECT * with_dpo + (AFTER_REJECTED + AFTER_CHOSEN) * with_refine, reference=True),
         "reward": Objective(reward, DIRECT, reference=False, scores=True),
-    }
+        "policy_gradient": Objective(
+            policy_gradient, ("chosen", "chosen_after_rejected") if training.refine_weight else ("chosen",), reference=True,
+            numbers=("advantage", "refined"),
+        ),
+    }  # fmt: skip
     objective = find_plug(shipped, training.objective, f"{table}.objective")
     if ":" in training.objective:
         objective = checked(objective, training, table)
+    loss = with_args(f"{table}.objective_args", training.objective, objective.loss, training.objective_args)
+    objective = dataclasses.replace(objective, loss=loss)
     ignored = {
         "nll": objective.scores and training.nll,
         "length_normalised": objective.scores and training.length_normalised,
@@ -187,7 +194,7 @@ def find(training: options.Training, table: str = "training") -> Objective:
 
 
 def checked(objective: Any, training: options.Training, table: str) -> Objective:
-    """Somebody's own objective with its options, after the checks that need no data."""
+    """Somebody's own objective, after the checks that need no data."""
     field, name = f"{table}.objective", training.objective
     if not isinstance(objective, Objective):
         raise UserError(
@@ -200,9 +207,8 @@ def checked(objective: Any, training: options.Training, table: str) -> Objective
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"it can need {', '.join(SEQUENCES)}"
             raise UserError(f"{field}: {name!r} needs {sequence!r}, which is not a sequence of a pair; {hint}")
     check_call(field, name, objective.loss, ("policy", "reference", "training"), extras=LOSS_EXTRAS)
-    loss = with_args(f"{table}.objective_args", name, objective.loss, training.objective_args)
     # In the order of the table, whatever the order in which the plug names them.
-    return dataclasses.replace(objective, loss=loss, needs=tuple(name for name in SEQUENCES if name in needs))
+    return dataclasses.replace(objective, needs=tuple(name for name in SEQUENCES if name in needs))
 
 
 def total(

@@ -22,7 +22,7 @@ HEAVY = ("matplotlib", "ray", "torch", "vllm", "deepspeed", "transformers", "dat
 # What a training worker imports at once; all else loads nothing heavy before it is needed.
 LOADS_TORCH = {f"evolve_ray.train.{name}" for name in (
     "adapters", "attention", "dropout", "forwards", "logprobs",
-    "objectives", "rank", "reference", "steps", "tree_check")}  # fmt: skip
+    "objectives", "policy_gradient", "rank", "reference", "steps", "tree_check")}  # fmt: skip
 LOADS_TORCH |= {"evolve_ray.toy.__main__"}
 MAX_LINES, MAX_TEST_LINES = 350, 500
 
@@ -38,6 +38,7 @@ ALLOWED_DANGER = {
 # Under which names the package holds a section of the configuration.
 HOLDERS = {
     "Config": {"config"}, "Model": {"model"}, "Prompts": {"prompts", "part"}, "Template": {"template"},
+    "Thinking": {"thinking", "options"},
     "Strategy": {"strategy", "options"}, "Sampling": {"sampling"}, "Engine": {"engine"}, "Scorer": {"scorer", "options"},
     "Verifier": {"verifier"}, "Selection": {"selection", "options"}, "Training": {"training"}, "Trainer": {"trainer"},
     "Preferences": {"part", "activation", "offline"}, "Evaluation": {"evaluation", "part"}, "RayOptions": {"ray"},

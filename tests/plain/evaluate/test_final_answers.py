@@ -52,9 +52,9 @@ def test_figures_of_the_final_answer_and_its_difference_to_the_chain():
     chain = [row("p1", 0, 1, "3"), row("p2", 0, 1, "7")]
     samples = [row("p1", n, 1, text) for n, text in enumerate("773")] + [row("p2", n, 1, text) for n, text in enumerate("337")]
     samples.append(row("p1", 0, 1, "why", kind="critique", tokens=5))
-    summary = summarise(PROMPTS, chain, scores(chain, "7"), seed=0)
+    summary = summarise(PROMPTS, chain, scores(chain, "7"))
     tables = ((chain, scores(chain, "7")), (samples, scores(samples, "7")))
-    add_final_answers(summary, PROMPTS, *tables, name="parallel", pick="vote", same=equal, seed=0)
+    add_final_answers(summary, PROMPTS, *tables, name="parallel", pick="vote", same=equal)
     figures = summary["held"]["strategy"]
     assert (figures["name"], figures["pick"], figures["n"], figures["mean_tokens"]) == ("parallel", "vote", 2, (6 + 5 + 6) / 2)
     assert figures["exact_match"]["mean"] == 0.5
@@ -64,6 +64,6 @@ def test_figures_of_the_final_answer_and_its_difference_to_the_chain():
 
 def test_a_prompt_whose_final_answer_has_no_score_is_left_out():
     chain = [row("p1", 0, 1, "3")]
-    summary = summarise(PROMPTS, chain, scores(chain, "7"), seed=0)
-    add_final_answers(summary, PROMPTS, (chain, scores(chain, "7")), (chain, []), name="s", pick="last", same=equal, seed=0)
+    summary = summarise(PROMPTS, chain, scores(chain, "7"))
+    add_final_answers(summary, PROMPTS, (chain, scores(chain, "7")), (chain, []), name="s", pick="last", same=equal)
     assert "strategy" not in summary["held"]

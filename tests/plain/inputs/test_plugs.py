@@ -65,7 +65,7 @@ NUMBER = 3
         (["strategy.args.a=1"], r"strategy\.args: holds a, but 'chain' takes no `args`; remove the table"),
         (["scorer.args.a=1"], r"scorer\.args: has no effect with scorer 'reward_model'; remove it"),
         (["verifier.args.a=1", "verifier.name=exact", *VERIFIED], r"verifier\.args: holds a, but 'exact' takes no `args`"),
-        (["training.objective_args.a=1"], r"training\.objective_args: has no effect with the shipped objective 'evolve'"),
+        (["training.objective_args.a=1"], r"training\.objective_args: holds a, but 'evolve' takes no `args`"),
     ],
 )  # fmt: skip
 def test_plugs_are_checked_by_kind(recipe, overrides, message):

@@ -7,7 +7,7 @@ import pytest
 from evolve_ray.config.options import Scorer
 from evolve_ray.errors import ResourceError, UserError
 from evolve_ray.score.combined import build_scorer
-from tests.plain.benchmarks.test_driver import FakeJudge
+from tests.plain.benchmarks.examples import FakeJudge
 
 
 @pytest.fixture
