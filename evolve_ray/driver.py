@@ -131,6 +131,7 @@ def run(
     directory = Run(root)
     trackers = Trackers(config, directory, say)
     with directory.locked(), mirrored(uri, directory) if uri else contextlib.nullcontext():
+        rerun_changed = rerun_changed or not directory.has_results()
         changed = settle_config(config, directory, rerun_changed=rerun_changed)
         directory.event("driver_start", pid=os.getpid(), job=submission_id(), command=command_line, folder=os.getcwd())
         say(f"run {config.name} in {root}" + (f", mirrored in {uri}" if uri else ""))

@@ -143,6 +143,7 @@ def run(plan: Plan, root: Path, *, rerun_changed: bool) -> int:
 
     folder = Run(root)
     with folder.locked():
+        rerun_changed = rerun_changed or not folder.has_results()
         changed = settle_config(plan.config, folder, rerun_changed=rerun_changed)
         folder.event("driver_start", models=[model.given for model in plan.models])
         say(f"evaluation of {', '.join(model.name for model in plan.models)} in {root}")

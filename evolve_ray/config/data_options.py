@@ -58,7 +58,9 @@ class Source:
 
     path: str = option("a JSONL, JSON or Parquet file, or a `datasets` name (`owner/name` or `owner/name:config`) or folder")
     split: str = option("split of a `datasets` name or folder", "train")
-    prompt_column: str = option("column with the prompt", "prompt")
+    prompt_column: str = option(
+        "column with the prompt, a text or a conversation; at its default other shapes are found too", "prompt"
+    )
     answer_column: str = option("column with the gold answer; empty: there is none", "")
     answer_pattern: str = option(
         "regular expression: the first group of its last match in the answer column is the answer; empty: the whole column", ""
@@ -73,6 +75,11 @@ class Prompts(Source):
     per_iteration: int = option("fresh prompts for each iteration", 5000, unit="rows", low=1)
     max_rejected_fraction: float = option(
         "largest share of prompts that may be too long; if more are, the run stops", 0.0, low=0.0, high=1.0
+    )
+    system: str = option(
+        "system prompt for every row that has none, here, in [evaluation], [activation] and [offline]; empty: none",
+        "",
+        later=True,
     )
 
 

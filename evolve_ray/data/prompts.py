@@ -14,8 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from evolve_ray.data.read import answer_of, faults_error, read_records, text_of
+from evolve_ray.data.shapes import Shape, read_prompt
 from evolve_ray.errors import UserError
 from evolve_ray.store.rows import content_id, derive_seed, reject
+from evolve_ray.store.turns import Prompt, as_text
 
 
 def read_prompts(path: str, **columns: Any) -> tuple[list[dict], list[dict]]:
@@ -35,19 +37,27 @@ def scan_prompts(
     draft_column: str = "",
     source_split: str = "train",
     split: str = "train",
+    system: str = "",
     gold_fault: Callable[[str], str] | None = None,
+    prompt_fault: Callable[[Prompt], str] | None = None,
+    shape: Shape | None = None,
 ) -> Iterator[dict]:
     """Yields prompt rows (without `num_tokens`) in the order of the file; appends duplicates to `rejected`.
 
-    `gold_fault` returns what is wrong with a gold answer, "" if nothing is. With `draft_column` a row also has the text of that
+    A prompt without a system prompt gets `system`; `shape` counts what the prompts are. `gold_fault` and `prompt_fault` return
+    what is wrong with a gold answer and with a prompt, "" if nothing is. With `draft_column` a row also has the text of that
     column as `draft`; the first of several duplicates counts. Raises UserError at the end of the file, with all faults.
     """
     faults: list[str] = []
+    shape = Shape() if shape is None else shape
     line_of: dict[str, int] = {}  # by prompt id
     text_id_of: dict[str, str] = {}  # by prompt id, only for ids from `id_column`: other ids are hashes of the text
     for line, record in read_records(path, source_split, faults):
         where = f"{path}:{line}"
-        prompt = text_of(record, prompt_column, where, faults)
+        prompt = read_prompt(record, prompt_column, where, faults, shape, system=system)
+        if prompt_fault and prompt is not None and (fault := prompt_fault(prompt)):
+            faults.append(f"{where}: {fault}")
+            prompt = None
         answer = text_of(record, answer_column, where, faults) if answer_column else None
         if answer_pattern and answer is not None:
             answer = answer_of(answer, answer_pattern, f"{where}: column {answer_column!r}", faults)
@@ -92,9 +102,12 @@ def fresh_slice(table: pa.Table, order: pa.Array, *, iteration: int, per_iterati
 INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u2060\ufeff]")
 
 
-def question(prompt: str) -> str:
-    """A prompt in one form: without invisible characters, composed Unicode, one space for each run of white space."""
-    return " ".join(unicodedata.normalize("NFC", INVISIBLE.sub("", prompt)).split())
+def question(prompt: Prompt) -> str:
+    """A prompt in one form: without invisible characters, composed Unicode, one space for each run of white space.
+
+    All turns of a conversation count, the system prompt too.
+    """
+    return " ".join(unicodedata.normalize("NFC", INVISIBLE.sub("", as_text(prompt))).split())
 
 
 class HeldOut:
@@ -104,7 +117,7 @@ class HeldOut:
     and the tokenizer decide which differences vanish: spaces at the end, the Unicode form, upper case.
     """
 
-    def __init__(self, prompts: Iterable[dict] = (), asked: Callable[[str], str] = question):
+    def __init__(self, prompts: Iterable[dict] = (), asked: Callable[[Prompt], str] = question):
         self.asked = asked
         self.split_of_text: dict[str, str] = {}
         self.split_of_ask: dict[str, str] = {}
@@ -112,7 +125,7 @@ class HeldOut:
             self.split_of_text[question(row["prompt"])] = row["split"]
             self.split_of_ask[asked(row["prompt"])] = row["split"]
 
-    def split(self, prompt: str) -> str | None:
+    def split(self, prompt: Prompt) -> str | None:
         """The evaluation split that a prompt belongs to; None if it belongs to none."""
         if not self.split_of_text:
             return None
@@ -132,7 +145,7 @@ def drop_held_out(rows: list[dict], held_out: HeldOut) -> tuple[list[dict], list
 
 
 def drop_repeated(
-    rows: list[dict], asked: Callable[[str], str], line_of: dict[tuple[str, str | None], int]
+    rows: list[dict], asked: Callable[[Prompt], str], line_of: dict[tuple[str, str | None], int]
 ) -> tuple[list[dict], list[dict]]:
     """Returns (rows, rejected rows): a row is rejected if an earlier one asks the model the same, with the same gold answer.
 
@@ -148,7 +161,9 @@ def drop_repeated(
     return first_rows, rejected
 
 
-def with_token_counts(rows: list[dict], count: Callable[[str], int], limit: int, *, field: str) -> tuple[list[dict], list[dict]]:
+def with_token_counts(
+    rows: list[dict], count: Callable[[Prompt], int], limit: int, *, field: str
+) -> tuple[list[dict], list[dict]]:
     """Returns (rows with `num_tokens` of their first ask, rejected rows).
 
     `count` returns the tokens of a prompt's first ask. A prompt with more than `limit` tokens is rejected, never cut; `field`

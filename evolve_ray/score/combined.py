@@ -3,6 +3,7 @@
 import collections
 import math
 from collections.abc import Callable
+from typing import Any
 
 from evolve_ray.config import options
 from evolve_ray.config.plugs import blame, find_plug, with_args
@@ -18,7 +19,7 @@ class Combined:
     def __init__(self, members: dict[str, Scorer], combine: Callable[[list[float]], float]):
         self.members, self.combine = members, combine
 
-    def __call__(self, prompts: list[str], answers: list[str | None], responses: list[str]) -> list[float]:
+    def __call__(self, prompts: list[Any], answers: list[str | None], responses: list[str]) -> list[float]:
         columns = [
             call_scorer(f"scorer member {name}", member, prompts, answers, responses) for name, member in self.members.items()
         ]

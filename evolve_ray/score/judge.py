@@ -16,6 +16,7 @@ from evolve_ray.config.option import option
 from evolve_ray.errors import ResourceError, UserError, first_line
 from evolve_ray.refine.template import fill
 from evolve_ray.store.rows import derive_seed
+from evolve_ray.store.turns import as_text
 
 RETRIES, TIMEOUT_S = 5, 600.0  # of the OpenAI client, with growing pauses
 RATING = """Rate the response to the question on a scale from {low} to {high}, where {high} is best.
@@ -87,7 +88,8 @@ class Judge:
             raise UserError(f"scorer.args.key_env: {self.args.key_env} is not set in the environment of the scoring actors")
         return openai.OpenAI(base_url=self.args.url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT_S)
 
-    def __call__(self, prompts: list[str], answers: list[str | None], responses: list[str]) -> list[float]:
+    def __call__(self, prompts: list[Any], answers: list[str | None], responses: list[str]) -> list[float]:
+        prompts = [as_text(prompt) for prompt in prompts]
         with ThreadPoolExecutor(self.args.concurrency) as pool:
             return self.compare(pool, prompts, responses) if self.args.mode == "compare" else self.rate(pool, prompts, responses)
 

@@ -9,15 +9,15 @@ from evolve_ray.errors import IntegrityError, UserError
 
 
 class Scorer(Protocol):
-    """Returns one score for each (prompt, gold answer, response) of a batch; higher is better. NaN: there is no score."""
+    """Returns one score for each (prompt, gold answer, response) of a batch; higher is better. NaN: there is no score.
 
-    def __call__(self, prompts: list[str], answers: list[str | None], responses: list[str]) -> list[float]: ...
+    A prompt is a text, or for a conversation a tuple of messages `{"role": ..., "content": ...}` that ends with a user turn.
+    """
+
+    def __call__(self, prompts: list[Any], answers: list[str | None], responses: list[str]) -> list[float]: ...
 
 
-Texts = list[str]
-
-
-def call_scorer(name: str, scorer: Scorer, prompts: Texts, answers: list[str | None], responses: Texts) -> list[float]:
+def call_scorer(name: str, scorer: Scorer, prompts: list[Any], answers: list[str | None], responses: list[str]) -> list[float]:
     """The values of a scorer, one for each response; they may be not finite. `name` is the option and what it names.
 
     Tensors and arrays become numbers. Raises IntegrityError if the number of values differs, UserError if somebody's own scorer
@@ -31,7 +31,7 @@ def call_scorer(name: str, scorer: Scorer, prompts: Texts, answers: list[str | N
         row = failing_row(scorer, prompts, answers, responses) if is_own(plug) else None
         if row is None:
             raise
-        with blame(field, plug, f"the response {short(responses[row])!r} to the prompt {short(prompts[row])!r}"):
+        with blame(field, plug, f"the response {short(responses[row])!r} to the prompt {short(str(prompts[row]))!r}"):
             returned = scorer(*([column[row]] for column in (prompts, answers, responses)))  # type: ignore[arg-type]
         raise
     if is_own(plug) and (isinstance(returned, str | dict) or not hasattr(returned, "__iter__")):
@@ -47,7 +47,7 @@ def call_scorer(name: str, scorer: Scorer, prompts: Texts, answers: list[str | N
     return values
 
 
-def failing_row(scorer: Scorer, prompts: Texts, answers: list[str | None], responses: Texts) -> int | None:
+def failing_row(scorer: Scorer, prompts: list[Any], answers: list[str | None], responses: list[str]) -> int | None:
     """The first row on which a scorer fails alone; None if it fails on none."""
     for row, columns in enumerate(zip(prompts, answers, responses, strict=True)):
         try:

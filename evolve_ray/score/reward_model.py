@@ -7,12 +7,13 @@ from typing import Any
 from evolve_ray.config import options
 from evolve_ray.models.chat import Chat
 from evolve_ray.refine.rendering import Rendering
+from evolve_ray.store.turns import Prompt, assistant, turns
 
 
 class RewardModel:
     """A Hugging Face sequence classifier. The score is the raw logit of one output, without softmax or sigmoid.
 
-    The reward model's own chat template renders the whole conversation `[user: prompt, assistant: response]`. It ends as a
+    The reward model's own chat template renders the whole conversation `[turns of the prompt, assistant: response]`. It ends as a
     finished turn even if the response was cut by length, because a reward model has never seen an unfinished one. The
     selection handles cut responses: it does not choose them, except with `selection.allow_cut`. Rows are scored in fixed
     batches and in their order, so a score does not depend on the number of actors.
@@ -31,11 +32,11 @@ class RewardModel:
         )
         self.model = model.to(self.device).eval()
 
-    def __call__(self, prompts: list[str], answers: list[str | None], responses: list[str]) -> list[float]:
+    def __call__(self, prompts: list[Prompt], answers: list[str | None], responses: list[str]) -> list[float]:
         scores: list[float] = []
         ids = [
-            self.chat.context_ids(({"role": "user", "content": p}, {"role": "assistant", "content": r}), generate=False)
-            for p, r in zip(prompts, responses, strict=True)
+            self.chat.context_ids((*turns(prompt), assistant(response)), generate=False)
+            for prompt, response in zip(prompts, responses, strict=True)
         ]
         for first in range(0, len(ids), self.batch_size):
             batch = ids[first : first + self.batch_size]

@@ -4,6 +4,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from evolve_ray.config import options
 from evolve_ray.errors import IntegrityError
@@ -56,7 +57,7 @@ class ScoreWorker(ShardWorker):
         self.verifier = build_verifier(spec.verifier) if spec.verifier else None
         self.scorer = build_scorer(spec.scorer, spec.reward_models, self.verifier, spec.day)
 
-    def score_texts(self, prompts: list[str], answers: list[str | None], responses: list[str]) -> list[float]:
+    def score_texts(self, prompts: list[Any], answers: list[str | None], responses: list[str]) -> list[float]:
         """Scores for a strategy that asks while it generates; a score that is not finite becomes -inf: it never wins."""
         values = call_scorer(f"scorer {self.spec.scorer.name}", self.scorer, prompts, answers, responses)
         return [float(value) if is_finite(value) else -math.inf for value in values]

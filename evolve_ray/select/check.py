@@ -54,7 +54,8 @@ def check_pair(place: str, prompt: dict, drafts: dict[str, dict], pair: Any) -> 
         if field.name not in pair:
             raise UserError(f"{place}: has no {field.name!r}; {end}")
         value, kind = pair[field.name], str(field.type)
-        none = value is None and field.name in MAY_BE_NONE
+        # The prompt, which may be a conversation, is compared with the prompt's row below.
+        none = field.name == "prompt" or (value is None and field.name in MAY_BE_NONE)
         if not none and (not isinstance(value, KINDS[kind]) or (kind != "bool" and isinstance(value, bool))):
             raise UserError(f"{place}: {field.name} is {short(repr(value))}, but must be {NAMES[kind]}; {end}")
     for key in pair:

@@ -58,7 +58,7 @@ def write_pairs(
     shard_prompts: int, same_tokens: SameTokens, limit: int | None = None,
 ) -> Manifest:  # fmt: skip
     """Commits the pairs of all prompts whose drafts have scores (only of the first `limit`, if set), shard by shard."""
-    work, schema = stage.start(), pair_schema(drafts)
+    work, schema = stage.start(), rows.with_messages(pair_schema(drafts), prompts.path("prompts.parquet"))
     counts: dict[str, Any] = dict.fromkeys(("num_in", "num_rows", "num_used", "num_rejected"), 0)
     with (
         report_disk_errors(work),  # covers the footers too, which are written when the files close
@@ -97,14 +97,14 @@ class PairWriter:
                     f"{', '.join(self.names) or 'none'}; every pair must have the same numbers"
                 )
         assert self.writer is not None
-        self.writer.write_table(pa.Table.from_pylist(pairs, schema=rows.numbered(self.schema, self.names)))
+        self.writer.write_table(rows.to_table(pairs, rows.numbered(self.schema, self.names)))
 
     def open(self, names: list[str]) -> None:
         """Starts the file, with a table for each shard so far that has no pair."""
         self.names, schema = names, rows.numbered(self.schema, names)
         self.writer = pq.ParquetWriter(self.path, schema, compression="zstd")
         for _ in range(self.num_empty):
-            self.writer.write_table(pa.Table.from_pylist([], schema=schema))
+            self.writer.write_table(rows.to_table([], schema))
 
     def close(self) -> None:
         if self.writer is None:
