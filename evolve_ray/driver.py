@@ -14,7 +14,7 @@ from typing import Any
 from evolve_ray.config import describe
 from evolve_ray.config.load import load
 from evolve_ray.config.options import Config
-from evolve_ray.errors import run_command
+from evolve_ray.errors import EvolveError, run_command
 from evolve_ray.plan.sizing import Cluster, cluster_of_ray
 from evolve_ray.pools.session import join_ray, start_ray, stop_ray
 from evolve_ray.store.places import places
@@ -84,8 +84,10 @@ def main(arguments: list[str]) -> int:
         config = load(args.recipe, overrides)
         root, uri = places(args.run or f"runs/{config.name}", args.work)
         if args.plan:
+            from evolve_ray.inputs.plugs import check_plugs
             from evolve_ray.plan.plan import plan
 
+            check_plugs(config)
             text, error = plan(config, Run(root), cluster_of(args))
             say(text + (f"\n\n{uri} was not read: `committed` shows what is in {root}" if uri else ""))
             if error:
@@ -117,6 +119,7 @@ def run(
     `command_line` is the command as the user typed it; it is stored in an event for jobs/status.py and jobs/verify.py.
     """
     from evolve_ray import iterate
+    from evolve_ray.inputs.plugs import check_plugs
     from evolve_ray.inputs.prepare import prepare, settle_config
     from evolve_ray.plan.plan import check_space
     from evolve_ray.report.tables import table
@@ -124,6 +127,7 @@ def run(
     from evolve_ray.watch.trackers import Trackers
 
     started = time.monotonic()
+    check_plugs(config)  # before config.json is written: a corrected name must not count as another configuration
     directory = Run(root)
     trackers = Trackers(config, directory, say)
     with directory.locked(), mirrored(uri, directory) if uri else contextlib.nullcontext():
@@ -143,7 +147,8 @@ def run(
                 result = iterate.iterate(context)
             trackers.close(failed=False)
         except BaseException as error:
-            directory.event("driver_failed", error=f"{type(error).__name__}: {error}"[:2000])
+            log = {"traceback": error.log} if isinstance(error, EvolveError) and error.log else {}
+            directory.event("driver_failed", error=f"{type(error).__name__}: {error}"[:2000], **log)
             trackers.close(failed=True)
             raise
         finally:

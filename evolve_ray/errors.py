@@ -19,6 +19,7 @@ class EvolveError(Exception):
     """Base of all errors that end the command with one line instead of a traceback."""
 
     exit_code = 1
+    log = ""  # a traceback for events.jsonl; the user is told the one line
 
 
 class UserError(EvolveError):
@@ -59,14 +60,18 @@ class StalledError(EvolveError):
 
 def pack(error: EvolveError) -> dict[str, str]:
     """Returns an error as plain data, to pass a process boundary that would lose its class or wrap its message."""
-    original = getattr(error, "cause", error)  # Ray raises a class of its own, which has the original error as `cause`
+    original = error
+    while isinstance(cause := getattr(original, "cause", None), EvolveError):
+        original = cause  # Ray raises a class of its own, which has the original error as `cause`, also several times over
     kind = next(kind for kind in type(original).__mro__ if kind in EvolveError.__subclasses__())
-    return {"kind": kind.__name__, "message": str(original)}
+    return {"kind": kind.__name__, "message": str(original)} | ({"log": original.log} if original.log else {})
 
 
 def unpack(packed: dict[str, str]) -> EvolveError:
     """Returns the error that `pack` has packed."""
-    return {kind.__name__: kind for kind in EvolveError.__subclasses__()}[packed["kind"]](packed["message"])
+    error = {kind.__name__: kind for kind in EvolveError.__subclasses__()}[packed["kind"]](packed["message"])
+    error.log = packed.get("log", "")
+    return error
 
 
 def is_full_disk(error: BaseException) -> bool:

@@ -8,7 +8,8 @@ from evolve_ray.config.parse import Reader, describe, pattern_fault
 
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 SECRET = re.compile(r"(?i)(^|_)(token|secret|password|passwd|credentials?|api_?key|access_?key)(_|$)")
-IGNORED = {"sft": ("label_smoothing",), "reward": ("nll", "length_normalised")}  # options that the objective does not use
+# Options that the objective does not use.
+IGNORED = {"sft": ("label_smoothing",), "policy_gradient": ("label_smoothing",), "reward": ("nll", "length_normalised")}
 
 
 def check_together(config: Config, reader: Reader) -> None:
@@ -35,6 +36,8 @@ def check_together(config: Config, reader: Reader) -> None:
             reader.fail(
                 f"{name}.objective", "is 'reward', which trains a reward model and not a policy; use it in [refresh] only"
             )
+        if training.objective == "policy_gradient" and training.reference != "iteration":
+            reader.fail(f"{name}.reference", "must be 'iteration' with objective 'policy_gradient': it wrote the answers")
         for objective, ignored in IGNORED.items():
             for field_name in ignored if training.objective == objective else ():
                 if getattr(training, field_name):
@@ -72,6 +75,10 @@ def check_together(config: Config, reader: Reader) -> None:
             reader.fail(f"strategy.{name}", f"has no effect with strategy {config.strategy.name!r}; remove it")
     if config.strategy.stop_right and config.verifier is None:
         reader.fail("strategy.stop_right", "needs a verifier, and there is none; add a [verifier] table")
+    if config.strategy.name == "feedback" and config.verifier is None:
+        reader.fail("strategy.name", "is 'feedback', which shows the verifier's words, and there is no verifier; add [verifier]")
+    if config.evaluation.pick and not config.evaluation.splits:
+        reader.fail("evaluation.pick", "needs held-out prompts; add [evaluation.splits]")
     texts = texts_in_view(config.strategy)
     if texts * config.sampling.max_tokens >= config.model.context_tokens:
         reader.fail(

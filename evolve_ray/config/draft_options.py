@@ -14,9 +14,10 @@ class Strategy:
 
     name: str = option(
         "`chain`: each draft refines the one before; `parallel`: independent samples; `few_shot`: a draft sees several earlier "
-        "ones; `critique`: a draft follows a critique of the one before; `best_of`: a round refines the best of several samples",
+        "ones; `critique`: a draft follows a critique of the one before; `best_of`: a round refines the best of several samples; "
+        "`feedback`: a draft follows the verifier's words on the one before, until it is right",
         "chain",
-        choices=("chain", "parallel", "few_shot", "critique", "best_of"),
+        choices=("chain", "parallel", "few_shot", "critique", "best_of", "feedback"),
         plug=True,
     )
     rounds: int = option("rounds of drafts for each prompt", 4, unit="rounds", low=1)
@@ -25,6 +26,7 @@ class Strategy:
     show: str = option("for `few_shot`: which earlier drafts a draft sees", "last", choices=("last", "best"))
     stop_unchanged: bool = option("for `chain`, in training data: stop when a refinement is equal to its draft", False)
     stop_right: bool = option("for `chain`, in training data: stop when the verifier gives a draft the full score (1.0)", False)
+    args: dict = option("options of a strategy of your own; it gets them as `args`", {}, later=True)
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,9 @@ class Scorer:
     """How a response is scored."""
 
     name: str = option(
-        "a reward model, the verifier, or the mean or minimum of several",
+        "a reward model, the verifier, the mean or minimum of several, or `judge`: a language model behind an OpenAI server",
         "reward_model",
-        choices=("reward_model", "verifier", "mean", "minimum"),
+        choices=("reward_model", "verifier", "mean", "minimum", "judge"),
         plug=True,
     )
     model: str = option("the reward model: a folder or name of a sequence classifier, or `toy:reward_model`", "")
@@ -114,6 +116,11 @@ class Scorer:
         high=1.0,
         runtime=True,
     )
+    args: dict = option(
+        "for `judge`: its options, listed in docs/recipes.md; for a scorer of your own: its options, as `args` of its making",
+        {},
+        later=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -122,15 +129,20 @@ class Verifier:
 
     name: str = option(
         "`exact`: the text is equal; `regex`: the match of a pattern is equal; `numeric`: the last number is equal; `math`: the "
-        "mathematical value is equal",
+        "mathematical value is equal; `tests`: the program in the response passes the tests in the gold answer",
         "exact",
-        choices=("exact", "regex", "numeric", "math"),
+        choices=("exact", "regex", "numeric", "math", "tests"),
         plug=True,
     )
     pattern: str = option(
         "for `regex`: its last match in a response (the first group, if it has one) is compared with the gold answer", ""
     )
     tolerance: float = option("for `numeric`: allowed relative difference", 1e-9, low=0.0)
+    args: dict = option(
+        "for `tests`: `seconds`, `memory_mib`, `output_mib`; for a verifier of your own: its options, as `args` of its making",
+        {},
+        later=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -139,9 +151,9 @@ class Selection:
 
     name: str = option(
         "`reward_model`: the draft with the higher score is chosen; `rule`: the last round is chosen, the first rejected; "
-        "`random`: two random drafts",
+        "`random`: two random drafts; `advantages`: every answer alone, with its advantage, for `policy_gradient`",
         "reward_model",
-        choices=("reward_model", "rule", "random"),
+        choices=("reward_model", "rule", "random", "advantages"),
         plug=True,
     )
     pairing: str = option(
@@ -162,4 +174,7 @@ class Selection:
     )
     max_repetition: float = option(
         "for `rule`: no pair if more than this share of the 4-grams of the last round is repeated", 0.3, low=0.0, high=1.0
+    )
+    args: dict = option(
+        "for `advantages`: `baseline` and `bonus`; for a selection of your own: its options, as `args`", {}, later=True
     )

@@ -45,7 +45,7 @@ class Config:
 
 def texts_in_view(strategy: Strategy) -> int:
     """The most responses in one context of a strategy, including the response that is generated."""
-    return {"few_shot": strategy.shots + 1, "critique": 3}.get(strategy.name, 2)
+    return {"few_shot": strategy.shots + 1, "critique": 3, "feedback": 3}.get(strategy.name, 2)
 
 
 def trainings(config: Config) -> list[tuple[str, Training]]:

@@ -21,6 +21,13 @@ class Evaluation:
     temperature: float = option("sampling temperature", 1.0, low=0.0)
     limit: int = option("use the first rows of each split only; 0: all", 0, unit="rows", low=0)
     parallel: int = option("independent samples per prompt in addition to the chain, for best of n; 0: none", 0, low=0)
+    pick: str = option(
+        "also run the recipe's strategy on the held-out prompts and report its final answer: that of the `last` round, the "
+        "`best` by the scorer, or the `vote` of all answers; empty: only the chain",
+        "",
+        choices=("", "last", "best", "vote"),
+        later=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class Controller:
         "for `guard`: smallest ratio of the distinct-2 of the last round to that of the start", 0.5, low=0.0, high=1.0
     )
     max_kl: float = option("for `guard`: largest KL to the start; 0: no limit", 0.0, unit="nats per response", low=0.0)
+    args: dict = option("options of a controller of your own; it gets them as `args`", {}, later=True)
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ class Training:
     objective: str = option(
         "the loss; `reward` is only for [refresh]",
         "evolve",
-        choices=("sft", "dpo", "ipo", "srpo", "evolve", "reward"),
+        choices=("sft", "dpo", "ipo", "srpo", "evolve", "policy_gradient", "reward"),
         plug=True,
     )
     alpha: float = option("weight of the refinement term of `evolve`; 0 is DPO, 1 is SRPO", 0.5, low=0.0, high=1.0)
     beta: float = option("strength of the pull to the reference policy", 0.1, above=0.0)
     refine_form: str = option("form of the refinement term", "squared", choices=("squared", "logistic"))
-    refine_weight: float = option("for `sft`: weight of the refinement term", 1.0, low=0.0)
+    refine_weight: float = option("for `sft` and `policy_gradient`: weight of the refinement term", 1.0, low=0.0)
     label_smoothing: float = option("assumed probability that chosen and rejected are swapped", 0.0, low=0.0, high=0.5)
     length_normalised: bool = option("true: log-probabilities are means over response tokens; false: sums", False)
     nll: float = option("weight of the negative log-likelihood per token of the chosen response to the prompt", 0.0, low=0.0)
@@ -36,6 +36,11 @@ class Training:
     schedule: str = option("learning rate after the warm-up", "cosine", choices=("cosine", "linear", "constant"))
     weight_decay: float = option("weight decay of AdamW", 0.0, low=0.0)
     gradient_clip: float = option("largest norm of the gradient", 1.0, above=0.0)
+    objective_args: dict = option(
+        "for `policy_gradient`: `clip_low`, `clip_high`, `kl`; for one of your own: its options, as `args` of the loss",
+        {},
+        later=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,16 @@ the same input gives the same schedule.
 import dataclasses
 import heapq
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from evolve_ray.config.plugs import blame, is_own, short
 from evolve_ray.errors import UserError
 from evolve_ray.generate.scorer_requests import ScorerRequests
 from evolve_ray.generate.spec import Completion, Engine
-from evolve_ray.refine.asks import Ask, Draft, Given, Judge, Skip, Strategy, Verify
+from evolve_ray.refine.asks import Ask, Draft, Given, Judge, Skip, Strategy, Verdict, Verify
 from evolve_ray.store import rows
 
 
@@ -29,6 +31,22 @@ class Chain:
     answers: list[Draft | None] = field(default_factory=list)  # to its present asks, in their order
     rows: list[dict] = field(default_factory=list)  # all its drafts so far
     problem: str = ""  # why the prompt is rejected
+    num_asked: Counter[tuple[int, int, str]] = field(default_factory=Counter)  # asks by sample, round and kind
+    order: dict[str, int] = field(default_factory=dict)  # by draft id: the number of its ask in this chain
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of an ask: in its list, in its chain, and among the asks of its sample, round and kind; with its seed."""
+
+    position: int
+    seed: int
+    number: int
+    again: tuple[int, ...]
+
+
+DONE = object()
+REQUESTS = ((Ask, Judge, Verify, Skip, Given), (Ask,))  # what a strategy may yield alone, and in a list
 
 
 class Drive:
@@ -44,7 +62,7 @@ class Drive:
         self.beat: Callable[[], None] = lambda: None  # called after every finished response
         self.verify: Callable[[dict, str], float] | None = None  # the verifier's value of (prompt, response)
         self.read: Callable[[Completion], dict] = lambda completion: {}  # what a row says of a response beside its text
-        self.pending: dict[str, tuple[Chain, Ask, int, int]] = {}  # by request id: chain, ask, position of the ask, seed
+        self.pending: dict[str, tuple[Chain, Ask, Place]] = {}  # by request id
         self.queue: list[tuple[int, int, str, list[int], int]] = []  # a heap: round, arrival, request id, prompt ids, seed
         self.arrivals, self.num_submitted = itertools.count(), 0
         self.waiting_for_scores: dict[int, Chain] = {}
@@ -53,7 +71,7 @@ class Drive:
 
     def run(self, prompts: list[dict], start: Callable[[str], Strategy]) -> tuple[list[dict], list[dict], dict]:
         """Runs `start(prompt)` for each prompt; returns (generation rows in canonical order, rejected rows, counts)."""
-        chains = [Chain(prompt, start(prompt["prompt"])) for prompt in prompts]
+        chains = [Chain(prompt, self.start(prompt, start)) for prompt in prompts]
         for chain in chains:
             self.advance(chain, None)
         while self.pending or self.waiting_for_scores:
@@ -66,17 +84,52 @@ class Drive:
                 assert self.scorer is not None
                 for key, scores in self.scorer.finished(wait=not self.pending):
                     self.advance(self.waiting_for_scores.pop(key), scores)
-        generated = [row for chain in chains if not chain.problem for row in sorted(chain.rows, key=canonical_order)]
+        generated = [row for chain in chains if not chain.problem for row in in_order(chain)]
         rejected = [rows.reject(chain.prompt, "generations", chain.problem) for chain in chains if chain.problem]
         self.stats["num_answers"] = sum(row["kind"] == "answer" for row in generated)
         return generated, rejected, self.stats
 
+    def start(self, prompt: dict, start: Callable[[str], Strategy]) -> Strategy:
+        """The strategy of a prompt. Raises UserError if it is no generator."""
+        name = self.spec.strategy.name
+        with blame("strategy.name", name, f"prompt {prompt['prompt_id']}"):
+            strategy = start(prompt["prompt"])
+        if not hasattr(strategy, "send"):
+            raise UserError(f"strategy.name: {name!r} returned {short(repr(strategy))}, but must be a generator that yields asks")
+        return strategy
+
+    def next_request(self, chain: Chain, value: Any) -> Any:
+        """What a strategy yields when it gets `value`; `DONE` when it has returned. Raises UserError if it is no request."""
+        name, prompt_id = self.spec.strategy.name, chain.prompt["prompt_id"]
+        with blame("strategy.name", name, f"prompt {prompt_id}"):
+            try:
+                request = chain.strategy.send(value)
+            except StopIteration:
+                return DONE
+        asks = request if isinstance(request, list) else [request]
+        for ask in asks:
+            if not isinstance(ask, REQUESTS[isinstance(request, list)]):
+                kinds = ", ".join(kind.__name__ for kind in REQUESTS[0])
+                raise UserError(
+                    f"strategy.name: {name!r}, prompt {prompt_id}: yielded {short(repr(ask))}, but must yield one of {kinds}, "
+                    "or a list of Ask"
+                )
+            if isinstance(ask, Ask) and not are_messages(ask.messages):
+                raise UserError(
+                    f"strategy.name: {name!r}, prompt {prompt_id}: yielded an Ask with messages {short(repr(ask.messages))}; "
+                    "each message must be a dict with the texts 'role' and 'content'"
+                )
+        return request
+
     def advance(self, chain: Chain, value: Any) -> None:
         """Sends a strategy what it waits for, and starts its next request."""
         spec = self.spec
-        try:
-            request = chain.strategy.send(value)
-        except StopIteration:
+        request = self.next_request(chain, value)
+        while request == []:
+            request = self.next_request(chain, [])
+        if request is DONE:
+            if not chain.rows:
+                chain.problem = f"strategy {spec.strategy.name} returned without a draft"
             return
         if isinstance(request, Given):
             row = given_row(chain.prompt, spec)
@@ -86,10 +139,10 @@ class Drive:
         if isinstance(request, Verify):
             if self.verify is None:
                 raise UserError(
-                    f"strategy.name: {spec.strategy.name!r} asks the verifier, but there is none; "
-                    "set strategy.stop_right and add a [verifier] table"
+                    f"strategy.name: {spec.strategy.name!r} asks the verifier, but there is none; add a [verifier] table"
                 )
-            self.advance(chain, self.verify(chain.prompt, request.draft.text))
+            value = self.verify(chain.prompt, request.draft.text)
+            self.advance(chain, value if isinstance(value, Verdict) else Verdict(value))
             return
         if isinstance(request, Skip):
             self.skip(chain, request)
@@ -120,9 +173,14 @@ class Drive:
         for position, (ask, ids) in enumerate(zip(asks, encoded, strict=True)):
             prompt_id = chain.prompt["prompt_id"]
             kind = () if ask.kind == "answer" else (ask.kind,)
-            seed = rows.derive_seed(spec.seed, spec.scope, prompt_id, ask.sample, ask.round, *kind)
-            request_id = "/".join(map(str, (prompt_id, ask.sample, ask.round, *kind, position)))
-            self.pending[request_id] = (chain, ask, position, seed)
+            place = (ask.sample, ask.round, ask.kind)
+            # Asks of one place are numbered from the second one on, so that each has a seed and an id of its own.
+            again = (chain.num_asked[place],) if chain.num_asked[place] else ()
+            chain.num_asked[place] += 1
+            number = chain.num_asked.total()
+            seed = rows.derive_seed(spec.seed, spec.scope, prompt_id, ask.sample, ask.round, *kind, *again)
+            request_id = "/".join(map(str, (prompt_id, ask.sample, ask.round, *kind, *again, position)))
+            self.pending[request_id] = (chain, ask, Place(position, seed, number, again))
             heapq.heappush(self.queue, (ask.round, next(self.arrivals), request_id, ids, seed))
 
     def submit_queued(self) -> None:
@@ -143,28 +201,49 @@ class Drive:
         """Turns a finished response into a row and a draft; the strategy continues when all its responses are there."""
         self.beat()
         self.num_submitted -= 1
-        chain, ask, position, seed = self.pending.pop(completion.request_id)
+        chain, ask, place = self.pending.pop(completion.request_id)
         details = self.read(completion)
         completion = dataclasses.replace(completion, text=details.pop("text", completion.text))
-        row = draft_row(completion, chain.prompt, ask, seed, self.spec.model_hash) | details
+        row = draft_row(completion, chain.prompt, ask, place.seed, self.spec.model_hash, place.again) | details
+        if is_own(self.spec.strategy.name):  # no template can tell what it asks
+            row["messages"] = list(ask.messages)
+        chain.order[row["draft_id"]] = place.number
         for name in ("num_prompt_tokens", "num_cached_tokens", "num_tokens"):
             self.stats[name] += getattr(completion, name)
         self.stats["num_asks"] += 1
         chain.rows.append(row)
-        chain.answers[position] = Draft(row["draft_id"], row["text"], ask.sample, ask.round, ask.parent_id, row["finish_reason"])
+        chain.answers[place.position] = Draft(
+            row["draft_id"], row["text"], ask.sample, ask.round, ask.parent_id, row["finish_reason"]
+        )
         chain.num_pending -= 1
         if chain.num_pending == 0:
             self.advance(chain, list(chain.answers) if chain.expects_list else chain.answers[0])
 
 
-def canonical_order(row: dict) -> tuple[int, int, bool]:
-    """Sort key of a prompt's rows: sample, then round; a critique stands before the answer of its round."""
-    return row["sample"], row["round"], row["kind"] == "answer"
+def in_order(chain: Chain) -> list[dict]:
+    """A prompt's rows by sample, then round; a critique stands before the answer of its round, an earlier ask before a later."""
+    return sorted(
+        chain.rows,
+        key=lambda row: (row["sample"], row["round"], row["kind"] == "answer", chain.order.get(row["draft_id"], 0)),
+    )
 
 
-def draft_row(completion: Completion, prompt: dict, ask: Ask, seed: int | None, model_hash: str | None) -> dict:
-    """The generation row of a response; without a seed and a model hash for a draft that no model wrote."""
-    position = (prompt["prompt_id"], ask.sample, ask.round, ask.kind)
+def are_messages(messages: Any) -> bool:
+    """Whether an ask holds chat messages."""
+    if not isinstance(messages, tuple | list) or not messages:
+        return False
+    parts = [(message.get("role"), message.get("content")) for message in messages if isinstance(message, dict)]
+    return len(parts) == len(messages) and all(isinstance(text, str) for part in parts for text in part)
+
+
+def draft_row(
+    completion: Completion, prompt: dict, ask: Ask, seed: int | None, model_hash: str | None, again: tuple[int, ...] = ()
+) -> dict:  # fmt: skip
+    """The generation row of a response; without a seed and a model hash for a draft that no model wrote.
+
+    `again` numbers the asks of one sample, round and kind from the second one on.
+    """
+    position = (prompt["prompt_id"], ask.sample, ask.round, ask.kind, *again)
     return {
         "draft_id": rows.content_id("draft", model_hash, *position, completion.text),
         "prompt_id": prompt["prompt_id"],

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from evolve_ray.config import options
-from evolve_ray.config.plugs import find_plug
+from evolve_ray.config.plugs import find_plug, with_args
 from evolve_ray.generate.drive import Drive
 from evolve_ray.generate.spec import Completion, Engine, GenerateSpec
 from evolve_ray.generate.vllm import ENGINE_ENV, VllmEngine
@@ -56,6 +56,7 @@ class Generator(ShardWorker):
         started = time.monotonic()
         spec = self.spec
         strategy = find_plug(ALL_STRATEGIES, spec.strategy.name, "strategy.name")
+        strategy = with_args("strategy.args", spec.strategy.name, strategy, spec.strategy.args)
 
         def start(prompt: str) -> Strategy:
             return strategy(prompt, spec.template, spec.strategy)
@@ -78,7 +79,9 @@ class Generator(ShardWorker):
 
     def verify(self, prompt: dict, text: str) -> float:
         assert self.verifier is not None
-        return call_scorer("verifier", self.verifier, [prompt["prompt"]], [prompt["answer"]], [text])[0]
+        assert self.spec.verifier is not None
+        name = f"verifier {self.spec.verifier.name}"
+        return call_scorer(name, self.verifier, [prompt["prompt"]], [prompt["answer"]], [text])[0]
 
     def read(self, completion: Completion) -> dict:
         """The answer in a response, and what its row says beside it; see `rows.DRAFT_DETAILS`."""

@@ -1,24 +1,22 @@
 """Checks and commits the inputs of a run before an engine starts: models, template, prompts, preference triples."""
 
 import dataclasses
-import importlib.util
 import json
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
 from evolve_ray.config.load import from_json
-from evolve_ray.config.options import Config, trainings
-from evolve_ray.config.plugs import find_plug
+from evolve_ray.config.options import Config
 from evolve_ray.config.resolve import flatten, resolved
 from evolve_ray.errors import IntegrityError, UserError, first_line
 from evolve_ray.inputs.context import Context, Policy
+from evolve_ray.inputs.plugs import check_plugs
 from evolve_ray.inputs.prompts import Prompter
 from evolve_ray.models import folders, gate
 from evolve_ray.refine.rendering import CLOCK, Rendering
 from evolve_ray.refine.template import load_template
 from evolve_ray.score.combined import reward_model_field, reward_model_names
-from evolve_ray.score.verifiers import VERIFIERS, build_verifier
 from evolve_ray.store import rows
 from evolve_ray.store.files import write_atomic
 from evolve_ray.store.run import Run
@@ -149,21 +147,3 @@ def began(run: Run) -> str:
     if not path.exists():
         write_atomic(path, json.dumps({"day": date.today().isoformat()}).encode())
     return json.loads(path.read_bytes())["day"]
-
-
-def check_plugs(config: Config) -> None:
-    """Raises `UserError` if a `module:Name` of the recipe cannot be loaded, or a package of the recipe is missing."""
-    plugs = [("strategy.name", config.strategy.name), ("engine.name", config.engine.name), ("scorer.name", config.scorer.name)]
-    plugs += [("selection.name", config.selection.name), ("controller.name", config.controller.name)]
-    plugs += [(f"{name}.objective", training.objective) for name, training in trainings(config)]
-    plugs += [("verifier.name", config.verifier.name)] if config.verifier else []
-    plugs += [("scorer.members", member) for member in config.scorer.members if not member.startswith("reward_model=")]
-    for field_name, name in plugs:
-        if ":" in name:
-            find_plug({}, name, field_name)
-    if config.verifier and config.verifier.name in VERIFIERS:
-        build_verifier(config.verifier)
-    if config.trainer.lora_rank and importlib.util.find_spec("peft") is None:
-        raise UserError(
-            "trainer.lora_rank: needs the package peft; pip install -e '.[lora]', or remove the option to train all weights"
-        )

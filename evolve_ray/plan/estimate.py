@@ -84,10 +84,16 @@ def placement(config: Config, cluster: Cluster) -> list[str]:
     ]
 
 
+def evaluation_responses(config: Config) -> int:
+    """The responses to a held-out prompt, at most."""
+    measured = responses_per_prompt(config.strategy) if config.evaluation.pick else 0
+    return config.evaluation.rounds + config.evaluation.parallel + measured
+
+
 def hours(config: Config, shape: Shape, scorers: list[Shape], held_out: int, cluster: Cluster) -> list[str]:
     """Returns one line for each type of GPU: upper bounds for the hours of an iteration, by stage."""
     lines = [f"  hours at most    {'all':>6} {'drafts':>7} {'scores':>7} {'train':>7} {'eval':>7}"]
-    evaluation_drafts = held_out * (config.evaluation.rounds + config.evaluation.parallel)
+    evaluation_drafts = held_out * evaluation_responses(config)
     drafts = config.prompts.per_iteration * responses_per_prompt(config.strategy)
     for gpu in GPUS:
         parts = [

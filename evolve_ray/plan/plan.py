@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from evolve_ray.config.options import Config
+from evolve_ray.config.options import Config, Training
+from evolve_ray.config.plugs import is_own
 from evolve_ray.data.read import count_rows
-from evolve_ray.errors import ResourceError
+from evolve_ray.errors import ResourceError, UserError
 from evolve_ray.plan import estimate
 from evolve_ray.plan.sizing import Cluster
 from evolve_ray.refine.strategies import drafts_per_prompt, responses_per_prompt
@@ -40,6 +41,8 @@ FIRST_STAGES = (
     "checkpoint",
     "evaluation",
 )
+NO_REFERENCE = ("sft", "reward")  # shipped objectives without a reference policy
+WITH_NUMBERS = ("policy_gradient",)  # shipped objectives that need numbers of their pairs
 STEP_BYTES = 3  # bytes of a stored step, in sizes of the model: the weights and two moments of AdamW
 CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English text, used only to estimate disk
 
@@ -85,7 +88,7 @@ def count_texts(config: Config) -> tuple[int, int, int]:
     """
     held_out = sum(rows or 0 for rows in rows_by_split(config).values())
     responses = config.prompts.per_iteration * responses_per_prompt(config.strategy)
-    return held_out, responses, held_out * (config.evaluation.rounds + config.evaluation.parallel)
+    return held_out, responses, held_out * estimate.evaluation_responses(config)
 
 
 def check_space(config: Config, run: Run) -> None:
@@ -112,17 +115,37 @@ def stage_states(config: Config, run: Run, iteration: int) -> list[str]:
 def stages(config: Config, iteration: int) -> list[str]:
     """Returns the stages of an iteration in the order of the data."""
     enabled: dict[str, Any] = dict.fromkeys(("labels", "reward_pairs", "reward_model"), config.refresh)
-    enabled |= {"reference": config.training.objective not in ("sft", "reward"), "probe": config.probe.prompts}
+    enabled |= {"reference": uses_reference(config.training), "probe": config.probe.prompts}
     names = [name for name in STAGES if enabled.get(name, True)]
     if iteration == 0:
         enabled = {"activation_pairs": config.activation, "offline_pairs": config.offline}
-        enabled |= {"reference": config.offline and config.offline.training.objective not in ("sft", "reward")}
+        enabled |= {"reference": config.offline and uses_reference(config.offline.training)}
         enabled |= {"activation": config.activation and config.offline, "checkpoint": config.activation or config.offline}
         enabled |= {"evaluation": enabled["checkpoint"]}
         names = [name for name in FIRST_STAGES if enabled.get(name, True)]
     if not config.evaluation.splits:
         names = [name for name in names if "evaluation" not in name and name != "held_out"]
     return names
+
+
+def uses_reference(training: Training) -> bool:
+    """Whether the objective of a training looks at a reference policy.
+
+    False for a plug that cannot be loaded here, as when a run is read on another machine: then its reference is not missed.
+    """
+    if not is_own(training.objective):
+        return training.objective not in NO_REFERENCE
+    try:
+        return find_objective(training).reference
+    except UserError:
+        return False
+
+
+def find_objective(training: Training) -> Any:
+    """The `train.objectives.Objective` of a training; only where it is somebody's own, because it loads torch."""
+    from evolve_ray.train import objectives
+
+    return objectives.find(training)
 
 
 def describe_rows(rows: int | None) -> str:
@@ -150,7 +173,8 @@ def rows_by_split(config: Config) -> dict[str, int | None]:
 
 def pair_bound(config: Config) -> int:
     """Returns the largest number of pairs that selection can give."""
-    return config.prompts.per_iteration * config.selection.max_pairs
+    alone = config.selection.name == "advantages"  # a row for each answer
+    return config.prompts.per_iteration * (drafts_per_prompt(config.strategy) if alone else config.selection.max_pairs)
 
 
 def model_bytes(config: Config) -> int | None:

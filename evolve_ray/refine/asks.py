@@ -43,9 +43,26 @@ class Judge:
     drafts: tuple[Draft, ...]
 
 
+class Verdict(float):
+    """A verifier's value with its words, `text`: why a response is wrong, for example the output of a failed test."""
+
+    text: str
+
+    def __new__(cls, value: float, text: str = "") -> "Verdict":
+        verdict = super().__new__(cls, value)
+        verdict.text = text
+        return verdict
+
+    def __getnewargs__(self) -> tuple[float, str]:  # type: ignore[override]
+        return float(self), self.text
+
+
 @dataclass(frozen=True)
 class Verify:
-    """One request to the recipe's verifier. The strategy receives the verifier's value for the draft; 1.0 is exactly right."""
+    """One request to the recipe's verifier. The strategy receives a `Verdict` on the draft; 1.0 is exactly right.
+
+    Its `text` is empty if the verifier has no words.
+    """
 
     draft: Draft
 

@@ -8,6 +8,7 @@ engine, so a list of answers is enough to test it. No two drafts of a prompt hav
 from collections.abc import Callable, Generator
 from typing import Any
 
+from evolve_ray.config.plugs import is_own
 from evolve_ray.refine.asks import Ask, Draft, Given, Judge, Skip, Strategy, Verify
 from evolve_ray.refine.template import Template
 from evolve_ray.store.turns import Prompt
@@ -93,6 +94,26 @@ def best_of(prompt: Prompt, template: Template, options: Any) -> Strategy:
     return drafts
 
 
+def feedback(prompt: Prompt, template: Template, options: Any) -> Strategy:
+    """A chain in which each ask shows what the verifier says about the draft, for example a failed test; it ends at 1.0."""
+    draft = yield Ask(template.direct(prompt), sample=0, round=1)
+    drafts = [draft]
+    for number in range(2, options.rounds + 1):
+        verdict = yield Verify(draft)
+        if verdict == 1.0:
+            yield Skip(draft, tuple(range(number, options.rounds + 1)), "right")
+            break
+        messages = template.after_feedback(prompt, draft.text, verdict.text)
+        draft = yield Ask(messages, sample=0, round=number, parent_id=draft.draft_id)
+        drafts.append(draft)
+    return drafts
+
+
+def asks_verifier(options: Any) -> bool:
+    """Whether a strategy may ask the verifier while it generates. A strategy from outside this package may."""
+    return options.stop_right or options.name == "feedback" or is_own(options.name)
+
+
 def drafts_per_prompt(options: Any) -> int:
     """The number of answers that a shipped strategy asks for on one prompt."""
     return {"parallel": options.samples, "best_of": options.samples * options.rounds}.get(options.name, options.rounds)
@@ -105,8 +126,7 @@ def responses_per_prompt(options: Any) -> int:
 
 def asks_scorer(options: Any) -> bool:
     """Whether a strategy may ask the scorer while it generates. A strategy from outside this package may."""
-    is_plug = ":" in options.name and not options.name.startswith("evolve_ray.")
-    return options.name == "best_of" or (options.name == "few_shot" and options.show == "best") or is_plug
+    return options.name == "best_of" or (options.name == "few_shot" and options.show == "best") or is_own(options.name)
 
 
 def refine_given(prompt: Prompt, template: Template, options: Any) -> Strategy:
@@ -125,6 +145,7 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "few_shot": few_shot,
     "critique": critique,
     "best_of": best_of,
+    "feedback": feedback,
 }
 
 # The strategy of jobs/evaluate.py for given drafts. Stage keys of committed evaluations contain this name, so it must not change,

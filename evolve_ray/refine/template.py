@@ -27,6 +27,7 @@ FIELDS = {
 ALWAYS = ("first", "refine", "one_message")  # the parts that every strategy needs
 NEEDED = {  # the further parts that a strategy needs
     "few_shot": ("several",),
+    "feedback": ("revise_one_message",),
     "critique": ("critique", "revise", "critique_one_message", "revise_one_message"),
 }
 
@@ -78,6 +79,12 @@ class Template:
         if self.layout == "one_message":
             return self.filled(self.revise_one_message, prompt, draft=draft, critique=critique)
         return (*self.critical(prompt, draft), assistant(critique), user(self.revise))
+
+    def after_feedback(self, prompt: Prompt, draft: str, words: str) -> Messages:
+        """The messages that ask for a better draft and show what the verifier says about this one."""
+        if self.layout == "one_message":
+            return self.filled(self.revise_one_message, prompt, draft=draft, critique=words)
+        return (*self.direct(prompt), assistant(draft), user(f"{words}\n\n{self.refine}".strip()))
 
     def filled(self, part: str, prompt: Prompt, **values: str) -> Messages:
         """The prompt with its last user turn inside a part of the template; its earlier turns stay as they are."""

@@ -34,13 +34,15 @@ WORDS = {
         "parallel": "{strategy.samples} independent samples",
         "few_shot": "chains of {strategy.rounds} drafts, each draft is written with several earlier ones in view",
         "critique": "chains of {strategy.rounds} drafts, each draft follows a critique of the one before",
+        "feedback": "chains of {strategy.rounds} drafts, each draft follows what the verifier says of the one before",
         "best_of": "chains of {strategy.rounds} rounds, each round refines the best of {strategy.samples} samples",
     },
-    "scorer.name": {"reward_model": "reward model", "verifier": "the verifier"},
+    "scorer.name": {"reward_model": "reward model", "verifier": "the verifier", "judge": "a language model as judge"},
     "selection.name": {
         "reward_model": "by score: the better draft is chosen, the worse one is rejected",
         "rule": "by rule: the last draft is chosen, the first one is rejected",
         "random": "two random drafts of a prompt",
+        "advantages": "every answer alone, with its advantage over the other answers of its round",
     },
     "controller.name": {
         "fixed": "after all iterations of the recipe",

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from evolve_ray.config import options
-from evolve_ray.config.plugs import find_plug
+from evolve_ray.config.plugs import blame, find_plug, with_args
 from evolve_ray.errors import UserError
+from evolve_ray.score.judge import Judge
 from evolve_ray.score.protocol import Scorer, call_scorer, is_finite
 from evolve_ray.score.reward_model import RewardModel
 
@@ -26,6 +27,7 @@ class Combined:
 
 
 REWARD_MODEL = "reward_model="  # a member of this form is a reward model
+JUDGES: dict[str, Callable[..., Scorer]] = {"judge": Judge}  # scorers of this package that have `args`
 COMBINATIONS: dict[str, Callable[[list[float]], float]] = {"mean": lambda values: sum(values) / len(values), "minimum": min}
 
 
@@ -67,4 +69,9 @@ def build_member(
         return verifier
     if member.startswith(REWARD_MODEL):
         return RewardModel(scorer, reward_models[member.removeprefix(REWARD_MODEL)], "scorer.members", day)
-    return find_plug({}, member, "scorer.members" if scorer.members else "scorer.name")()
+    if member in JUDGES:
+        return with_args("scorer.args", member, JUDGES[member], scorer.args)(scorer)
+    field = "scorer.members" if scorer.members else "scorer.name"
+    plug = with_args("scorer.args", member, find_plug({}, member, field), scorer.args)
+    with blame(field, member):
+        return plug()

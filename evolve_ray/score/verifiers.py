@@ -8,11 +8,12 @@ from fractions import Fraction
 from typing import Any
 
 from evolve_ray.config import options
-from evolve_ray.config.plugs import find_plug
+from evolve_ray.config.plugs import blame, find_plug, sources, with_args
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import UserError
 from evolve_ray.score.held_text import visible
 from evolve_ray.score.math_verifier import MathMatch
+from evolve_ray.score.programs import ProgramTests
 from evolve_ray.score.protocol import Scorer
 from evolve_ray.score.quantities import CONTEXT, Quantity, factors, read_readings, said_twice, without_latex
 from evolve_ray.score.statements import final_answer
@@ -111,11 +112,12 @@ def read_numbers(text: str) -> list[Quantity]:
     return [twice] if twice else read_readings(text)
 
 
-VERIFIERS: dict[str, Callable[[options.Verifier], Scorer]] = {
+VERIFIERS: dict[str, Callable[..., Scorer]] = {
     "exact": lambda _: ExactMatch(),
     "regex": RegexMatch,
     "numeric": NumericMatch,
     "math": lambda _: MathMatch(),
+    "tests": ProgramTests,
 }
 
 
@@ -127,7 +129,7 @@ def verifier_key(verifier: options.Verifier | None) -> dict[str, Any] | None:
     if verifier is None:
         return None
     grading = {"grading": GRADING[verifier.name]} if verifier.name in GRADING else {}
-    return {**resolved(verifier, runtime=False), **grading}
+    return {**resolved(verifier, runtime=False), **grading, **sources(verifier.name)}
 
 
 def gold_check(verifier: options.Verifier | None) -> Callable[[str], str] | None:
@@ -150,10 +152,12 @@ def gold_check(verifier: options.Verifier | None) -> Callable[[str], str] | None
 
 
 def build_verifier(verifier: options.Verifier) -> Scorer:
-    """A shipped verifier with its options, or a plug `module:Name`, which is built without arguments."""
+    """A shipped verifier with its options, or a plug `module:Name`, which gets its `args` if it takes them."""
     if verifier.name in VERIFIERS:
-        return VERIFIERS[verifier.name](verifier)
-    return find_plug({}, verifier.name, "verifier.name")()
+        return with_args("verifier.args", verifier.name, VERIFIERS[verifier.name], verifier.args)(verifier)
+    plug = with_args("verifier.args", verifier.name, find_plug({}, verifier.name, "verifier.name"), verifier.args)
+    with blame("verifier.name", verifier.name):
+        return plug()
 
 
 def same_answer(verifier: options.Verifier | None) -> Callable[[str, str], bool]:

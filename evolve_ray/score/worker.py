@@ -68,7 +68,8 @@ class ScoreWorker(ShardWorker):
         drafts = [draft for draft in self.answers(shard) if draft["prompt_id"] in by_id]
         draft_prompts = [by_id[draft["prompt_id"]] for draft in drafts]
         batch = ([p["prompt"] for p in draft_prompts], [p["answer"] for p in draft_prompts], [d["text"] for d in drafts])
-        correct = call_scorer("verifier", self.verifier, *batch) if self.verifier else [None] * len(drafts)
+        verifier = f"verifier {self.spec.verifier.name}" if self.spec.verifier else ""
+        correct = call_scorer(verifier, self.verifier, *batch) if self.verifier else [None] * len(drafts)
         name = f"scorer {self.spec.scorer.name}"
         scores = correct if self.scorer is self.verifier else call_scorer(name, self.scorer, *batch)
         scored, rejected = [], []

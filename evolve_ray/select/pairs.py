@@ -6,7 +6,7 @@ draft that was cut by length can be rejected in a pair, but is never chosen, exc
 """
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from rapidfuzz.distance import Levenshtein
 
@@ -177,8 +177,9 @@ def reject_draft(prompt: dict, draft: dict, reason: str) -> dict:
     return reject({**prompt, "prompt_id": draft["draft_id"]}, "pairs", reason)
 
 
-def make_pair(prompt: dict, chosen: dict, rejected: dict) -> dict:
-    return {
+def make_pair(prompt: dict, chosen: dict, rejected: dict, numbers: dict[str, float] | None = None) -> dict:
+    """The pair of two drafts; `numbers` are named numbers for the loss, the same names in every pair of a selection."""
+    pair = {
         "pair_id": content_id("pair", prompt["prompt_id"], prompt["prompt"], chosen["text"], rejected["text"]),
         "prompt_id": prompt["prompt_id"],
         "prompt": prompt["prompt"],
@@ -193,10 +194,4 @@ def make_pair(prompt: dict, chosen: dict, rejected: dict) -> dict:
         "chosen_score": chosen.get("score"),
         "rejected_score": rejected.get("score"),
     }
-
-
-SELECTIONS: dict[str, Callable[[dict, list[dict], Selection], Selected]] = {
-    "reward_model": reward_model,
-    "rule": rule,
-    "random": random_pairs,
-}
+    return pair | {"numbers": numbers} if numbers else pair

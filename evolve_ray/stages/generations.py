@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evolve_ray.config import options
+from evolve_ray.config.plugs import sources
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import NumericsError, UserError
 from evolve_ray.generate.scorer_requests import RemoteScorer
@@ -63,7 +64,7 @@ def run_pipeline(context: Context, job: GenerationJob, folder: Path, *, scored: 
     """Returns (drafts, scores); scores are None without `scored`. Computes only the stages that are not committed yet."""
     config, prompts = context.config, job.prompts
     request_models = job.reward_models if job.request_models is None else job.request_models
-    asks_scorer = strategies.asks_scorer(job.strategy)
+    asks_scorer, verifier = strategies.asks_scorer(job.strategy), asked_verifier(config, job)
     generation_key = {
         "version": VERSION,
         "scope": job.scope,
@@ -72,7 +73,8 @@ def run_pipeline(context: Context, job: GenerationJob, folder: Path, *, scored: 
         "template": context.template.hash,
         "options": [resolved(part, runtime=False) for part in (job.strategy, job.sampling, config.engine)],
         "judge": scores_key(config, request_models) if asks_scorer else None,
-        "verifier": verifier_key(config.verifier) if job.strategy.stop_right else None,
+        "verifier": verifier_key(verifier),
+        **sources(job.strategy.name, config.engine.name),
     }
     drafts_stage = context.stage(folder / "generations", "generations", generation_key, {"prompts": prompts.identity})
     # The key of the drafts, not their identity: scoring starts before all drafts are generated.
@@ -117,7 +119,13 @@ def scores_key(config: options.Config, reward_models: dict[str, Policy]) -> dict
         "scorer": resolved(config.scorer, runtime=False),
         "reward_models": {name: model.hash for name, model in reward_models.items()},
         "verifier": verifier_key(config.verifier),
+        **sources(config.scorer.name, *config.scorer.members),
     }
+
+
+def asked_verifier(config: options.Config, job: GenerationJob) -> options.Verifier | None:
+    """The verifier that the strategy of a job may ask; None for a strategy that asks none."""
+    return config.verifier if strategies.asks_verifier(job.strategy) else None
 
 
 def prompts_loss(config: options.Config) -> shards.RejectionLimit:
@@ -158,5 +166,5 @@ def generate_spec(context: Context, job: GenerationJob, stage: Stage) -> Generat
         shard_prompts=config.engine.shard_prompts, model=str(job.policy.folder), model_hash=job.policy.hash,
         dtype=config.model.dtype, context_tokens=config.model.context_tokens, template=context.template,
         strategy=job.strategy, sampling=job.sampling, engine=config.engine, seed=config.seed, scope=job.scope,
-        verifier=config.verifier if job.strategy.stop_right else None,
+        verifier=asked_verifier(config, job),
     )  # fmt: skip

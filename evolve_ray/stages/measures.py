@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from evolve_ray.config.plugs import find_plug
+from evolve_ray.config.plugs import blame, find_plug, sources, with_args
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import UserError
 from evolve_ray.evaluate import controller, drift
@@ -59,6 +59,7 @@ def decide(context: Context, iteration: int, models: list[dict[str, Any]]) -> di
         "controller": resolved(settings, runtime=False),
         "seed": config.seed,
         "models": [{name: value for name, value in model.items() if name != "path"} for model in models],
+        **sources(settings.name),
     }
     inputs = {name: manifest.identity for name, manifest in evaluations.items() if manifest}
     stage = context.stage(context.run.iteration(iteration) / "decision", "decision", key, inputs)
@@ -68,7 +69,9 @@ def decide(context: Context, iteration: int, models: list[dict[str, Any]]) -> di
             tables = [chains_of(part) for part in (evaluations["previous"], evaluations["evaluation"]) if part]
             changes = against_previous(list(config.evaluation.splits), *tables) if tables else {}
             control = find_plug(controller.CONTROLLERS, settings.name, "controller.name")
-            decision = control([*models[:-1], {**current, "against_previous": changes}], settings)
+            control = with_args("controller.args", settings.name, control, settings.args)
+            with blame("controller.name", settings.name, f"iteration {iteration}"):
+                decision = control([*models[:-1], {**current, "against_previous": changes}], settings)
             if not isinstance(decision, controller.Decision) or decision.action not in controller.ACTIONS:
                 known = ", ".join(controller.ACTIONS)
                 raise UserError(f"controller.name: {settings.name!r} returned {decision!r}; it must return a Decision: {known}")

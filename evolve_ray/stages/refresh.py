@@ -25,7 +25,7 @@ def refresh(
     assert config.refresh is not None
     labels = label(context, iteration, prompts, drafts)
     settings = options.Selection(max_pairs=config.refresh.max_pairs)
-    key = {"refresh": config.refresh.prompts, "selection": resolved(settings)}
+    key = {"refresh": config.refresh.prompts, "selection": resolved(settings, runtime=False)}
     inputs = {"prompts": prompts.identity, "generations": drafts.identity, "scores": labels.identity}
     stage = context.stage(context.run.iteration(iteration) / "reward_pairs", "pairs", key, inputs)
     size, limit = config.engine.shard_prompts, config.refresh.prompts

@@ -3,15 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from evolve_ray.config import options
+from evolve_ray.config.plugs import is_own, sources
 from evolve_ray.config.resolve import resolved
+from evolve_ray.errors import UserError
 from evolve_ray.inputs.context import Context, Policy
+from evolve_ray.plan.plan import WITH_NUMBERS, find_objective, uses_reference
 from evolve_ray.store.manifest import Manifest
 from evolve_ray.store.run import Stage
 from evolve_ray.train import group
 from evolve_ray.train.spec import VERSION, TrainSpec
-
-NO_REFERENCE = ("sft", "reward")  # objectives without a reference policy
 
 
 def train(
@@ -22,6 +25,7 @@ def train(
     reference, checkpoint = stages(context, iteration, policy, start, pairs, training, name)
     manifest = checkpoint.committed()
     if manifest is None:
+        check_numbers(pairs, training, context.config.selection.name)
         config = context.config
         spec = TrainSpec(
             pairs=str(pairs.path("pairs.parquet")), model=str(policy.folder), reference_model=str(start.folder),
@@ -59,13 +63,29 @@ def stages(
         shared["output"] = config.scorer.output
     inputs = {"pairs": pairs.identity}
     reference = None
-    if training.objective not in NO_REFERENCE:
+    if uses_reference(training):
         # Which sequences the reference holds, and in which batches they are computed.
         order: dict[str, Any] = {name: getattr(training, name) for name in ("batch_pairs", "micro_pairs", "objective", "alpha")}
         order["nll"] = bool(training.nll)
+        if is_own(training.objective):
+            order["needs"] = find_objective(training).needs
         reference = context.stage(folder / "reference", "reference", shared | {"order": order, "model": start.hash}, inputs)
     key = {"model": policy.hash, "training": resolved(training, runtime=False), "reference": reference.key if reference else None}
+    key |= sources(training.objective)
     return reference, context.stage(folder / name, "checkpoint", shared | key, inputs)
+
+
+def check_numbers(pairs: Manifest, training: options.Training, selection: str) -> None:
+    """Raises UserError if pairs lack a number that the objective needs."""
+    needed = find_objective(training).numbers if is_own(training.objective) or training.objective in WITH_NUMBERS else ()
+    schema = pq.read_schema(pairs.path("pairs.parquet"))
+    present = [field.name for field in schema.field("numbers").type] if "numbers" in schema.names else []
+    for name in needed:
+        if name not in present:
+            raise UserError(
+                f"training.objective: {training.objective!r} needs the number {name!r} of each pair, but {pairs.folder.name} has "
+                f"{', '.join(present) or 'none'}; selection {selection!r} must give it with make_pair(..., numbers={{...}})"
+            )
 
 
 def run_group(context: Context, spec: TrainSpec, folder: Path, name: str) -> Manifest:

@@ -50,6 +50,8 @@ DRAFT_DETAILS = pa.schema(
         ("thinking", pa.string()),  # what the model thought before the answer; `text` is the answer alone
         ("num_thinking_tokens", pa.int64()),
         ("fault", pa.string()),  # why the draft must not be learned: no answer, or a token without a text
+        # Of a strategy of the user's own, whose asks no template can tell: what the ask showed the model.
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
     ]
 )
 SCORE = pa.schema(
@@ -85,6 +87,12 @@ PAIR_DETAILS = pa.schema(  # in the same way; what they say of a draft of the pa
         ("rejected_num_thinking_tokens", pa.int64()),
     ]
 )
+
+
+def numbered(schema: pa.Schema, numbers: list[str]) -> pa.Schema:
+    """The schema of pairs, with a struct column `numbers` if they have named numbers for the loss."""
+    return schema.append(pa.field("numbers", pa.struct([(name, pa.float64()) for name in numbers]))) if numbers else schema
+
 
 # Sums of the log-probabilities of response tokens under the reference policy; null if the objective does not need them.
 REFERENCE = pa.schema(

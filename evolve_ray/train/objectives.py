@@ -8,19 +8,27 @@ round. All results have the shape B.
 """
 
 import dataclasses
+import difflib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from evolve_ray.config import options
+from evolve_ray.config.plugs import blame, check_call, find_plug, with_args
 from evolve_ray.errors import UserError
+from evolve_ray.store import rows
+from evolve_ray.train.policy_gradient import policy_gradient
 
 Logps = dict[str, torch.Tensor]
 Result = tuple[torch.Tensor, dict[str, torch.Tensor]]
 DIRECT = ("chosen", "rejected")
 AFTER_REJECTED = ("chosen_after_rejected", "rejected_after_rejected")
+SEQUENCES = tuple(rows.REFERENCE.names[1:])
+LOSS_EXTRAS = ("numbers", "lengths")  # what a loss gets by name if its signature has it
 AFTER_CHOSEN = ("chosen_after_chosen", "rejected_after_chosen")
 
 
@@ -136,19 +144,23 @@ class Objective:
     """A loss and the sequences that it needs, in the order of `rows.REFERENCE`.
 
     `reference`: whether it uses the reference policy. `scores`: whether it takes scores of a reward model instead of
-    log-probabilities.
+    log-probabilities. `numbers`: the named numbers of each pair that it needs; the selection gives them. The loss is called with
+    `(policy, reference, training)`, and by name with what else its signature has: `numbers`, `{name: B}` (float32); `lengths`,
+    the response tokens of `chosen` and `rejected`; `args`, the table `objective_args`.
     """
 
-    loss: Callable[[Logps, Logps, options.Training], Result]
+    loss: Callable[..., Result]
     needs: tuple[str, ...]
     reference: bool
     scores: bool = False
+    numbers: tuple[str, ...] = ()
 
 
-def find(training: options.Training) -> Objective:
-    """The objective of a training phase, without the sequences that would have weight 0.
+def find(training: options.Training, table: str = "training") -> Objective:
+    """The objective of a training phase, without the sequences that would have weight 0; `table` is its place in the recipe.
 
-    Raises UserError for a plug that is not an `Objective`, and for an option that the objective would ignore.
+    Raises UserError for a plug that is not an `Objective`, needs what does not exist, or has a loss that cannot be called, and
+    for an option that the objective would ignore.
     """
     with_dpo, with_refine = training.alpha < 1, training.alpha > 0
     shipped = {
@@ -158,15 +170,16 @@ def find(training: options.Training) -> Objective:
         "srpo": Objective(refine, AFTER_REJECTED + AFTER_CHOSEN, reference=True),
         "evolve": Objective(evolve, DIRECT * with_dpo + (AFTER_REJECTED + AFTER_CHOSEN) * with_refine, reference=True),
         "reward": Objective(reward, DIRECT, reference=False, scores=True),
-    }
-    from evolve_ray.config.plugs import find_plug
-
-    objective = find_plug(shipped, training.objective, "training.objective")
-    if not isinstance(objective, Objective):
-        raise UserError(
-            f"training.objective: {training.objective!r} is of type {type(objective).__name__}, "
-            "but must be an evolve_ray.train.objectives.Objective"
-        )
+        "policy_gradient": Objective(
+            policy_gradient, ("chosen", "chosen_after_rejected") if training.refine_weight else ("chosen",), reference=True,
+            numbers=("advantage", "refined"),
+        ),
+    }  # fmt: skip
+    objective = find_plug(shipped, training.objective, f"{table}.objective")
+    if ":" in training.objective:
+        objective = checked(objective, training, table)
+    loss = with_args(f"{table}.objective_args", training.objective, objective.loss, training.objective_args)
+    objective = dataclasses.replace(objective, loss=loss)
     ignored = {
         "nll": objective.scores and training.nll,
         "length_normalised": objective.scores and training.length_normalised,
@@ -174,21 +187,40 @@ def find(training: options.Training) -> Objective:
     }
     for name, value in ignored.items():
         if value:
-            raise UserError(f"training.{name}: is {value}, but objective {training.objective!r} does not use it; remove it")
+            raise UserError(f"{table}.{name}: is {value}, but objective {training.objective!r} does not use it; remove it")
     if training.nll and "chosen" not in objective.needs:
         objective = dataclasses.replace(objective, needs=("chosen", *objective.needs))
     return objective
 
 
+def checked(objective: Any, training: options.Training, table: str) -> Objective:
+    """Somebody's own objective, after the checks that need no data."""
+    field, name = f"{table}.objective", training.objective
+    if not isinstance(objective, Objective):
+        raise UserError(
+            f"{field}: {name!r} is of type {type(objective).__name__}, but must be an evolve_ray.train.objectives.Objective"
+        )
+    needs = objective.needs if isinstance(objective.needs, tuple) else (str(objective.needs),)
+    for sequence in needs or ("nothing",):
+        if sequence not in SEQUENCES:
+            nearest = difflib.get_close_matches(str(sequence), SEQUENCES, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"it can need {', '.join(SEQUENCES)}"
+            raise UserError(f"{field}: {name!r} needs {sequence!r}, which is not a sequence of a pair; {hint}")
+    check_call(field, name, objective.loss, ("policy", "reference", "training"), extras=LOSS_EXTRAS)
+    # In the order of the table, whatever the order in which the plug names them.
+    return dataclasses.replace(objective, needs=tuple(name for name in SEQUENCES if name in needs))
+
+
 def total(
-    objective: Objective, policy: Logps, reference: Logps, lengths: dict[str, torch.Tensor], training: options.Training
-) -> Result:
+    objective: Objective, policy: Logps, reference: Logps, lengths: Logps, training: options.Training,
+    numbers: Logps | None = None,
+) -> Result:  # fmt: skip
     """The objective on a batch, plus `training.nll` times the mean negative log-probability of a chosen token after `x`.
 
     `policy` and `reference` hold sums over response tokens (or scores). `lengths` maps "chosen" and "rejected" to the numbers
     of these tokens, of shape B and at least 1. With `length_normalised` each sum is divided by the length of its response;
     this is the only place that does so. The metrics `chosen_shift` and `rejected_shift` are always sums: how far the policy has
-    moved from the reference, in nats.
+    moved from the reference, in nats. `numbers` maps the names in `objective.numbers` to numbers of the pairs, of shape B.
     """
     policy_input, reference_input = policy, reference
     if training.length_normalised:
@@ -196,9 +228,27 @@ def total(
             {name: logps_B / lengths[name.partition("_after_")[0]] for name, logps_B in logps.items()}
             for logps in (policy, reference)
         )
-    loss, metrics = objective.loss(policy_input, reference_input, training)
+    wanted = inspect.signature(objective.loss).parameters
+    extras = {name: part for name, part in (("numbers", numbers or {}), ("lengths", lengths)) if name in wanted}
+    size = len(next(iter(policy.values())))
+    with blame("training.objective", training.objective):
+        loss, metrics = check_result(objective.loss(policy_input, reference_input, training, **extras), size, training.objective)
     if training.nll:
         nll = -policy["chosen"] / lengths["chosen"]
         loss, metrics = loss + training.nll * nll, metrics | {"loss_nll": nll}
     shifts = {f"{name}_shift": ratio(policy, reference, name) for name in DIRECT if name in policy and name in reference}
     return loss, metrics | shifts
+
+
+def check_result(result: Any, size: int, name: str) -> Result:
+    """What a loss returned, if it is one loss and one metric for each of `size` pairs; UserError if not."""
+    field, end = f"training.objective: {name!r}", "it must return (loss, metrics) with one value for each pair in both"
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
+        kinds = ", ".join(type(part).__name__ for part in result) if isinstance(result, tuple) else type(result).__name__
+        raise UserError(f"{field} returned {kinds}; {end}")
+    for part, values in {"a loss": result[0], **{f"the metric {key!r}": value for key, value in result[1].items()}}.items():
+        if not isinstance(values, torch.Tensor):
+            raise UserError(f"{field} returned {part} of type {type(values).__name__}; {end}")
+        if values.shape != (size,):
+            raise UserError(f"{field} returned {part} of shape {tuple(values.shape)} for {size} pairs; {end}")
+    return result

@@ -41,7 +41,8 @@ class Steps:
             engine.set_gradient_accumulation_boundary(number == len(parts) - 1)
             policy, lengths = self.reader.values(engine, part)
             part_reference = {name: values[pair_rows].to(device) for name, values in reference.items()}
-            loss_B, metrics = total(self.objective, policy, part_reference, lengths, self.training)
+            numbers = self.numbers(pair_rows)
+            loss_B, metrics = total(self.objective, policy, part_reference, lengths, self.training, numbers)
             self.stop_if_not_finite(loss_B, step, pair_rows)
             # DeepSpeed divides by its number of micro-batches and averages over ranks; `weights` cancel both.
             engine.backward((loss_B * weights).sum())
@@ -60,6 +61,13 @@ class Steps:
         means = {name: value / len(batch) for name, value in zip(sorted(sums), totals.tolist(), strict=True)}
         norm = engine.get_global_grad_norm()
         return {"step": step, "num_pairs": len(batch), "learning_rate": rate, "gradient_norm": float(norm or 0.0), **means}
+
+    def numbers(self, pair_rows: list[int]) -> dict[str, Any]:
+        """`{name: B}` of the numbers that the objective needs, float32."""
+        import torch
+
+        columns = {name: [self.pairs[row]["numbers"][name] for row in pair_rows] for name in self.objective.numbers}
+        return {name: torch.tensor(values, device=self.collectives.device) for name, values in columns.items()}
 
     def stop_if_not_finite(self, loss_B: Any, step: int, pair_rows: list[int]) -> None:
         """Raises NumericsError on all ranks, before the backward pass, if the loss of any rank is not finite.

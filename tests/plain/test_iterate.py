@@ -278,7 +278,8 @@ def test_a_decision_is_an_event(loop, tmp_path):
 
 def test_every_option_of_the_controller_is_in_the_key_of_the_decision():
     fields = {field.name for field in dataclasses.fields(Controller)}
-    assert fields == set(resolved(Controller(min_prompts=1), runtime=False))  # which is left out at its default: it came later
+    # Two are left out at their defaults: they came later.
+    assert fields == set(resolved(Controller(min_prompts=1, args={"limit": 1}), runtime=False))
 
 
 def test_evaluation_folder_of_every_model_is_in_the_report(loop, tmp_path):
@@ -286,3 +287,12 @@ def test_evaluation_folder_of_every_model_is_in_the_report(loop, tmp_path):
     folders = [Path(tmp_path / "run" / model["evaluation"]) for model in report["models"]]
     assert [folder.parent.name for folder in folders] == ["iteration-00", "iteration-01", "iteration-02", "iteration-03"]
     assert all(read_manifest(folder / "generations") for folder in folders)
+
+
+def test_evaluation_measures_the_recipes_strategy_beside_the_chain(loop):
+    result, *_ = loop(CONVERGED, "iterations=1", "evaluation.pick=best", "strategy.name=parallel")
+    figures = result["models"][-1]["splits"]["held"]
+    assert (figures["strategy"]["name"], figures["strategy"]["pick"]) == ("parallel", "best")
+    # The world of tables answers every strategy with its two rounds, of which the second is longer and so has the better score.
+    assert figures["strategy"]["reward"] == figures["rounds"]["2"]["reward"]
+    assert figures["strategy"]["difference"]["reward"]["mean"] == 0.0

@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import ray
-from safetensors.numpy import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from evolve_ray.audit import conservation
 from evolve_ray.config.load import load
@@ -37,10 +36,14 @@ def folder(tmp_path_factory):
 
 
 def make_folder(root: Path, num_prompts: int) -> Path:
-    """A model folder, of which a fake engine reads the tokenizer alone, and prompts."""
-    make_tokenizer().save_pretrained(root / "model")
-    (root / "model" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 256}')
-    save_file({"weight": np.zeros(1)}, root / "model" / "model.safetensors")
+    """A tiny model, of which a fake engine reads the tokenizer alone, and prompts."""
+    tokenizer = make_tokenizer(256)
+    tokenizer.save_pretrained(root / "model")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        max_position_embeddings=256, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(root / "model")
     asked = [{"prompt": f"question {number}", "answer": "x"} for number in range(num_prompts)]
     rows.write_jsonl(root / "prompts.jsonl", asked)
     return root

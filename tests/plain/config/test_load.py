@@ -64,7 +64,7 @@ def test_unknown_table_is_refused_with_its_line_and_the_nearest_name(recipe):
 def test_unknown_option_without_a_near_name_lists_the_known_ones(recipe):
     assert (
         refusal(recipe("[verifier]\nzzzzzz = 1\n"))
-        == ":12: verifier.zzzzzz: unknown option; the options here are name, pattern, tolerance"
+        == ":12: verifier.zzzzzz: unknown option; the options here are name, pattern, tolerance, args"
     )
 
 

@@ -1,5 +1,6 @@
 """Strategies are driven by hand with a list; templates keep texts as they are and refuse what is not documented."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,8 @@ import pytest
 from evolve_ray.config.options import Strategy
 from evolve_ray.config.plugs import find_plug
 from evolve_ray.errors import UserError
-from evolve_ray.refine.asks import Ask, Draft, Judge
-from evolve_ray.refine.strategies import STRATEGIES, asks_scorer, drafts_per_prompt, responses_per_prompt
+from evolve_ray.refine.asks import Ask, Draft, Judge, Skip, Verdict, Verify
+from evolve_ray.refine.strategies import STRATEGIES, asks_scorer, asks_verifier, drafts_per_prompt, responses_per_prompt
 from evolve_ray.refine.template import FIELDS, NEEDED, Template, fill, load_template
 
 TEMPLATE = Template(layout="conversation", first="Q: {prompt}", refine="better!", one_message="Q: {prompt}\nD: {draft}")
@@ -33,6 +34,10 @@ def drive(name, options, answers, template=TEMPLATE, score=len):
             if isinstance(ask, Judge):
                 assert asks_scorer(options)
                 reply = [score(draft.text) for draft in ask.drafts]
+                continue
+            if isinstance(ask, Verify):
+                assert asks_verifier(options)
+                reply = Verdict(0.0, "wrong")
                 continue
             batch = ask if isinstance(ask, list) else [ask]
             drafts = [
@@ -108,6 +113,21 @@ def test_critique_comes_between_a_draft_and_the_next():
     assert contents(asked[1]) == ["Q: x", "y1", "faults?"]
     assert contents(asked[2]) == ["Q: x", "y1", "faults?", "c1", "mend!"]
     assert [draft.text for draft in drafts] == ["y1", "c1", "y2"]
+
+
+def test_feedback_shows_the_verifiers_words_until_the_draft_is_right():
+    strategy = STRATEGIES["feedback"]("x", FULL, Strategy(name="feedback", rounds=4))
+    first = next(strategy)
+    assert first == Ask(FULL.direct("x"), 0, 1)
+    drafts = [Draft(f"d{number}", f"y{number}", 0, number, None, "stop") for number in (1, 2)]
+    assert strategy.send(drafts[0]) == Verify(drafts[0])
+    ask = strategy.send(Verdict(0.0, "line 2 fails"))
+    assert [message["content"] for message in ask.messages] == ["Q: x", "y1", "line 2 fails\n\nbetter!"]
+    assert (ask.round, ask.parent_id) == (2, "d1")
+    assert strategy.send(drafts[1]) == Verify(drafts[1])
+    assert strategy.send(Verdict(1.0)) == Skip(drafts[1], (3, 4), "right")
+    one = replace(FULL, layout="one_message").after_feedback("x", "y", "no")
+    assert one == ({"role": "user", "content": "Q: x\nD: y\nF: no"},)
 
 
 def test_critique_in_one_message_holds_draft_and_critique():

@@ -14,7 +14,7 @@ from evolve_ray.config.resolve import resolved
 from evolve_ray.refine.strategies import STRATEGIES
 from evolve_ray.report import charts, page, recipe, report
 from evolve_ray.report.charts import Point, Series
-from evolve_ray.select.pairs import SELECTIONS
+from evolve_ray.select.selections import SELECTIONS
 from evolve_ray.store.rows import reject, write_jsonl
 from evolve_ray.store.run import Run, Stage
 from tests.plain.processes import ROOT

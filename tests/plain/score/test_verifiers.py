@@ -40,7 +40,7 @@ def test_verifier_is_found_by_short_name_and_by_module():
 
 def test_every_shipped_verifier_can_be_built_and_is_tested():
     names = config.Verifier.__dataclass_fields__["name"].metadata["choices"]
-    assert set(names) == set(VERIFIERS) == {"exact", "regex", "numeric", "math"}
+    assert set(names) == set(VERIFIERS) == {"exact", "regex", "numeric", "math", "tests"}
 
 
 def test_exact_match_ignores_only_surrounding_space():

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evolve_ray.config.options import Selection
-from evolve_ray.select.pairs import SELECTIONS, repetition
+from evolve_ray.select.pairs import repetition
+from evolve_ray.select.selections import SELECTIONS
 from evolve_ray.store.rows import PAIR
 
 PROMPT = {"prompt_id": "p", "prompt": "x", "file": "f", "line": 7}
@@ -74,7 +75,7 @@ def ids_of(pairs):
 
 
 def test_every_selection_of_the_recipe_is_tested():
-    assert set(SELECTIONS) == {"reward_model", *KINDS[2:]}
+    assert set(SELECTIONS) == {"reward_model", "advantages", *KINDS[2:]}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,6 +11,7 @@ from evolve_ray.errors import IntegrityError, UserError
 from evolve_ray.inputs.context import Context, Policy
 from evolve_ray.inputs.prepare import settle_config
 from evolve_ray.refine.template import load_template
+from evolve_ray.select.pairs import make_pair, reject_draft
 from evolve_ray.stages import pairs as stages_pairs
 from evolve_ray.stages import probe, training
 from evolve_ray.store import rows, shards
@@ -60,7 +61,8 @@ def tables(recipe, tmp_path):
 def draft(prompt_id, number, kind="answer"):
     return {
         "draft_id": f"{prompt_id}-{number}{'c' * (kind == 'critique')}", "prompt_id": prompt_id, "split": "s", "sample": 0,
-        "round": number, "kind": kind, "parent_id": None, "text": f"y{number}", "finish_reason": "stop",
+        "round": number, "kind": kind, "parent_id": f"{prompt_id}-1" if kind == "critique" else None,
+        "text": f"y{number}", "finish_reason": "stop",
         "num_prompt_tokens": 1, "num_tokens": 1, "seed": 0, "model": "m",
     }  # fmt: skip
 
@@ -267,3 +269,61 @@ def test_reference_has_the_key_of_the_model_that_it_is_of(trained):
     fixed = ("training.reference", "initial")
     assert keys(fixed, initial="m0")[0] == keys(fixed, initial="m0", policy="m2")[0] == keys(policy="m0")[0]
     assert keys(fixed, initial="m0")[0] != keys(fixed, initial="m9")[0]
+
+
+def numbered(prompt, drafts, options, args):
+    """The better of two drafts, with a weight that only some prompts have."""
+    scored = sorted((d for d in drafts if d["score"] is not None), key=lambda d: -d["score"])
+    if len(scored) < 2 or prompt["prompt_id"] == args.get("none"):
+        return [], [reject_draft(prompt, d, "no two scores") for d in drafts]
+    numbers = {"weight": scored[0]["score"] * args["scale"], "correct": scored[0]["correct"] or 0.0}
+    return [make_pair(prompt, *scored, numbers=numbers if prompt["prompt_id"] != args.get("bare") else None)], []
+
+
+def test_numbers_of_a_pair_are_stored_only_if_the_selection_gives_them(tables):
+    context, *inputs = tables(SCORES, f"selection.name={__name__}:numbered", "selection.args.scale=3")
+    manifest = stages_pairs.select(context, 1, *inputs[1:])
+    table = rows.read_table(manifest.path("pairs.parquet"))
+    assert [row["numbers"] for row in table] == [{"correct": 0.0, "weight": 3.0}] * 2
+    assert "numbers" not in rows.PAIR.names
+
+
+def test_numbers_that_only_some_pairs_have_are_refused(tables):
+    context, *inputs = tables(SCORES, f"selection.name={__name__}:numbered", 'selection.args={scale=1, bare="p1"}')
+    with pytest.raises(UserError, match=r"prompt p1: has the numbers none, but earlier pairs have correct, weight; every pair"):
+        stages_pairs.select(context, 1, *inputs[1:])
+
+
+def test_a_changed_option_of_a_selection_is_another_stage(tables):
+    context, *inputs = tables(SCORES, f"selection.name={__name__}:numbered", "selection.args.scale=3")
+    stages_pairs.select(context, 1, *inputs[1:])
+    settings = dataclasses.replace(context.config.selection, args={"scale": 4})
+    context.config = dataclasses.replace(context.config, selection=settings)
+    with pytest.raises(UserError, match="--rerun-changed"):
+        stages_pairs.select(context, 1, *inputs[1:])
+
+
+SEEN = {}
+
+
+def looking(prompt, drafts, options):
+    SEEN[prompt["prompt_id"]] = drafts
+    return [], [reject_draft(prompt, d, "only looked at") for d in drafts]
+
+
+def test_a_selection_sees_verdicts_and_remarks(tables):
+    context, *inputs = tables(SCORES, f"selection.name={__name__}:looking")
+    with pytest.raises(UserError, match="nothing to train on"):
+        stages_pairs.select(context, 1, *inputs[1:])
+    first = SEEN["p0"][0]
+    assert {"draft_id", "text", "kind", "score", "correct", "remarks"} <= first.keys()
+    assert [(d["draft_id"], [r["draft_id"] for r in d["remarks"]]) for d in SEEN["p0"]] == [("p0-1", ["p0-2c"]), ("p0-2", [])]
+
+
+def test_an_objective_that_needs_a_number_which_no_pair_has_is_refused_before_ray(tables):
+    context, *inputs = tables(SCORES)
+    pairs = stages_pairs.select(context, 1, *inputs[1:])
+    trained = dataclasses.replace(context.config.training, objective="tests.tensors.train.test_objectives_plugs:VOTED")
+    message = r"needs the number 'weight' of each pair, but pairs has none; selection 'reward_model' must give it"
+    with pytest.raises(UserError, match=message):
+        training.check_numbers(pairs, trained, "reward_model")

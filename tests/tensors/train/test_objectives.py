@@ -397,7 +397,7 @@ def test_objective_needs_no_sequence_that_it_does_not_use(options, needs, refere
 
 
 def test_objective_of_a_users_own_module_is_found():
-    assert objectives.find(Training(objective=f"{__name__}:OWN")) is OWN
+    assert objectives.find(Training(objective=f"{__name__}:OWN")) == OWN
 
 
 def test_objective_of_a_users_own_module_is_given_what_nll_looks_at():
