@@ -59,6 +59,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--script-seats", type=int, default=128, help="requests at a time of the script's engine")
     parser.add_argument("--script-micro", type=int, default=4, help="pairs of a forward of the script")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="run in this folder and leave the last runs there")
+    parser.set_defaults(device="cpu", dtype="float32", vocabulary=0, context=1024)
 
 
 class FixedLengths(VllmEngine):
@@ -122,47 +123,67 @@ def rows(args: argparse.Namespace) -> list[Row]:
 def make_inputs(folder: Path, args: argparse.Namespace) -> None:
     """Writes the policy, a reward model of the same shape, both with random weights, and the prompts."""
     import torch
-    from transformers import LlamaForSequenceClassification
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-    from evolve_ray.bench.generate import random_model
     from evolve_ray.toy.tokenizer import make_tokenizer
 
+    tokenizer = make_tokenizer(args.context)
+    heads = max(1, args.hidden // 64)
+    config = LlamaConfig(
+        vocab_size=args.vocabulary or len(tokenizer), hidden_size=args.hidden, intermediate_size=4 * args.hidden,
+        num_hidden_layers=args.layers, num_attention_heads=heads, num_key_value_heads=heads, head_dim=64,
+        max_position_embeddings=args.context, tie_word_embeddings=False, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, num_labels=1,
+    )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    model = folder / "model"
-    random_model(model, argparse.Namespace(hidden=args.hidden, layers=args.layers, dtype="float32"))
-    torch.manual_seed(1)
-    reward_model = LlamaForSequenceClassification.from_pretrained(model, num_labels=1)
-    torch.nn.init.normal_(reward_model.score.weight)
-    reward_model.save_pretrained(folder / "reward_model")
-    make_tokenizer(1024).save_pretrained(folder / "reward_model")
+    for seed, (name, model_class) in enumerate(
+        {"model": LlamaForCausalLM, "reward_model": LlamaForSequenceClassification}.items()
+    ):
+        torch.manual_seed(seed)
+        model_class(config).to(getattr(torch, args.dtype)).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     generator = random.Random(SEED)
     prompts = ({"prompt": "".join(generator.choices(LETTERS, k=args.prompt))} for _ in range(args.prompts))
     tables.write_jsonl(folder / "prompts.jsonl", prompts)
 
 
 def recipe(folder: Path, args: argparse.Namespace, alpha: float) -> dict[str, Any]:
+    """The options of one iteration, by their names in a recipe."""
     return {
         "name": "loop", "iterations": 1, "seed": SEED,
-        "model.path": str(folder / "model"), "model.context_tokens": 1024,
+        "model.path": str(folder / "model"), "model.dtype": args.dtype, "model.context_tokens": args.context,
         "prompts.path": str(folder / "prompts.jsonl"), "prompts.per_iteration": args.prompts,
         "template.name": "tiny", "strategy.name": "chain", "strategy.rounds": args.rounds,
         "sampling.temperature": 1.0, "sampling.max_tokens": args.new,
-        "engine.name": "evolve_ray.bench.loop:FixedLengths", "engine.actors": args.engines, "engine.cpus_per_actor": 0.4,
-        "engine.max_num_seqs": args.seats, "engine.shard_prompts": -(-args.prompts // args.engines),
-        "engine.release_for_training": False,
-        **{f"engine.args.{name}": value for name, value in CPU_ARGUMENTS.items()},
-        **{f"engine.env.{name}": value for name, value in CPU_ENV.items()},
-        "engine.env.OMP_NUM_THREADS": str(max(1, CORES // args.engines)),
-        "scorer.model": str(folder / "reward_model"), "scorer.cpus_per_actor": 0.1, "scorer.max_tokens": 1024,
+        "engine.name": "evolve_ray.bench.loop:FixedLengths", "engine.actors": args.engines, "engine.max_num_seqs": args.seats,
+        "engine.shard_prompts": -(-args.prompts // args.engines),
+        "scorer.model": str(folder / "reward_model"), "scorer.dtype": args.dtype, "scorer.max_tokens": args.context,
         "training.objective": "evolve", "training.alpha": alpha, "training.beta": BETA, "training.epochs": args.epochs,
         "training.batch_pairs": args.batch, "training.micro_pairs": args.batch, "training.learning_rate": LEARNING_RATE,
         "training.schedule": "constant", "training.warmup_fraction": 0.0,
-        "trainer.workers": args.workers, "trainer.cpus_per_worker": 0.4, "trainer.forward": "tree",
-        "trainer.max_tokens": 2048,
-        "trainer.env.OMP_NUM_THREADS": str(max(1, CORES // args.workers)),
-        "probe.cpus": 0.1, "probe.tolerance": 1e-3, "trackers.use": [],
-        "ray.num_cpus": max(2, CORES), "ray.dashboard": False,
+        "trainer.workers": args.workers, "trainer.forward": "tree", "trackers.use": [], "ray.dashboard": False,
+        **(on_cpu(args) if args.device == "cpu" else ON_GPU),
     }  # fmt: skip
+
+
+def on_cpu(args: argparse.Namespace) -> dict[str, Any]:
+    """Engines and ranks share the cores, each with its part of the threads."""
+    return {
+        **{f"engine.args.{name}": value for name, value in CPU_ARGUMENTS.items()},
+        **{f"engine.env.{name}": value for name, value in CPU_ENV.items()},
+        "engine.env.OMP_NUM_THREADS": str(max(1, CORES // args.engines)), "engine.cpus_per_actor": 0.4,
+        "engine.release_for_training": False, "scorer.cpus_per_actor": 0.1, "trainer.cpus_per_worker": 0.4,
+        "trainer.env.OMP_NUM_THREADS": str(max(1, CORES // args.workers)), "trainer.max_tokens": 2048,
+        "probe.cpus": 0.1, "probe.tolerance": 1e-3 if args.dtype == "float32" else 0.05, "ray.num_cpus": max(2, CORES),
+    }  # fmt: skip
+
+
+# One GPU that engine and scorer share, and that the training has alone afterwards.
+ON_GPU: dict[str, Any] = {
+    "engine.gpus_per_actor": 0.6, "engine.release_for_training": True, "engine.args.gpu_memory_utilization": 0.6,
+    "engine.args.max_num_batched_tokens": 16384, "scorer.gpus_per_actor": 0.3, "trainer.use_gpu": True,
+    "trainer.max_tokens": 16384, "trainer.gradient_checkpointing": True, "probe.prompts": 2, "probe.cpus": 4,
+}  # fmt: skip
 
 
 def our_turn(folder: Path, args: argparse.Namespace, alpha: float) -> Turn:
@@ -192,7 +213,7 @@ def script_turn(folder: Path, args: argparse.Namespace, alpha: float) -> Turn:
     """Runs the script; raises a ResourceError if it fails."""
     chat = Chat(folder / "model")
     job = {
-        "model": str(folder / "model"), "reward_model": str(folder / "reward_model"), "context_tokens": 1024,
+        "model": str(folder / "model"), "reward_model": str(folder / "reward_model"), "context_tokens": args.context,
         "seats": args.script_seats, "engine_args": CPU_ARGUMENTS, "threads": CORES, "rounds": args.rounds,
         "env": ENGINE_ENV | CPU_ENV | {"OMP_NUM_THREADS": str(CORES)}, "refine": "fix",
         "letters": chat.text_ids(LETTERS), "prompts": script_prompts(folder, args), "score_batch": 32, "alpha": alpha,

@@ -4,7 +4,7 @@ import pytest
 
 from evolve_ray.bench import iteration
 from evolve_ray.errors import UserError
-from evolve_ray.store.run import Run
+from evolve_ray.store import rows
 
 CLOCK = {"iteration": 2, "seconds": 100.0, "engines": 20.0, "scoring": 5.0, "updates": 35.0, "starts": 20.0, "waiting": 8.0,
          "rest": 12.0}  # fmt: skip
@@ -22,8 +22,12 @@ def test_shares_without_and_with_the_starts():
 
 def run_with(root, *events):
     root.joinpath("config.json").write_text('{"engine": {"actors": 2}}')
-    for kind, number in events:
-        Run(root).event(kind, **({"stage": "drift", "iteration": number, "seconds": 1.0} if number else {}))
+    lines = [
+        {"time": f"2026-01-01T00:00:{second:02}+00:00", "event": kind}
+        | ({"stage": "drift", "iteration": number, "seconds": 1.0} if number else {})
+        for second, (kind, number) in enumerate(events)
+    ]
+    rows.write_jsonl(root / "events.jsonl", lines)
     return root
 
 
