@@ -53,7 +53,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--engines", type=int, default=2, help="engines of the iteration; the script has one with all cores")
+    parser.add_argument("--engines", type=int, default=1, help="engines of the iteration; with one, both sides sample the same")
     parser.add_argument("--workers", type=int, default=2, help="training workers of the iteration")
     parser.add_argument("--seats", type=int, default=64, help="requests at a time of each engine of the iteration")
     parser.add_argument("--script-seats", type=int, default=128, help="requests at a time of the script's engine")

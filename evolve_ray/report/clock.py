@@ -74,7 +74,7 @@ def by_driver(events: list[Event]) -> list[list[Event]]:
 def stage_parts(inside: list[Event], start: Any, end: Any, train_seconds: float, actors: int) -> Seconds:
     """The parts of a stage from its events: a training, a pipeline, or anything else."""
     seconds = seconds_between(start, end)
-    loads = [event for event in inside if event["event"] == "model_loaded"]
+    loads = [event for event in inside if event["event"] in ("model_loaded", "prober_ready")]
     shards = [event["steps"] for event in inside if event["event"] == "shard"]
     if loads:
         starts = seconds_between(start, time_of(loads[0]))

@@ -42,7 +42,10 @@ class Prober:
         return logps
 
 
-def open_prober(pools: Pools, probe: options.Probe, dtype: str) -> tuple[Actors, tuple[str, str]]:
+Spec = tuple[str, str]  # device, dtype
+
+
+def open_prober(pools: Pools, probe: options.Probe, dtype: str) -> tuple[Actors, Spec]:
     """Starts the probing actor without waiting for it; returns it with its spec."""
     actors = pools.open(PoolOptions("probers", Prober, 1, probe.cpus, probe.gpus, restarts=3))
     spec = ("cuda" if probe.gpus else "cpu", dtype)
@@ -51,15 +54,12 @@ def open_prober(pools: Pools, probe: options.Probe, dtype: str) -> tuple[Actors,
     return actors, spec
 
 
-def compare(
-    prober: tuple[Actors, tuple[str, str]], models: dict[str, str], samples: list[list[dict]]
-) -> dict[str, Any]:  # fmt: skip
+def compare(actors: Actors, spec: Spec, models: dict[str, str], samples: list[list[dict]]) -> dict[str, Any]:
     """The figures of one probe. `samples` holds the samples of each engine, drawn from the policy at temperature 1.
 
     `mean_difference` and `max_difference` (nats a token) compare engine and checkpoint. `kl_iteration` and `kl_initial` estimate
     KL(policy || model) in nats a response: the mean of log policy - log model over samples of the policy.
     """
-    actors, spec = prober
     flat = [sample for part in samples for sample in part]
     by_folder = {folder: call_all(actors, spec, "token_logps", folder, flat)[0] for folder in dict.fromkeys(models.values())}
     logps = {name: by_folder[folder] for name, folder in models.items()}

@@ -34,8 +34,9 @@ EVENTS = [
     event(50, "model_loaded", number=1),
     event(54, "model_loaded", number=1),
     event(70, "stage_end", "checkpoint", 1),
-    event(71, "stage_start", "drift", 1),
-    event(73, "stage_end", "drift", 1),
+    event(71, "stage_start", "probe", 1),
+    event(71.5, "prober_ready", "probe", 1),
+    event(73, "stage_end", "probe", 1),
     event(80, "stage_start", "generations", 2),
     event(86, "stage_end", "generations", 2),
     event(90, "driver_end"),
@@ -50,9 +51,9 @@ def test_parts_are_those_of_the_events_and_sum_to_the_wall_clock():
         "engines": 15.5,
         "scoring": 1.5,
         "updates": 18.0,
-        "starts": 26.0,  # 10 of the driver, 4 of the pipeline, 6 of the engines, 6 of the worker group
+        "starts": 26.5,  # 10 of the driver, 4 of the pipeline, 6 of the engines, 6 of the worker group, 0.5 of the prober
         "waiting": 4.5,
-        "rest": 7.5,
+        "rest": 7.0,
     }
     assert first["seconds"] == 73.0
     assert second == {"iteration": 2, "seconds": 17.0, "engines": 0, "scoring": 0, "updates": 0, "starts": 0, "waiting": 0,
