@@ -53,9 +53,8 @@ def run_probe(context: Context, stage: Stage, iteration: int, models: dict[str, 
     job = GenerationJob(iteration, "probe", models["policy"], prompts, config.strategy, plain, "probe", {})
     engines = context.pools.open(engine_pool(config.engine))
     probe_prompts = shards.read_slice(prompts.path("prompts.parquet"), 0, config.probe.prompts)
-    probers, spec = weight_probe.open_prober(
-        context.pools, config.probe, config.model.dtype
-    )  # it starts while the engines answer
+    # Before the engines are asked, so that it starts while they answer.
+    probers, spec = weight_probe.open_prober(context.pools, config.probe, config.model.dtype)
     samples = call_all(engines, generate_spec(context, job, stage), "probe", probe_prompts)
     call_all(probers, spec, "ready")
     context.run.event("prober_ready", stage="probe", iteration=iteration)

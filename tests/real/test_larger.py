@@ -13,6 +13,8 @@ from tests.real.conftest import SMALL, Command, fork, start
 
 pytestmark = pytest.mark.long
 
+TWO = ("engine.args.tensor_parallel_size=2", "engine.args.distributed_executor_backend=mp")
+
 
 def engine_parts(command):
     """The processes of vLLM that hold a part of the model each."""
@@ -21,7 +23,7 @@ def engine_parts(command):
 
 
 def test_engine_of_two_processes_loads_new_weights_and_survives_the_loss_of_one(place):
-    command = start(place / "tensor-parallel", *SMALL, "engine.args.tensor_parallel_size=2", "--iterations", "1")
+    command = start(place / "tensor-parallel", *SMALL, *TWO, "--iterations", "1")
     command.wait_for(lambda events: any(e["event"] == "shard" and e["stage"] == "generations" for e in events), 900)
     parts = engine_parts(command)
     assert len(parts) == 2
