@@ -40,7 +40,9 @@ def main(path: Path) -> None:
 
     torch.set_num_threads(job["threads"])
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    llm = LLM(model=job["model"], max_model_len=job["context_tokens"], max_num_seqs=job["seats"], **job["engine_args"])
+    llm = LLM(
+        model=job["model"], dtype="float32", max_model_len=job["context_tokens"], max_num_seqs=job["seats"], **job["engine_args"]
+    )
     reward_model = AutoModelForSequenceClassification.from_pretrained(job["reward_model"], dtype=torch.float32).eval()
     drafts = generate(llm, tokenizer, job)
     scores = score(reward_model, tokenizer, job, drafts)
