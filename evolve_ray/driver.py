@@ -120,12 +120,14 @@ def run(
     from evolve_ray.inputs.prepare import prepare, settle_config
     from evolve_ray.plan.plan import check_space
     from evolve_ray.report.tables import table
+    from evolve_ray.watch import progress
     from evolve_ray.watch.trackers import Trackers
 
     started = time.monotonic()
     directory = Run(root)
     trackers = Trackers(config, directory, say)
     with directory.locked(), mirrored(uri, directory) if uri else contextlib.nullcontext():
+        rerun_changed = rerun_changed or not directory.has_results()
         changed = settle_config(config, directory, rerun_changed=rerun_changed)
         directory.event("driver_start", pid=os.getpid(), job=submission_id(), command=command_line, folder=os.getcwd())
         say(f"run {config.name} in {root}" + (f", mirrored in {uri}" if uri else ""))
@@ -137,7 +139,8 @@ def run(
             context = prepare(config, directory, print_line, join_cluster, rerun_changed=rerun_changed, changed=changed)
             context.trackers = trackers
             check_space(config, directory)
-            result = iterate.iterate(context)
+            with progress.shown(directory, say):
+                result = iterate.iterate(context)
             trackers.close(failed=False)
         except BaseException as error:
             directory.event("driver_failed", error=f"{type(error).__name__}: {error}"[:2000])

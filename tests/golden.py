@@ -48,11 +48,14 @@ def compare(recipe: str, tree: Path, place: Path) -> int:
     """Runs one recipe by both revisions, prints every file with its hashes, and returns how many differ."""
     runs = []
     for name, code in (("before", tree), ("after", ROOT)):
-        run = place / name / recipe
-        shutil.rmtree(run, ignore_errors=True)
+        run = place / "run" / recipe  # the same path for both: tables name the files that their rows came from
+        for folder in (place / "run", place / name / recipe):
+            shutil.rmtree(folder, ignore_errors=True)
         command = ["jobs/iterate.py", f"jobs/recipes/{recipe}.toml", "--run", str(run), f"iterations={RECIPES[recipe]}", *SMALL]
         subprocess.run([sys.executable, *command], cwd=code, check=True, stdout=sys.stderr)
         runs.append(results(run))
+        (place / name).mkdir(exist_ok=True)
+        (place / "run").rename(place / name / recipe)
     before, after = runs
     print(f"\n{recipe}")
     different = 0

@@ -119,6 +119,8 @@ def check_pairs(manifest: Manifest, inputs: Inputs) -> Iterator[str]:
                 pair_side = (row["prompt_id"], row[side], row[f"{side}_round"])
                 if pair_side != tuple(draft.get(name) for name in ("prompt_id", "text", "round")):
                     yield f"the {side} response of pair {row['pair_id']} is not the draft {row[f'{side}_id']}"
+                elif row.get(f"{side}_token_ids") != draft.get("token_ids"):
+                    yield f"the {side} tokens of pair {row['pair_id']} are not those of the draft {row[f'{side}_id']}"
                 elif row[f"{side}_score"] is not None and row[f"{side}_score"] != score.get(row[f"{side}_id"]):
                     yield f"the {side} score of pair {row['pair_id']} is not the score of the draft {row[f'{side}_id']}"
             if prompt.get(row["prompt_id"]) != row["prompt"]:

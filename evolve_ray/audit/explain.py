@@ -19,6 +19,7 @@ from evolve_ray.store import rows
 from evolve_ray.store.files import sha256_file
 from evolve_ray.store.manifest import Manifest, read_manifest
 from evolve_ray.store.places import run_argument
+from evolve_ray.store.turns import as_text
 
 # Folder of pairs -> the folder of the scores that selected them; None for pairs that were read from a file.
 PAIRS = {"pairs": "scores", "reward_pairs": "labels", "activation_pairs": None, "offline_pairs": None}
@@ -110,7 +111,7 @@ def find_pair(run: Path, wanted: str) -> tuple[Manifest, dict]:
         shown = ", ".join(sorted(matches)[:SHOWN])
         raise UserError(f"{run}: {len(matches)} pairs begin with {wanted!r}: {shown}; give more characters of the id")
     ((name, manifest),) = matches.items()
-    (pair,) = pq.read_table(manifest.path("pairs.parquet"), filters=[("pair_id", "=", name)]).to_pylist()
+    (pair,) = rows.from_table(pq.read_table(manifest.path("pairs.parquet"), filters=[("pair_id", "=", name)]))
     return manifest, pair
 
 
@@ -155,7 +156,7 @@ def drafts_of(config: Config, pair: dict, manifests: dict[str, Manifest], scores
     score_of = {row["draft_id"]: row for row in scores}
     reasons = {row["id"]: row["reason"] for row in rows.read_jsonl(checked(pairs, "rejected.jsonl"))}
     unscored = {row["id"]: row["reason"] for row in rows.read_jsonl(checked(manifests[scores_name], "rejected.jsonl"))}
-    prompt_pairs = pq.read_table(pairs.path("pairs.parquet"), filters=of_prompt).to_pylist()
+    prompt_pairs = rows.from_table(pq.read_table(pairs.path("pairs.parquet"), filters=of_prompt))
     for draft in drafts:
         row = score_of.get(draft["draft_id"], {})
         draft |= {"score": row.get("score"), "correct": row.get("correct")}
@@ -225,7 +226,7 @@ def text(explanation: dict[str, Any]) -> str:
     lines = [f"pair {pair['pair_id']} of iteration {explanation['iteration']} ({explanation['table']})"]
     prompt = explanation.get("prompt")
     if prompt:
-        lines += [f"prompt {prompt['prompt_id']}, {prompt['file']}:{prompt['line']}", indented(prompt["prompt"])]
+        lines += [f"prompt {prompt['prompt_id']}, {prompt['file']}:{prompt['line']}", indented(as_text(prompt["prompt"]))]
         lines += ["gold answer", indented(prompt["answer"])] if prompt["answer"] is not None else []
         lines += ["drafts"]
         for draft in explanation["drafts"]:
@@ -240,7 +241,7 @@ def text(explanation: dict[str, Any]) -> str:
         source = explanation["source"]
         lines += [f"read from {source.get('path')} (split {source.get('split')}), trained with {source.get('objective')}"]
         for part in ("prompt", "chosen", "rejected"):
-            lines += [part, indented(pair[part])]
+            lines += [part, indented(as_text(pair[part]))]
     lines += [f"model {hash_[:16]} at {path}" for hash_, path in explanation.get("models", {}).items()]
     verifier = f", verifier {explanation['verifier']['name']}" if explanation["verifier"] else ""
     scorer = explanation["scorer"]

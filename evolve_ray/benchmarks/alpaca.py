@@ -6,7 +6,6 @@ package ships for AlpacaEval 2.
 """
 
 import contextlib
-import csv
 import json
 import logging
 import math
@@ -16,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from evolve_ray.benchmarks.answers import Answers, file_name
+from evolve_ray.benchmarks.difficulty import difficulties_from, difficulty_table
 from evolve_ray.benchmarks.judge import RETRIES, TIMEOUT_S, Judge
 from evolve_ray.data import read
 from evolve_ray.errors import UserError, first_line
+from evolve_ray.evaluate import intervals
 from evolve_ray.store.files import sha256_file, write_atomic
 from evolve_ray.store.rows import digest
 
 OFFICIAL_TEMPLATE = "alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
-OFFICIAL_SIZE = 805  # instructions; df_gamed.csv on the hub has their difficulties
 FOLDS = 5  # of the cross-validation in the length control
 
+LENGTH_CONTROLLED = ("length_controlled_winrate", "lc_standard_error")  # figures of the package
 # The model of the length control: v1 uses the fitted difficulty of AlpacaEval's instructions, minimal uses lengths alone.
 LENGTH_CONTROLS = {"v1": "length_controlled_v1", "minimal": "length_controlled_minimal", "none": None}
 
@@ -60,8 +61,8 @@ def quiet() -> Iterator[None]:
 def read_reference(path: str) -> list[dict]:
     """Returns the reference outputs of a file or a `datasets` name (split "eval").
 
-    Rows have instruction, output, generator, dataset and index. `index` is the position in the file: AlpacaEval looks up the
-    difficulty of an instruction by it.
+    Rows have instruction, output, generator, dataset and index, the position in the file; `difficulty.difficulty_table` gives
+    them the index by which the package finds a difficulty.
     """
     errors: list[str] = []
     outputs: list[dict] = []
@@ -120,70 +121,22 @@ def write_annotator(root: Path, judge: Judge, template: str, top_logprobs: int) 
     return folder
 
 
-def difficulty_table(control: str, gamed: str | None, reference: list[dict], root: Path) -> Path | None:
-    """Returns the table of difficulties for the length control: `gamed`, the hub's, or an empty one for `minimal`.
-
-    It is checked before the first request to the judge, because verdicts cost money.
-    """
-    if control == "none":
-        return None
-    if control == "minimal":  # its formula uses no difficulty, but the package looks one up for every instruction
-        path = root / "no-difficulty.csv"
-        lines = ["model,index,instruction_difficulty", *(f"none,{row['index']},0.0" for row in reference)]
-        write_atomic(path, ("\n".join(lines) + "\n").encode())
-        return path
-    if gamed:
-        return check_table(Path(gamed), len(reference))
-    if len(reference) != OFFICIAL_SIZE:
-        raise UserError(
-            f"--length-control v1: needs the difficulty of every instruction; only those of AlpacaEval's {OFFICIAL_SIZE} are "
-            f"published, but the reference has {len(reference)}; use --length-control minimal, or give them with --gamed FILE"
-        )
-    import huggingface_hub
-
-    try:
-        downloaded = huggingface_hub.hf_hub_download("tatsu-lab/alpaca_eval", "df_gamed.csv", repo_type="dataset")
-    except Exception as error:  # the hub client raises many kinds; here all concern this file
-        raise UserError(
-            "--gamed: is missing, and df_gamed.csv of the dataset tatsu-lab/alpaca_eval cannot be downloaded: "
-            f"{first_line(error)}; give that file with --gamed, or use --length-control minimal"
-        ) from None
-    return check_table(Path(downloaded), len(reference))
-
-
-def check_table(path: Path, size: int) -> Path:
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            indexes = list(dict.fromkeys(row["index"] for row in csv.DictReader(file)))
-    except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"--gamed {path}: cannot be read as a CSV table with a column `index`: {error}") from None
-    if indexes[:size] != [str(index) for index in range(size)]:
-        raise UserError(f"--gamed {path}: must begin with the instructions 0 to {size - 1} of the reference, in the same order")
-    return path
-
-
-@contextlib.contextmanager
-def difficulties_from(table: Path | None) -> Iterator[None]:
-    """Makes the package read `table`; by default it downloads its table of difficulties at every call."""
-    from alpaca_eval.metrics import glm_winrate
-
-    download = glm_winrate.hf_hub_download
-    glm_winrate.hf_hub_download = lambda **_: str(table)
-    try:
-        yield
-    finally:
-        glm_winrate.hf_hub_download = download
-
-
 def win_rates(annotations: list[dict], *, control: str | None, weights: Path) -> dict[str, Any]:
-    """Returns the package's figures in %. Length-controlled figures that cannot be computed are null, with a reason."""
+    """Returns the package's figures in %, and the interval of the win rate. What cannot be computed is null, with a reason.
+
+    `standard_error` is that of the mean verdict. `lc_standard_error` is the package's: how much the fitted model's predictions
+    differ between instructions, without the uncertainty of the fit; null for `minimal`, which predicts the same for all of them.
+    """
     import pandas
     from alpaca_eval import metrics
 
     frame = pandas.DataFrame(annotations)
-    num_judged = int(frame["preference"].notna().sum())
+    verdicts = [(value or 1.5) - 1.0 for value in frame["preference"].dropna()]  # 1 is lost, 2 won, 0 or 1.5 tied
+    num_judged = len(verdicts)
     length_std = (frame["output_1"].str.len() - frame["output_2"].str.len()).std()
-    figures: dict[str, Any] = {"length_controlled_winrate": None, "lc_standard_error": None, "no_length_control": None}
+    figures: dict[str, Any] = dict.fromkeys((*LENGTH_CONTROLLED, "low", "high", "no_length_control", "fit_warning"))
+    if verdicts:
+        figures |= {end: 100 * value for end, value in intervals.mean(verdicts).items() if end != "mean"}
     if control is None:
         figures["no_length_control"] = "not asked for"
     elif num_judged < FOLDS:
@@ -195,10 +148,35 @@ def win_rates(annotations: list[dict], *, control: str | None, weights: Path) ->
     elif figures["no_length_control"]:
         figures |= metrics.get_winrate(annotations)
     else:
-        figures |= metrics.get_length_controlled_winrate(
-            annotations, glm_name=control, save_weights_dir=weights, is_warn_extreme_changes=False
-        )
+        figures |= metrics.get_winrate(annotations) | fit(annotations, control, weights)
     return {**figures, "num_unparsable": len(frame) - num_judged}
+
+
+def fit(annotations: list[dict], control: str | None, weights: Path) -> dict[str, Any]:
+    """Returns the length-controlled figures of the package, and in words what went wrong: nothing of it is silenced."""
+    from alpaca_eval.metrics import glm_winrate
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            figures = glm_winrate.get_length_controlled_winrate(
+                annotations, glm_name=control, save_weights_dir=weights, is_warn_extreme_changes=False
+            )
+        except Exception as error:  # the fit goes through four packages, which raise many kinds
+            return {"no_length_control": "the fit failed", "fit_warning": f"the fit failed: {first_line(error)}"}
+    rate, raw = figures["length_controlled_winrate"], figures["win_rate"]
+    if not math.isfinite(rate):
+        return {"no_length_control": "the fit failed", "fit_warning": "the fit failed: its win rate is not a number"}
+    faults = [str(warning.message).split("\n")[0] for warning in caught if warning.category.__name__ == "ConvergenceWarning"]
+    if glm_winrate.get_is_extreme_changes(raw, rate):
+        faults.append(f"{rate:.1f} % is far from the raw {raw:.1f} %, which may be a failure of the fit")
+    spread = figures["lc_standard_error"]
+    if control == LENGTH_CONTROLS["minimal"]:
+        spread = None  # of predictions that cannot differ
+    elif spread < 1e-9:
+        faults.append("its model predicts the same for every instruction, so that its standard error says nothing")
+    warning = "; ".join(dict.fromkeys(faults)) or None
+    return {"length_controlled_winrate": rate, "lc_standard_error": spread, "fit_warning": warning}
 
 
 def judge_answers(answers: Answers, reference: list[dict], judge: Judge, annotator: Path, control: str | None,
@@ -269,7 +247,7 @@ def run(all_answers: list[Answers], reference: list[dict], judge: Judge, root: P
             "--reference: has none of the evaluation's prompts; give the reference outputs for the instructions that were "
             "evaluated"
         )
-    table = difficulty_table(control, gamed, reference, root)
+    table, reference = difficulty_table(control, gamed, reference, all_answers[0].asked, root, say)
     write_json(root / "reference.json", reference)
     annotator = write_annotator(root, judge, template, top_logprobs)
     results = []
@@ -279,9 +257,10 @@ def run(all_answers: list[Answers], reference: list[dict], judge: Judge, root: P
             n = int(row["n_total"])
             results.append({
                 "model": answers.model, "round": answers.round, "name": answers.name, "baseline": baseline,
-                "win_rate": row["win_rate"], "standard_error": row["standard_error"],
+                "win_rate": row["win_rate"], "low": row["low"], "high": row["high"], "standard_error": row["standard_error"],
                 "length_controlled_win_rate": row["length_controlled_winrate"],
                 "length_controlled_standard_error": row["lc_standard_error"], "no_length_control": row["no_length_control"],
+                "fit_warning": row["fit_warning"],
                 "mean_length": row["avg_length"], "n": n, "num_unparsable": int(row["num_unparsable"]),
                 "num_missing": len(reference) - n - int(row["num_unparsable"]), "annotator": annotator.name,
             })  # fmt: skip

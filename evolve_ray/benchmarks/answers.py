@@ -11,11 +11,12 @@ from evolve_ray.models.checkpoints import Named
 from evolve_ray.store.manifest import Manifest, read_manifest
 from evolve_ray.store.rows import read_table
 from evolve_ray.store.shards import read_rows
+from evolve_ray.store.turns import earlier_turns, last_turn
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of one model in one round, `{prompt: draft}` in the order of the prompts."""
+    """The answers of one model in one round, `{prompt: draft}` in the order of the prompts; `asked` are all prompts."""
 
     model: str
     round: int
@@ -23,6 +24,7 @@ class Answers:
     drafts: dict[str, dict]
     identity: str  # the manifest identity of the drafts
     committed: float  # time of the commit, seconds since 1970
+    asked: list[str]
 
 
 def read_evaluation(folder: Path, split: str | None) -> tuple[list[Answers], str]:
@@ -43,7 +45,7 @@ def read_evaluation(folder: Path, split: str | None) -> tuple[list[Answers], str
     if split not in splits:
         raise UserError(f"--split {split}: unknown split; the evaluation has {', '.join(splits)}")
     prompts_file = read_committed(folder / "prompts").path("prompts.parquet")
-    prompts = {row["prompt_id"]: row["prompt"] for row in read_table(prompts_file) if row["split"] == split}
+    prompts = {row["prompt_id"]: one_turn(row) for row in read_table(prompts_file) if row["split"] == split}
     models = [Named(model["name"], model["given"], Path(model["path"]), model["model"]) for model in evaluation["models"]]
     name_counts = collections.Counter(file_name(model.name) for model in models)
     answers = []
@@ -51,6 +53,16 @@ def read_evaluation(folder: Path, split: str | None) -> tuple[list[Answers], str
         name = file_name(model.name) if name_counts[file_name(model.name)] == 1 else model.slug
         answers += model_answers(folder / "models" / model.slug / "chain" / "generations", model.name, name, prompts)
     return answers, splits[split]
+
+
+def one_turn(row: dict) -> str:
+    """The user turn of a prompt; a system prompt before it is not shown to a judge."""
+    if any(message["role"] != "system" for message in earlier_turns(row["prompt"])):
+        raise UserError(
+            f"{row['file']}:{row['line']}: is a conversation of several turns, but a benchmark judges answers to single prompts; "
+            "use the benchmark's own prompts, or choose another --split"
+        )
+    return last_turn(row["prompt"])
 
 
 def model_answers(folder: Path, model: str, name: str, prompts: dict[str, str]) -> list[Answers]:
@@ -67,7 +79,8 @@ def model_answers(folder: Path, model: str, name: str, prompts: dict[str, str]) 
     committed = (folder / "MANIFEST.json").stat().st_mtime
     return [
         Answers(model, round_number, f"{name}-y{round_number}",
-                {prompts[prompt_id]: chain[round_number] for prompt_id, chain in complete.items()}, manifest.identity, committed)
+                {prompts[prompt_id]: chain[round_number] for prompt_id, chain in complete.items()}, manifest.identity, committed,
+                list(prompts.values()))
         for round_number in range(1, rounds + 1)
     ]  # fmt: skip
 

@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from evolve_ray.benchmarks.answers import Answers, file_name
 from evolve_ray.benchmarks.judge import Judge
 from evolve_ray.data import read
 from evolve_ray.errors import IntegrityError, UserError
+from evolve_ray.evaluate import intervals
 from evolve_ray.refine.template import fill
 from evolve_ray.store.files import write_atomic
 from evolve_ray.store.rows import digest
@@ -50,9 +49,7 @@ USER = """\
 {answer_b}
 </answer of assistant B>"""
 
-# The constants of Arena-Hard: a decisive verdict counts three times; 100 resamplings, 5th and 95th percentile.
-DECISIVE = 3
-SAMPLES = 100
+DECISIVE = 3  # how many times a decisive verdict counts, as in Arena-Hard
 
 # The battles that a verdict gives to the answer at position A: 1 won, 0 lost, 0.5 tied.
 WORTH: dict[str, list[float]] = {
@@ -112,7 +109,10 @@ def read_baseline(path: str) -> tuple[str, dict[str, dict]]:
     for line, record in read.read_records(path, "train", errors):
         try:
             answer_text(record)
-            rows_by_uid[str(record["uid"])] = {**record, "model": str(record["model"])}
+            uid = str(record["uid"])
+            if uid in rows_by_uid:
+                errors.append(f"{path}:{line}: uid {uid} occurs twice in the file")
+            rows_by_uid[uid] = {**record, "model": str(record["model"])}
         except (KeyError, IndexError, TypeError) as error:
             errors.append(f"{path}:{line}: is not a row of a model_answer file: missing {error}")
     if errors:
@@ -187,23 +187,22 @@ def battles(games: list[dict[str, Any]]) -> list[float] | None:
     return WORTH[second] + [1.0 - won for won in WORTH[first]]
 
 
-def figures(rows: list[dict], seed: int = 0) -> dict[str, Any]:
+def figures(rows: list[dict]) -> dict[str, Any]:
     """Returns the win rate of the judged questions in %, as Arena-Hard counts it: every battle has the same weight.
 
-    `low` and `high` are the 5th and 95th percentile of resampled battles. `num_unparsable` questions have a game without a
-    verdict and do not count. In `num_contradictory` questions the winner changes when the answers swap positions.
+    `low` and `high` are a 95 % interval over questions. (Arena-Hard resamples battles, as if those of one question were
+    independent, and shows 90 %.) `num_unparsable` questions have a game without a verdict and do not count. In
+    `num_contradictory` questions the winner changes when the answers swap positions.
     """
     scored = [battles_of_row for battles_of_row in (battles(row["games"]) for row in rows) if battles_of_row]
-    all_battles = np.array([battle for battles_of_row in scored for battle in battles_of_row])
     results: dict[str, Any] = {"n": len(scored), "num_unparsable": len(rows) - len(scored), "win_rate": None}
     first_results = [1.0 - WORTH[row["games"][0]["score"]][0] for row in rows if battles(row["games"])]
     results["num_contradictory"] = sum(
         {battles_of_row[0], first} == {0.0, 1.0} for battles_of_row, first in zip(scored, first_results, strict=True)
     )
     if scored:
-        draws = np.random.default_rng(seed).integers(len(all_battles), size=(SAMPLES, len(all_battles)))
-        low, high = np.percentile(all_battles[draws].mean(axis=1), [5, 95])
-        results |= {"win_rate": 100 * float(all_battles.mean()), "low": 100 * float(low), "high": 100 * float(high)}
+        rate = intervals.mean([sum(won) / len(won) for won in scored], weights=[len(won) for won in scored])
+        results |= {"win_rate": 100 * rate["mean"], "low": 100 * rate["low"], "high": 100 * rate["high"]}
     return results
 
 
@@ -294,11 +293,10 @@ def run(all_answers: list[Answers], questions: dict[str, dict], baseline: tuple[
         judged = judge_answers(answers, questions, rows, judge, judge_prompt, root, say)
         for category, size in collections.Counter(row["category"] for row in questions.values()).items():
             category_rows = [row for row in judged if row["category"] == category]
-            if category_rows:
-                lengths = [answers.drafts[questions[row["uid"]]["prompt"]]["num_tokens"] for row in category_rows]
-                results.append({"model": answers.model, "round": answers.round, "name": answers.name, "category": category,
-                                "baseline": name, **figures(category_rows), "num_missing": size - len(category_rows),
-                                "mean_tokens": float(np.mean(lengths))})  # fmt: skip
+            lengths = [answers.drafts[questions[row["uid"]]["prompt"]]["num_tokens"] for row in category_rows]
+            results.append({"model": answers.model, "round": answers.round, "name": answers.name, "category": category,
+                            "baseline": name, **figures(category_rows), "num_missing": size - len(category_rows),
+                            "mean_tokens": sum(lengths) / len(lengths) if lengths else None})  # fmt: skip
     return results
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from evolve_ray.benchmarks import alpaca, arena_hard
 from evolve_ray.benchmarks.answers import Answers, read_evaluation
 from evolve_ray.benchmarks.judge import Judge, make_judge
+from evolve_ray.config.run_options import MIN_PROMPTS
 from evolve_ray.errors import UserError, run_command
 from evolve_ray.report.tables import aligned
 from evolve_ray.store.files import sha256_file, write_atomic
@@ -45,8 +46,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="v1: as AlpacaEval 2; minimal: from lengths alone, for other instructions (default: v1)",
     )  # fmt: skip
     alpaca_parser.add_argument(
-        "--gamed", metavar="FILE", help="df_gamed.csv of the dataset tatsu-lab/alpaca_eval (default: from the hub)"
-    )
+        "--gamed", metavar="FILE",
+        help="difficulties: df_gamed.csv of the dataset tatsu-lab/alpaca_eval (default: from the hub), or a table of that form "
+             "with a column `instruction`",
+    )  # fmt: skip
     alpaca_parser.add_argument(
         "--top-logprobs", type=int, default=5, metavar="N",
         help="the number of tokens searched for the verdict (default: 5, as AlpacaEval)",
@@ -143,27 +146,36 @@ def finish(
 
 
 def text(report: dict[str, Any]) -> str:
-    """Returns one line for each model and round (and category), for the terminal."""
+    """Returns one line for each model and round (and category), for the terminal, and a sentence for each fault of a figure."""
     is_arena = report["benchmark"] == "arena_hard"
     header = ["model", "round"] + (["category", "win rate %", "contradictory", "tokens"] if is_arena else
               ["win rate %", "standard error", "length-controlled %", "standard error", "characters"])  # fmt: skip
     lines = []
     for row in report["results"]:
+        rate = cell(row, row["win_rate"])
         if is_arena:
-            low_high = f" [{row['low']:.1f}, {row['high']:.1f}]" if row["n"] else ""
-            cells = [
-                row["category"],
-                number(row["win_rate"]) + low_high,
-                str(row["num_contradictory"]),
-                number(row["mean_tokens"]),
-            ]
+            cells = [row["category"], rate, str(row["num_contradictory"]), number(row["mean_tokens"])]
         else:
             controlled = row["no_length_control"] or number(row["length_controlled_win_rate"])
-            cells = [number(row["win_rate"]), number(row["standard_error"], 2), controlled,
+            cells = [rate, number(row["standard_error"], 2), controlled,
                      number(row["length_controlled_standard_error"], 2), number(row["mean_length"])]  # fmt: skip
         counts = [str(row[name]) for name in ("n", "num_unparsable", "num_missing")]
         lines.append([row["model"], f"y{row['round']}", *cells, *counts, row["baseline"]])
-    return "\n".join(aligned([*header, "n", "unparsable", "missing", "against"], lines))
+    shown = "\n".join(aligned([*header, "n", "unparsable", "missing", "against"], lines))
+    return "\n".join([shown, *(f"\n{sentence}" for sentence in remarks(report["results"]))])
+
+
+def cell(row: dict[str, Any], rate: float | None) -> str:
+    return "" if rate is None else f"{rate:.1f} [{row['low']:.1f}, {row['high']:.1f}]"
+
+
+def remarks(results: list[dict[str, Any]]) -> list[str]:
+    """Returns what a reader of the figures has to know."""
+    faults = [(f"{row['model']} y{row['round']}", row.get("fit_warning")) for row in results]
+    sentences = [f"length-controlled rate of {name}: {fault}" for name, fault in faults if fault]
+    if any(row["n"] < MIN_PROMPTS for row in results):
+        sentences.append(f"lines with n below {MIN_PROMPTS} rest on too few verdicts: conclude nothing from them")
+    return sentences
 
 
 def number(value: float | None, digits: int = 1) -> str:

@@ -19,6 +19,7 @@ from evolve_ray.store.files import sha256_file
 from evolve_ray.store.places import run_folder
 from evolve_ray.store.rows import digest
 from evolve_ray.store.run import Run
+from evolve_ray.watch import progress
 from evolve_ray.watch.terminal import say
 
 
@@ -142,11 +143,13 @@ def run(plan: Plan, root: Path, *, rerun_changed: bool) -> int:
 
     folder = Run(root)
     with folder.locked():
+        rerun_changed = rerun_changed or not folder.has_results()
         changed = settle_config(plan.config, folder, rerun_changed=rerun_changed)
         folder.event("driver_start", models=[model.given for model in plan.models])
         say(f"evaluation of {', '.join(model.name for model in plan.models)} in {root}")
         try:
-            evaluation = compare(plan, folder, lambda: start_ray(plan.config), rerun_changed=rerun_changed, changed=changed)
+            with progress.shown(folder, say):
+                evaluation = compare(plan, folder, lambda: start_ray(plan.config), rerun_changed=rerun_changed, changed=changed)
         except BaseException as error:
             folder.event("driver_failed", error=f"{type(error).__name__}: {error}"[:2000])
             raise

@@ -6,16 +6,16 @@ from typing import Any
 from rapidfuzz.distance import Levenshtein
 
 from evolve_ray.compare import skill_probes
-from evolve_ray.compare.skill_probes import Chains, Same, is_right
-from evolve_ray.evaluate.figures import by_prompt, differences, distinct, summarise, whole_chains
-from evolve_ray.evaluate.intervals import interval
+from evolve_ray.compare.skill_probes import Chains, Same
+from evolve_ray.evaluate import intervals
+from evolve_ray.evaluate.figures import by_prompt, differences, distinct, is_right, summarise, whole_chains
 
 Rows = tuple[list[dict], list[dict]]  # drafts, scores
 
 
-def model_figures(prompts: list[dict], rows: Rows, *, seed: int) -> tuple[dict[str, Any], dict[str, Chains]]:
+def model_figures(prompts: list[dict], rows: Rows) -> tuple[dict[str, Any], dict[str, Chains]]:
     """Returns `{split: {"num_prompts", "rounds": {round: figures}, "gain"}}`, and the complete chains of each split."""
-    summary = summarise(prompts, *rows, seed=seed)
+    summary = summarise(prompts, *rows)
     chains = whole_chains(prompts, *rows)
     for split, split_chains in chains.items():
         for round_number, round_figures in summary[split]["rounds"].items():
@@ -53,7 +53,7 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def paired_differences(base_chains: Chains, model_chains: Chains, *, seed: int) -> dict[str, Any]:
+def paired_differences(base_chains: Chains, model_chains: Chains) -> dict[str, Any]:
     """Returns model minus base for each round and for the gain, on the prompts that both answered in every round."""
     common = [prompt_id for prompt_id in base_chains if prompt_id in model_chains]
     figures: dict[str, Any] = {"n": len(common), "rounds": {}}
@@ -62,11 +62,12 @@ def paired_differences(base_chains: Chains, model_chains: Chains, *, seed: int) 
     rounds = min(len(base_chains[common[0]]), len(model_chains[common[0]]))
     for round_number in range(1, rounds + 1):
         figures["rounds"][str(round_number)] = differences(
-            [(base_chains[p][round_number], model_chains[p][round_number]) for p in common], seed
+            [(base_chains[p][round_number], model_chains[p][round_number]) for p in common]
         )
     gains = [(gain(base_chains[prompt_id], rounds), gain(model_chains[prompt_id], rounds)) for prompt_id in common]
     figures["gain"] = {
-        name: interval([model_gain[name] - base_gain[name] for base_gain, model_gain in gains], seed) for name in gains[0][0]
+        name: intervals.paired(*([gain[name] for gain in of_model] for of_model in zip(*gains, strict=True)))
+        for name in gains[0][0]
     }
     return figures
 
@@ -76,22 +77,22 @@ def gain(chain: dict[int, dict], rounds: int) -> dict[str, float]:
     first, last = chain[1], chain[rounds]
     figures = {"reward": last["score"] - first["score"]}
     if first["correct"] is not None:
-        figures["exact_match"] = float(is_right(last)) - float(is_right(first))
+        figures["exact_match"] = float(is_right(last) - is_right(first))
     return figures
 
 
-def model_differences(chains: dict[str, dict[str, Chains]], *, seed: int) -> list[dict[str, Any]]:
+def model_differences(chains: dict[str, dict[str, Chains]]) -> list[dict[str, Any]]:
     """Returns the paired differences of every model against every earlier one; `chains`: {model: {split: chains}}."""
     comparisons = []
     for base, model in itertools.combinations(chains, 2):
-        splits = {split: paired_differences(chains[base][split], chains[model][split], seed=seed) for split in chains[base]}
+        splits = {split: paired_differences(chains[base][split], chains[model][split]) for split in chains[base]}
         comparisons.append({"model": model, "against": base, "splits": splits})
     return comparisons
 
 
 def add_probes(
     models: dict[str, dict[str, Any]], chains: dict[str, dict[str, Chains]], parts: dict[str, dict[str, Rows]],
-    prompts: list[dict], probe_names: tuple[str, ...], same_answer: Same, *, seed: int, longer_tokens: int = 0,
+    prompts: list[dict], probe_names: tuple[str, ...], same_answer: Same, *, longer_tokens: int = 0,
 ) -> None:  # fmt: skip
     """Adds `probes` to the figures of each model and split; `parts`: {model: {"foreign", "keep", ...: its rows}}.
 
@@ -104,14 +105,14 @@ def add_probes(
             model_chains, probes = chains[name][split], figures[split].setdefault("probes", {})
             for part, measure in (("foreign", skill_probes.foreign), ("keep", skill_probes.keep)):
                 if part in parts[name]:
-                    probes[part] = measure(whole_chains(prompts, *parts[name][part]).get(split, {}), seed)
+                    probes[part] = measure(whole_chains(prompts, *parts[name][part]).get(split, {}))
             if "longer" in parts[name]:
                 answers = whole_chains(prompts, *parts[name]["longer"]).get(split, {})
-                probes["longer"] = skill_probes.longer(model_chains, answers, longer_tokens, seed)
+                probes["longer"] = skill_probes.longer(model_chains, answers, longer_tokens)
             if "quality" in probe_names:
-                probes["quality"] = skill_probes.quality(model_chains, bounds, seed)
+                probes["quality"] = skill_probes.quality(model_chains, bounds)
             if "majority" in probe_names:
-                probes["majority"] = skill_probes.majority(model_chains, same_answer, seed)
+                probes["majority"] = skill_probes.majority(model_chains, same_answer)
             if "parallel" in parts[name]:
                 samples = by_prompt(*parts[name]["parallel"], "sample", [split, *figures])[split]
-                probes["parallel"] = skill_probes.parallel(model_chains, samples, same_answer, seed)
+                probes["parallel"] = skill_probes.parallel(model_chains, samples, same_answer)

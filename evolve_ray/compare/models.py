@@ -14,14 +14,14 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from evolve_ray.compare.figures import Rows, add_probes, model_differences, model_figures
-from evolve_ray.config.options import Config, Evaluation, Strategy
+from evolve_ray.config.options import Config, Strategy
 from evolve_ray.config.resolve import resolved
-from evolve_ray.data.prompts import read_prompts
 from evolve_ray.data.read import has_column
 from evolve_ray.errors import UserError
 from evolve_ray.inputs.context import Context, Policy
 from evolve_ray.inputs.prepare import begin, check_model, policy_need
-from evolve_ray.inputs.prompts import Prompter, evaluation_id
+from evolve_ray.inputs.prompts import Prompter
+from evolve_ray.inputs.reader import DataReader, evaluation_id
 from evolve_ray.models.checkpoints import Named
 from evolve_ray.refine.strategies import REFINE_GIVEN
 from evolve_ray.score.verifiers import same_answer
@@ -51,12 +51,14 @@ class Plan:
 def compare(plan: Plan, folder: Run, start_ray: Callable[[], None], *, rerun_changed: bool, changed: str = "") -> dict[str, Any]:
     """Runs the chain and the probes of every model; returns the content of evaluation.json."""
     config = plan.config
-    for model in [*plan.models, *([plan.foreign] if plan.foreign else [])]:
-        check_model(Policy(model.folder, model.hash), policy_need(config, f"MODEL {model.name}"), folder, say)
     tokenizer = str(plan.models[0].folder)  # it checks the prompt lengths; other models reject what is too long for them
     context, toy = begin(config, folder, say, start_ray, rerun_changed=rerun_changed, changed=changed, model=tokenizer)
-    probe_drafts = ProbeDrafts(plan, toy)
-    held_out = context.held_out = Prompter(context, toy).held_out(folder.root / "prompts")
+    for model in [*plan.models, *([plan.foreign] if plan.foreign else [])]:
+        need = policy_need(config, context.template.rendering, f"MODEL {model.name}")
+        check_model(Policy(model.folder, model.hash), need, folder, say)
+    prompter = Prompter(context, toy)
+    probe_drafts = ProbeDrafts(plan, prompter.reader)
+    held_out = context.held_out = prompter.held_out(folder.root / "prompts")
     table = rows.read_table(held_out.path("prompts.parquet"))
     runner = ModelRunner(context)
     prompts_with_drafts = {}
@@ -76,16 +78,16 @@ def compare(plan: Plan, folder: Run, start_ray: Callable[[], None], *, rerun_cha
         tables = runner.run_all(model, prompts_with_drafts, plan.probes)
         usage = {part: {name: drafts.stats[name] for name in USAGE} for part, (drafts, _) in tables.items()}
         rows_by_part = {part: read_both(*manifests) for part, manifests in tables.items()}
-        splits, chains[model.name] = model_figures(table, rows_by_part.pop("chain"), seed=config.seed)
+        splits, chains[model.name] = model_figures(table, rows_by_part.pop("chain"))
         parts[model.name] = rows_by_part
         models.append({"name": model.name, "given": model.given, "model": model.hash, "path": str(model.folder),
                        "splits": splits, "usage": usage})  # fmt: skip
     figures = {model["name"]: model["splits"] for model in models}
     same_answers = same_answer(config.verifier)
-    add_probes(figures, chains, parts, table, plan.probes, same_answers, seed=config.seed, longer_tokens=runner.longer_tokens())
+    add_probes(figures, chains, parts, table, plan.probes, same_answers, longer_tokens=runner.longer_tokens())
     return {
         "models": models,
-        "differences": model_differences(chains, seed=config.seed),
+        "differences": model_differences(chains),
         "foreign": probe_drafts.source,
         "prompts": {"identity": held_out.identity, "num_rejected": held_out.stats["num_rejected"]},
         "reward_models": {name: model.hash for name, model in context.reward_models.items()},
@@ -101,34 +103,30 @@ def read_both(drafts: Manifest, scores: Manifest) -> Rows:
 class ProbeDrafts:
     """The drafts that the probes `foreign` and `keep` refine: columns of the data by prompt id, or first drafts of a model."""
 
-    def __init__(self, plan: Plan, toy: dict[str, str]):
+    def __init__(self, plan: Plan, reader: DataReader):
         evaluation = plan.config.evaluation
         self.drafts: dict[str, str] = {}
         self.gold_answers: dict[str, str] = {}
         self.author: Named | None = None
         if "foreign" in plan.probes and plan.foreign is None:
             for split, path in evaluation.splits.items():
-                source_path = toy.get(path, path)
-                if plan.draft_column or has_column(source_path, "draft", evaluation.split):
-                    self.drafts |= read_column(evaluation, source_path, split, plan.draft_column or "draft")
+                if plan.draft_column or has_column(reader.toy.get(path, path), "draft", evaluation.split):
+                    self.drafts |= read_column(reader, split, plan.draft_column or "draft")
         if "foreign" in plan.probes and not self.drafts:
             # A single model's chain refines its own first drafts already, so the probe would add nothing.
             first_model = plan.models[0] if len(plan.models) > 1 else None
             foreign = plan.foreign
             self.author = next((model for model in plan.models if foreign and model.hash == foreign.hash), foreign or first_model)
         if "keep" in plan.probes and evaluation.answer_column:
-            for split, path in evaluation.splits.items():
-                self.gold_answers |= read_column(evaluation, toy.get(path, path), split, evaluation.answer_column)
+            for split in evaluation.splits:
+                self.gold_answers |= read_column(reader, split, evaluation.answer_column)
         column = f"column {plan.draft_column or 'draft'}"
         self.source = column if self.drafts else f"y1 of {self.author.name}" if self.author else None
 
 
-def read_column(evaluation: Evaluation, path: str, split: str, column: str) -> dict[str, str]:
+def read_column(reader: DataReader, split: str, column: str) -> dict[str, str]:
     """Returns `{prompt id of the evaluation: text of the column}` of one split."""
-    prompts, _ = read_prompts(
-        path, prompt_column=evaluation.prompt_column, answer_column=evaluation.answer_column,
-        answer_pattern=evaluation.answer_pattern, draft_column=column, source_split=evaluation.split, split=split,
-    )  # fmt: skip
+    prompts, _ = reader.split_rows(split, column)
     return {evaluation_id(split, row["prompt_id"]): row["draft"] for row in prompts}
 
 

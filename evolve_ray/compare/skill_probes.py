@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from evolve_ray.evaluate.figures import changes, differences, values_of
-from evolve_ray.evaluate.intervals import interval
+from evolve_ray.evaluate import intervals
+from evolve_ray.evaluate.figures import changes, differences, is_right, values_of
 
 Chains = dict[str, dict[int, dict]]  # prompt id -> round -> draft with its score
 Same = Callable[[str, str], bool]  # whether two responses give the same answer
@@ -18,35 +18,31 @@ PROBES = ("foreign", "keep", "quality", "majority", "parallel", "longer")
 LAST_ROUNDS = 3  # rounds that vote in the probe `majority`
 
 
-def is_right(draft: dict) -> bool:
-    return draft["correct"] == 1.0
-
-
 def is_verified(chains: Chains) -> bool:
     """Returns whether a verifier scored these drafts."""
     return any(draft["correct"] is not None for chain in chains.values() for draft in chain.values())
 
 
-def foreign(chains: Chains, seed: int) -> dict[str, Any]:
+def foreign(chains: Chains) -> dict[str, Any]:
     """Returns the quality before and after one refinement of drafts that are the same for every model."""
     pairs = [(chain[1], chain[max(chain)]) for chain in chains.values()]
     if not pairs:
         return {"n": 0}
     before, after = ([pair[place] for pair in pairs] for place in (0, 1))
-    figures = {"n": len(pairs), "before": values_of(before, seed), "after": values_of(after, seed)}
-    return {**figures, "difference": differences(pairs, seed), "moves": changes(pairs)}
+    figures = {"n": len(pairs), "before": values_of(before), "after": values_of(after)}
+    return {**figures, "difference": differences(pairs), "moves": changes(pairs)}
 
 
-def keep(chains: Chains, seed: int) -> dict[str, Any]:
+def keep(chains: Chains) -> dict[str, Any]:
     """Returns how often correct drafts stay correct, and stay unchanged. With a verifier, only right drafts count."""
     verified = is_verified(chains)
     pairs = [(chain[1], chain[max(chain)]) for chain in chains.values() if not verified or is_right(chain[1])]
     figures: dict[str, Any] = {"num_shown": len(chains), "n": len(pairs)}
     if not pairs:
         return figures
-    figures["unchanged"] = interval([float(before["text"] == after["text"]) for before, after in pairs], seed)
+    figures["unchanged"] = intervals.mean([before["text"] == after["text"] for before, after in pairs])
     if verified:
-        figures["kept"] = interval([float(is_right(after)) for _, after in pairs], seed)
+        figures["kept"] = intervals.mean([is_right(after) for _, after in pairs])
     return figures
 
 
@@ -56,7 +52,7 @@ def tercile_bounds(rewards: Iterable[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def quality(chains: Chains, bounds: tuple[float, float] | None, seed: int) -> list[dict[str, Any]]:
+def quality(chains: Chains, bounds: tuple[float, float] | None) -> list[dict[str, Any]]:
     """Returns the gain from the first to the last round, grouped by the quality of the first draft.
 
     With a verifier the groups are wrong and right first drafts. Without one they are thirds by reward, split at `bounds`, which
@@ -75,10 +71,7 @@ def quality(chains: Chains, bounds: tuple[float, float] | None, seed: int) -> li
             assert bounds is not None
             name = "y1 low" if first["score"] <= bounds[0] else "y1 middle" if first["score"] <= bounds[1] else "y1 high"
         groups[name].append((first, last))
-    return [
-        {"group": name, "n": len(pairs), **({"gain": differences(pairs, seed)} if pairs else {})}
-        for name, pairs in groups.items()
-    ]
+    return [{"group": name, "n": len(pairs), **({"gain": differences(pairs)} if pairs else {})} for name, pairs in groups.items()]
 
 
 def vote(drafts: list[dict], same_answer: Same) -> dict:
@@ -93,7 +86,7 @@ def vote(drafts: list[dict], same_answer: Same) -> dict:
     return drafts[max(groups, key=lambda group: (len(group), group[-1]))[-1]]
 
 
-def majority(chains: Chains, same_answer: Same, seed: int) -> dict[str, Any]:
+def majority(chains: Chains, same_answer: Same) -> dict[str, Any]:
     """Compares the vote of the last `LAST_ROUNDS` rounds with the last round; `difference` is vote minus last."""
     if not chains:
         return {"n": 0}
@@ -103,14 +96,14 @@ def majority(chains: Chains, same_answer: Same, seed: int) -> dict[str, Any]:
     return {
         "n": len(pairs),
         "rounds": min(LAST_ROUNDS, max(next(iter(chains.values())))),
-        "vote": values_of(votes, seed),
-        "last": values_of(last, seed),
-        "difference": differences(pairs, seed),
+        "vote": values_of(votes),
+        "last": values_of(last),
+        "difference": differences(pairs),
         "num_other_answer": sum(not same_answer(last_draft["text"], vote_draft["text"]) for last_draft, vote_draft in pairs),
     }
 
 
-def parallel(chains: Chains, samples: dict[str, dict[int, dict]], same_answer: Same, seed: int) -> dict[str, Any]:
+def parallel(chains: Chains, samples: dict[str, dict[int, dict]], same_answer: Same) -> dict[str, Any]:
     """Compares chains with independent samples, at equal numbers of responses and at equal generated tokens.
 
     `samples`: prompt id -> sample number -> draft; prompts with a missing sample are left out. At equal tokens a prompt gets as
@@ -143,11 +136,11 @@ def parallel(chains: Chains, samples: dict[str, dict[int, dict]], same_answer: S
             (vote(sample_drafts, same_answer), chain_drafts[-1]) for chain_drafts, sample_drafts in zip(chain, drawn, strict=True)
         ]
         figures[budget] = {
-            "chain": {**cost(chain), "best": values_of([pair[1] for pair in best], seed),
-                      "last": values_of([pair[1] for pair in without_scorer], seed)},
-            "parallel": {**cost(drawn), "best": values_of([pair[0] for pair in best], seed),
-                         "vote": values_of([pair[0] for pair in without_scorer], seed)},
-            "difference": {"best": differences(best, seed), "last_minus_vote": differences(without_scorer, seed)},
+            "chain": {**cost(chain), "best": values_of([pair[1] for pair in best]),
+                      "last": values_of([pair[1] for pair in without_scorer])},
+            "parallel": {**cost(drawn), "best": values_of([pair[0] for pair in best]),
+                         "vote": values_of([pair[0] for pair in without_scorer])},
+            "difference": {"best": differences(best), "last_minus_vote": differences(without_scorer)},
         }  # fmt: skip
     spare_tokens = [tokens(chain) - tokens(drawn) for chain, drawn in drafts_of.values()]
     mean_costs = [tokens(drawn) / num_samples for _, drawn in drafts_of.values()]
@@ -157,7 +150,7 @@ def parallel(chains: Chains, samples: dict[str, dict[int, dict]], same_answer: S
     return figures
 
 
-def longer(chains: Chains, answers: Chains, max_tokens: int, seed: int) -> dict[str, Any]:
+def longer(chains: Chains, answers: Chains, max_tokens: int) -> dict[str, Any]:
     """Compares the last round with one direct answer that may use the tokens of all rounds; `difference` is chain minus answer.
 
     The answer has the prompt and seed of y1, so it differs from y1 only where y1 was cut. `mean_tokens` is what it really used.
@@ -171,9 +164,9 @@ def longer(chains: Chains, answers: Chains, max_tokens: int, seed: int) -> dict[
         "n": len(prompt_ids),
         "max_tokens": max_tokens,
         "num_cut": sum(draft["finish_reason"] == "length" for draft in direct),
-        "answer": {**cost([[draft] for draft in direct]), **values_of(direct, seed)},
-        "chain": {**cost([list(chains[prompt_id].values()) for prompt_id in prompt_ids]), **values_of(last, seed)},
-        "difference": differences(pairs, seed),
+        "answer": {**cost([[draft] for draft in direct]), **values_of(direct)},
+        "chain": {**cost([list(chains[prompt_id].values()) for prompt_id in prompt_ids]), **values_of(last)},
+        "difference": differences(pairs),
     }
 
 

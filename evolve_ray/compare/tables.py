@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from evolve_ray.config.run_options import MIN_PROMPTS
 from evolve_ray.report import costs
 from evolve_ray.report.ledger import compute
 from evolve_ray.report.markup import cell, document, escape, section, table
@@ -25,7 +26,10 @@ def write(folder: Run, evaluation: dict[str, Any]) -> None:
 def tables(evaluation: dict[str, Any]) -> list[Table]:
     """Returns all tables that have lines."""
     all_tables = [
-        ("By round, with 95 % bootstrap intervals", *table_rows(evaluation)),
+        (
+            "By round, with 95 % intervals (Wilson's for shares and means, Tango's for paired differences)",
+            *table_rows(evaluation),
+        ),
         ("Paired differences on the same prompts", *difference_rows(evaluation)),
         ("From the first round to the last", *change_rows(evaluation)),
         ("Probes", ["split", "probe", "model", "measure", "first", "second", "difference", "n"], probe_rows(evaluation)),
@@ -134,17 +138,27 @@ def comparisons(probes: dict[str, Any], foreign: str | None) -> Iterator[tuple[s
             )
 
 
+def warning(all_tables: list[Table]) -> str:
+    """Returns a sentence if some line rests on too few prompts; empty otherwise."""
+    sizes = [int(line[-1]) for _, header, lines in all_tables if header[-1] == "n" for line in lines]
+    few = min(sizes, default=MIN_PROMPTS) < MIN_PROMPTS
+    return f"Lines with n below {MIN_PROMPTS} rest on too few prompts: conclude nothing from them." if few else ""
+
+
 def text(evaluation: dict[str, Any]) -> str:
     """Returns all tables as text for the terminal."""
-    return "\n\n".join(f"{title}\n" + "\n".join(aligned(header, lines)) for title, header, lines in tables(evaluation))
+    parts = tables(evaluation)
+    shown = [f"{title}\n" + "\n".join(aligned(header, lines)) for title, header, lines in parts]
+    return "\n\n".join([*shown, *filter(None, [warning(parts)])])
 
 
 def page(evaluation: dict[str, Any]) -> str:
     """Returns evaluation.html: the same tables on one page that loads no other file."""
     models = [[model["name"], model["path"], model["model"][:12]] for model in evaluation["models"]]
     sections = [section("models", "Models", "", table(["model", "folder", "content hash"], models))]
-    for number, (title, header, lines) in enumerate(tables(evaluation)):
-        sections.append(section(f"table{number}", title, "", table(header, lines)))
+    parts = tables(evaluation)
+    for number, (title, header, lines) in enumerate(parts):
+        sections.append(section(f"table{number}", title, warning([(title, header, lines)]), table(header, lines)))
     # A curve gets its colour from `iteration`.
     numbered = [{**model, "iteration": number} for number, model in enumerate(evaluation["models"])]
     sections.append(costs.compute({"models": numbered, "compute": compute(numbered)}))

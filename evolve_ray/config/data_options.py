@@ -28,6 +28,28 @@ class Model:
     path: str = option("a Hugging Face folder or name (safetensors, a tokenizer with a chat template), or `toy:base`")
     dtype: str = option("number type of the weights in engines and training", "float32", choices=("float32", "bfloat16"))
     context_tokens: int = option("longest context, prompt and response together", 4096, unit="tokens", low=16)
+    chat_template: str = option(
+        "a .jinja file with a chat template, for a base model or in place of the model's own; checkpoints get it too",
+        "",
+        later=True,
+    )
+    template_arguments: dict = option(
+        "arguments of the chat template, for example `{enable_thinking = false}`; used wherever it is rendered", {}, later=True
+    )
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """Models that think before they answer: the answer alone is refined, scored and shown to the next round."""
+
+    style: str = option(
+        "`tags`: thinking ends with a mark; `channels`: the answer is the channel `final` (gpt-oss); `none`: a response is all "
+        "answer; `auto`: what tokenizer and template know",
+        "auto", choices=("auto", "none", "tags", "channels"),
+    )  # fmt: skip
+    open: str = option("the mark that begins the thinking", "<think>")
+    close: str = option("the mark that ends the thinking", "</think>")
+    train: str = option("`all`: thinking and answer are trained; `answer`: thinking is context", "all", choices=("all", "answer"))
 
 
 @dataclass(frozen=True)
@@ -36,7 +58,9 @@ class Source:
 
     path: str = option("a JSONL, JSON or Parquet file, or a `datasets` name (`owner/name` or `owner/name:config`) or folder")
     split: str = option("split of a `datasets` name or folder", "train")
-    prompt_column: str = option("column with the prompt", "prompt")
+    prompt_column: str = option(
+        "column with the prompt, a text or a conversation; at its default other shapes are found too", "prompt"
+    )
     answer_column: str = option("column with the gold answer; empty: there is none", "")
     answer_pattern: str = option(
         "regular expression: the first group of its last match in the answer column is the answer; empty: the whole column", ""
@@ -51,6 +75,11 @@ class Prompts(Source):
     per_iteration: int = option("fresh prompts for each iteration", 5000, unit="rows", low=1)
     max_rejected_fraction: float = option(
         "largest share of prompts that may be too long; if more are, the run stops", 0.0, low=0.0, high=1.0
+    )
+    system: str = option(
+        "system prompt for every row that has none, here, in [evaluation], [activation] and [offline]; empty: none",
+        "",
+        later=True,
     )
 
 

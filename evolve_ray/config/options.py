@@ -6,7 +6,7 @@ the line and the nearest name, before anything heavy is imported.
 
 from dataclasses import dataclass, field
 
-from evolve_ray.config.data_options import Model, Prompts, Template, Toy
+from evolve_ray.config.data_options import Model, Prompts, Template, Thinking, Toy
 from evolve_ray.config.draft_options import Engine, Sampling, Scorer, Selection, Strategy, Verifier
 from evolve_ray.config.option import option, section
 from evolve_ray.config.run_options import Controller, Evaluation, Probe, RayOptions, Trackers
@@ -26,6 +26,7 @@ class Config:
     activation: Preferences | None = None
     offline: Preferences | None = None
     template: Template = section(Template)
+    thinking: Thinking = section(Thinking)
     strategy: Strategy = section(Strategy)
     sampling: Sampling = section(Sampling)
     engine: Engine = section(Engine)

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from evolve_ray.config.option import option
 
+# A true change of 20 points, where three in ten answers change, is seen in 78 of 100 runs with 50 prompts, and in 22 with 12.
+MIN_PROMPTS = 50
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -37,11 +40,15 @@ class Controller:
     `fixed`: it always continues. `plateau`: it stops when `patience` iterations in a row bring no significant improvement of the
     last round or of its gain over the first. `guard`: it stops when the reward of the last round rises while its exact match
     falls, or when the first round falls (both significantly, against the model before), or when the length, diversity or KL of
-    the last round leaves its bounds around that of the start, which is the policy that iteration 1 starts from.
+    the last round leaves its bounds around that of the start, which is the policy that iteration 1 starts from. Nothing is
+    decided from fewer than `min_prompts` prompts.
     """
 
     name: str = option("the controller", "fixed", choices=("fixed", "plateau", "guard"), plug=True)
     split: str = option("the evaluation split that decides; empty: the first one", "")
+    min_prompts: int = option(
+        "prompts of the split that a decision needs; with fewer, the run continues", MIN_PROMPTS, low=1, later=True
+    )
     patience: int = option("for `plateau`: iterations in a row without improvement after which the run stops", 1, low=1)
     on_breach: str = option(
         "for `guard`: `stop` keeps the iteration and stops, `roll_back` ends the run with the policy before the iteration",

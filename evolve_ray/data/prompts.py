@@ -4,18 +4,23 @@ All faults of an input are collected (the first 20 are shown) before anything st
 and the others are rejected. Also here: the order and the slices in which a run takes its prompts, and the rows it leaves out.
 """
 
+import re
+import unicodedata
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from evolve_ray.data.read import answer_of, faults_error, read_records, text_of
+from evolve_ray.data.shapes import Shape, read_prompt
 from evolve_ray.errors import UserError
 from evolve_ray.store.rows import content_id, derive_seed, reject
+from evolve_ray.store.turns import Prompt, as_text
 
 
-def read_prompts(path: str, **columns: str) -> tuple[list[dict], list[dict]]:
+def read_prompts(path: str, **columns: Any) -> tuple[list[dict], list[dict]]:
     """Returns (prompt rows in the order of the file, rejected duplicates); see `scan_prompts` for the arguments."""
     rejected: list[dict] = []
     return list(scan_prompts(path, rejected, **columns)), rejected
@@ -32,21 +37,33 @@ def scan_prompts(
     draft_column: str = "",
     source_split: str = "train",
     split: str = "train",
+    system: str = "",
+    gold_fault: Callable[[str], str] | None = None,
+    prompt_fault: Callable[[Prompt], str] | None = None,
+    shape: Shape | None = None,
 ) -> Iterator[dict]:
     """Yields prompt rows (without `num_tokens`) in the order of the file; appends duplicates to `rejected`.
 
-    With `draft_column` a row also has the text of that column as `draft`; the first of several duplicates counts. Raises
-    UserError at the end of the file, with all faults.
+    A prompt without a system prompt gets `system`; `shape` counts what the prompts are. `gold_fault` and `prompt_fault` return
+    what is wrong with a gold answer and with a prompt, "" if nothing is. With `draft_column` a row also has the text of that
+    column as `draft`; the first of several duplicates counts. Raises UserError at the end of the file, with all faults.
     """
     faults: list[str] = []
+    shape = Shape() if shape is None else shape
     line_of: dict[str, int] = {}  # by prompt id
     text_id_of: dict[str, str] = {}  # by prompt id, only for ids from `id_column`: other ids are hashes of the text
     for line, record in read_records(path, source_split, faults):
         where = f"{path}:{line}"
-        prompt = text_of(record, prompt_column, where, faults)
+        prompt = read_prompt(record, prompt_column, where, faults, shape, system=system)
+        if prompt_fault and prompt is not None and (fault := prompt_fault(prompt)):
+            faults.append(f"{where}: {fault}")
+            prompt = None
         answer = text_of(record, answer_column, where, faults) if answer_column else None
         if answer_pattern and answer is not None:
             answer = answer_of(answer, answer_pattern, f"{where}: column {answer_column!r}", faults)
+        if gold_fault and answer is not None and (fault := gold_fault(answer)):
+            faults.append(f"{where}: {fault}")
+            answer = None
         draft = text_of(record, draft_column, where, faults) if draft_column else None
         user_id = text_of(record, id_column, where, faults) if id_column else None
         cells = ((answer_column, answer), (id_column, user_id), (draft_column, draft))
@@ -82,21 +99,71 @@ def fresh_slice(table: pa.Table, order: pa.Array, *, iteration: int, per_iterati
     return table.take(order.slice((iteration - 1) * per_iteration, per_iteration)).combine_chunks()
 
 
-def drop_held_out(rows: list[dict], held_out: dict[str, str]) -> tuple[list[dict], list[dict]]:
-    """Returns (training rows, rejected rows): a row is rejected if its text is an evaluation prompt.
+INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u2060\ufeff]")
 
-    `held_out` maps the text of each evaluation prompt to its evaluation split.
+
+def question(prompt: Prompt) -> str:
+    """A prompt in one form: without invisible characters, composed Unicode, one space for each run of white space.
+
+    All turns of a conversation count, the system prompt too.
     """
-    training_rows = [row for row in rows if row["prompt"] not in held_out]
-    rejected = [
-        reject(row, "prompts", f"is also a prompt of evaluation split {held_out[row['prompt']]!r}")
-        for row in rows
-        if row["prompt"] in held_out
-    ]
+    return " ".join(unicodedata.normalize("NFC", INVISIBLE.sub("", as_text(prompt))).split())
+
+
+class HeldOut:
+    """Finds the evaluation split of a prompt, also where its characters differ and the model is asked the same.
+
+    `prompts` are the rows of the evaluation prompts; `asked` returns an id of the tokens of a prompt's first ask. The template
+    and the tokenizer decide which differences vanish: spaces at the end, the Unicode form, upper case.
+    """
+
+    def __init__(self, prompts: Iterable[dict] = (), asked: Callable[[Prompt], str] = question):
+        self.asked = asked
+        self.split_of_text: dict[str, str] = {}
+        self.split_of_ask: dict[str, str] = {}
+        for row in prompts:
+            self.split_of_text[question(row["prompt"])] = row["split"]
+            self.split_of_ask[asked(row["prompt"])] = row["split"]
+
+    def split(self, prompt: Prompt) -> str | None:
+        """The evaluation split that a prompt belongs to; None if it belongs to none."""
+        if not self.split_of_text:
+            return None
+        return self.split_of_text.get(question(prompt)) or self.split_of_ask.get(self.asked(prompt))
+
+
+def drop_held_out(rows: list[dict], held_out: HeldOut) -> tuple[list[dict], list[dict]]:
+    """Returns (training rows, rejected rows): a row is rejected if it is an evaluation prompt."""
+    training_rows, rejected = [], []
+    for row in rows:
+        split = held_out.split(row["prompt"])
+        if split is None:
+            training_rows.append(row)
+        else:
+            rejected.append(reject(row, "prompts", f"is also a prompt of evaluation split {split!r}"))
     return training_rows, rejected
 
 
-def with_token_counts(rows: list[dict], count: Callable[[str], int], limit: int, *, field: str) -> tuple[list[dict], list[dict]]:
+def drop_repeated(
+    rows: list[dict], asked: Callable[[Prompt], str], line_of: dict[tuple[str, str | None], int]
+) -> tuple[list[dict], list[dict]]:
+    """Returns (rows, rejected rows): a row is rejected if an earlier one asks the model the same, with the same gold answer.
+
+    `line_of` maps (id of the ask, gold answer) to the line of the first such row; this call adds the lines of `rows`.
+    """
+    first_rows, rejected = [], []
+    for row in rows:
+        first_line = line_of.setdefault((asked(row["prompt"]), row["answer"]), row["line"])
+        if first_line == row["line"]:
+            first_rows.append(row)
+        else:
+            rejected.append(reject(row, "prompts", f"asks the model the same as line {first_line}"))
+    return first_rows, rejected
+
+
+def with_token_counts(
+    rows: list[dict], count: Callable[[Prompt], int], limit: int, *, field: str
+) -> tuple[list[dict], list[dict]]:
     """Returns (rows with `num_tokens` of their first ask, rejected rows).
 
     `count` returns the tokens of a prompt's first ask. A prompt with more than `limit` tokens is rejected, never cut; `field`

@@ -97,10 +97,17 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict:
     return record
 
 
-def finite_float(text: str) -> float:
-    value = float(text)
+class Written(float):
+    """A number with a fraction, which keeps the characters that the file has for it."""
+
+    text: str
+
+
+def finite_float(text: str) -> Written:
+    value = Written(text)
     if math.isinf(value):
         raise ValueError(f"{text} is too large for a float")
+    value.text = text
     return value
 
 
@@ -126,14 +133,23 @@ def read_dataset(path: str, split: str) -> Iterator[dict]:
 
 
 def text_of(record: dict, column: str, where: str, faults: list[str], *, empty: bool = False) -> str | None:
-    """The string in `column`; numbers become strings. Appends a fault and returns None if there is no usable text."""
+    """The string in `column`; a number becomes the characters that the file has for it.
+
+    Appends a fault and returns None if there is no usable text. A float of a Parquet file or of `datasets` is a fault: how it was
+    written is lost (12 may have become 12.0), and a missing value may have become NaN.
+    """
     if column not in record:
         columns = ", ".join(map(str, record)) or "none"
         faults.append(f"{where}: has no column {column!r}; its columns are: {columns}")
         return None
     value = record[column]
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, Written):
+        value = value.text
+    elif isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
+    if isinstance(value, float):
+        faults.append(f"{where}: column {column!r} is a float ({value!r}), so how it was written is lost; store it as a string")
+        return None
     if not isinstance(value, str):
         faults.append(f"{where}: column {column!r} is {type(value).__name__}, but must be a string")
         return None

@@ -5,7 +5,8 @@
 iteration. "roll_back" ends it with the policy before; the iteration stays on disk and in the report, marked as rolled back.
 
 A difference is significant if its paired 95 % interval does not contain 0. A model that did not change still has one
-difference in forty that is significantly above 0, and one in forty below.
+difference in forty that is significantly above 0, and one in forty below. Nothing is decided from fewer than
+`options.min_prompts` prompts.
 """
 
 from collections.abc import Callable
@@ -43,6 +44,8 @@ def plateau(models: Models, options: Controller) -> Decision:
         changes = model["against_previous"].get(options.split)
         if changes is None:
             return Decision("continue", incomparable(model, options.split))
+        if changes["n"] < options.min_prompts:
+            return Decision("continue", too_few(model, options))
         sentences.append(f"{model['name']}: y_last {difference(changes, 'last')}, y_last - y1 {difference(changes, 'gain')}")
     text = f"on {options.split}, against the model before, {'; '.join(sentences)}"
     by_model = [model["against_previous"][options.split] for model in recent]
@@ -59,29 +62,33 @@ def guard(models: Models, options: Controller) -> Decision:
     That is any of these, on `options.split`: against the model before, the reward of y_last rises while its exact match falls,
     both significantly; against the model before, y1 falls significantly; the length or the distinct-2 of y_last leaves its
     bounds around that of the start, the model that iteration 1 started from; KL(policy || start) in nats per response is above
-    its limit.
+    its limit, which does not depend on the split.
     """
     model = models[-1]
+    changes = model["against_previous"].get(options.split)
+    kl = divergence(model["probe"], options.max_kl)
+    if changes is None or changes["n"] < options.min_prompts:
+        why = too_few(model, options) if changes else incomparable(model, options.split)
+        return Decision(options.on_breach, f"{kl[1]}; {why}") if kl[0] else Decision("continue", why)
     checks = [
-        reward_against_exact_match(model["against_previous"].get(options.split)),
-        direct_answers(model["against_previous"].get(options.split)),
+        reward_against_exact_match(changes),
+        direct_answers(changes),
         length(*last_rounds(models, options.split), options.max_length_ratio),
         diversity(*last_rounds(models, options.split), options.min_distinct_ratio),
-        divergence(model["probe"], options.max_kl),
+        kl,
     ]
     breaches = [text for broken, text in checks if broken]
     if breaches:
         return Decision(options.on_breach, f"on {options.split}, {'; '.join(breaches)}")
-    texts = [text for _, text in checks if text]
-    return Decision("continue", f"on {options.split}, {'; '.join(texts)}" if texts else incomparable(model, options.split))
+    return Decision("continue", f"on {options.split}, {'; '.join(text for _, text in checks if text)}")
 
 
 Check = tuple[bool, str]  # whether a bound is broken, and the figure in words ("": the figure was not measured)
 
 
-def reward_against_exact_match(changes: dict[str, Any] | None) -> Check:
+def reward_against_exact_match(changes: dict[str, Any]) -> Check:
     """Broken if the reward rises while exact match falls; not measured without a verifier."""
-    if changes is None or changes["measure"] != "exact_match":
+    if changes["measure"] != "exact_match":
         return False, ""
     reward, exact = changes["reward"]["last"], changes["last"]
     broken = reward["low"] > 0 and exact["high"] < 0
@@ -89,10 +96,8 @@ def reward_against_exact_match(changes: dict[str, Any] | None) -> Check:
     return broken, f"reward of y_last {signed(reward)} {verb} exact match {difference(changes, 'last')} against the model before"
 
 
-def direct_answers(changes: dict[str, Any] | None) -> Check:
+def direct_answers(changes: dict[str, Any]) -> Check:
     """Broken if y1 falls."""
-    if changes is None:
-        return False, ""
     return changes["first"]["high"] < 0, f"y1 {difference(changes, 'first')} against the model before"
 
 
@@ -143,6 +148,14 @@ def signed(figures: dict[str, float], scale: float = 1.0, digits: int = 3) -> st
 
 def incomparable(model: dict[str, Any], split: str) -> str:
     return f"{model['name']}: no prompt of {split} has a score in every round of this model and of the one before"
+
+
+def too_few(model: dict[str, Any], options: Controller) -> str:
+    n = model["against_previous"][options.split]["n"]
+    return (
+        f"decided nothing: {model['name']} has {count(n, 'prompt')} of {options.split}, at least {options.min_prompts} are "
+        "needed (controller.min_prompts)"
+    )
 
 
 def count(number: int, noun: str) -> str:

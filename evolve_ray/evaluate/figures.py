@@ -4,10 +4,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from evolve_ray.evaluate.intervals import interval
+from evolve_ray.evaluate import intervals
 
 
-def summarise(prompts: list[dict], drafts: Iterable[dict], scores: Iterable[dict], *, seed: int) -> dict[str, Any]:
+def summarise(prompts: list[dict], drafts: Iterable[dict], scores: Iterable[dict]) -> dict[str, Any]:
     """`{split: {"num_prompts": n, "rounds": {round: figures}, "gain": figures}}`, from the tables of an evaluation.
 
     Only prompts with a score in every round are counted, so that all rounds of a split are about the same prompts.
@@ -20,8 +20,8 @@ def summarise(prompts: list[dict], drafts: Iterable[dict], scores: Iterable[dict
             continue
         chains = list(chains_by_prompt.values())
         for number in range(1, len(chains[0]) + 1):
-            summary[split]["rounds"][str(number)] = round_figures(chains, number, seed)
-        summary[split]["gain"] = gain_figures(chains, len(chains[0]), seed)
+            summary[split]["rounds"][str(number)] = round_figures(chains, number)
+        summary[split]["gain"] = gain_figures(chains, len(chains[0]))
     return summary
 
 
@@ -43,11 +43,11 @@ def whole_chains(prompts: list[dict], drafts: Iterable[dict], scores: Iterable[d
     return complete
 
 
-def round_figures(chains: list[dict[int, dict]], number: int, seed: int) -> dict[str, Any]:
+def round_figures(chains: list[dict[int, dict]], number: int) -> dict[str, Any]:
     drafts = [chain[number] for chain in chains]
     figures = {
         "n": len(drafts),
-        **values_of(drafts, seed),
+        **values_of(drafts),
         "mean_response_tokens": sum(draft["num_tokens"] for draft in drafts) / len(drafts),
         "distinct_2": distinct([draft["text"] for draft in drafts], 2),
         "num_cut": sum(draft["finish_reason"] == "length" for draft in drafts),
@@ -55,7 +55,7 @@ def round_figures(chains: list[dict[int, dict]], number: int, seed: int) -> dict
     if number > 1:
         figures["against_first"] = changes([(chain[1], chain[number]) for chain in chains])
         figures["against_previous"] = changes([(chain[number - 1], chain[number]) for chain in chains])
-        figures["gain"] = gain_figures(chains, number, seed)
+        figures["gain"] = gain_figures(chains, number)
     return figures
 
 
@@ -75,24 +75,28 @@ def changes(moves: list[tuple[dict, dict]]) -> dict[str, int]:
     return counts
 
 
-def gain_figures(chains: list[dict[int, dict]], rounds: int, seed: int) -> dict[str, Any]:
+def gain_figures(chains: list[dict[int, dict]], rounds: int) -> dict[str, Any]:
     """Round `rounds` minus the first round."""
-    return differences([(chain[1], chain[rounds]) for chain in chains], seed)
+    return differences([(chain[1], chain[rounds]) for chain in chains])
 
 
-def differences(pairs: list[tuple[dict, dict]], seed: int) -> dict[str, Any]:
+def differences(pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
     """Mean of the second draft minus the first, paired by prompt: of the reward and, with a verifier, of exact match."""
-    figures = {"reward": interval([after["score"] - before["score"] for before, after in pairs], seed)}
+    before, after = zip(*pairs, strict=True)
+    figures = {"reward": intervals.paired(*([draft["score"] for draft in drafts] for drafts in (before, after)))}
     if pairs[0][0]["correct"] is not None:
-        right = [float(after["correct"] == 1.0) - float(before["correct"] == 1.0) for before, after in pairs]
-        figures["exact_match"] = interval(right, seed)
+        figures["exact_match"] = intervals.paired(*(list(map(is_right, drafts)) for drafts in (before, after)))
     return figures
+
+
+def is_right(draft: dict) -> bool:
+    return draft["correct"] == 1.0
 
 
 Tables = Sequence[Iterable[dict]]  # drafts, scores
 
 
-def add_best_of(summary: dict[str, Any], chains: Tables, samples: Tables, *, seed: int) -> None:
+def add_best_of(summary: dict[str, Any], chains: Tables, samples: Tables) -> None:
     """Adds `best_of` to each split: the scorer's best of a chain against its best of as many parallel samples.
 
     `chains` and `samples` are (drafts, scores). Both sides have the same number of responses; `mean_tokens` (generated tokens
@@ -118,11 +122,11 @@ def add_best_of(summary: dict[str, Any], chains: Tables, samples: Tables, *, see
             groups = [[table[prompt_id][place] for place in sorted(table[prompt_id])[:size]] for prompt_id in prompt_ids]
             best[side] = [max(group, key=lambda draft: draft["score"]) for group in groups]
             tokens = sum(draft["num_tokens"] for group in groups for draft in group) / len(groups)
-            figures["best_of"][side] = {"mean_tokens": tokens, **values_of(best[side], seed)}
-        figures["best_of"]["difference"] = differences(list(zip(best["parallel"], best["chain"], strict=True)), seed)
+            figures["best_of"][side] = {"mean_tokens": tokens, **values_of(best[side])}
+        figures["best_of"]["difference"] = differences(list(zip(best["parallel"], best["chain"], strict=True)))
 
 
-def against_previous(splits: Iterable[str], before: Tables, now: Tables, *, seed: int) -> dict[str, Any]:
+def against_previous(splits: Iterable[str], before: Tables, now: Tables) -> dict[str, Any]:
     """What changed from the chains of one model to those of the next, by split and paired by prompt; each is (drafts, scores).
 
     `first`: y1 minus the y1 before; `last`: y_last minus the y_last before; `gain`: the change of y_last - y1. Each has its
@@ -138,11 +142,11 @@ def against_previous(splits: Iterable[str], before: Tables, now: Tables, *, seed
         both = [(old[name], new[name]) for name in old if len(old[name]) == len(new.get(name, ())) == rounds]
         if not both:
             continue
-        rewards = first_last_gain(both, rounds, lambda draft: draft["score"], seed)
+        rewards = first_last_gain(both, rounds, lambda draft: draft["score"])
         if both[0][0][1]["correct"] is None:
             changes_of[split] = {"n": len(both), "measure": "reward", **rewards, "reward": rewards}
         else:
-            right = first_last_gain(both, rounds, lambda draft: float(draft["correct"] == 1.0), seed)
+            right = first_last_gain(both, rounds, is_right)
             changes_of[split] = {"n": len(both), "measure": "exact_match", **right, "reward": rewards}
     return changes_of
 
@@ -150,11 +154,15 @@ def against_previous(splits: Iterable[str], before: Tables, now: Tables, *, seed
 Chain = dict[int, dict]  # by round
 
 
-def first_last_gain(both: list[tuple[Chain, Chain]], rounds: int, value: Callable[[dict], float], seed: int) -> dict[str, Any]:
+def first_last_gain(both: list[tuple[Chain, Chain]], rounds: int, value: Callable[[dict], float]) -> dict[str, Any]:
     """Intervals of the paired differences `first`, `last` and `gain`; see `against_previous`."""
-    first, last = ([value(new[number]) - value(old[number]) for old, new in both] for number in (1, rounds))
-    gain = [after - before for before, after in zip(first, last, strict=True)]
-    return {name: interval(values, seed) for name, values in (("first", first), ("last", last), ("gain", gain))}
+
+    def of_round(number: int) -> tuple[list[float], list[float]]:
+        return [value(old[number]) for old, _ in both], [value(new[number]) for _, new in both]
+
+    first, last = of_round(1), of_round(rounds)
+    gains = [[after - before for before, after in zip(*values, strict=True)] for values in zip(first, last, strict=True)]
+    return {name: intervals.paired(*models) for name, models in (("first", first), ("last", last), ("gain", gains))}
 
 
 def by_prompt(drafts: Iterable[dict], scores: Iterable[dict], place: str, splits: Iterable[str]) -> dict[str, dict[str, dict]]:
@@ -167,11 +175,11 @@ def by_prompt(drafts: Iterable[dict], scores: Iterable[dict], place: str, splits
     return table
 
 
-def values_of(drafts: list[dict], seed: int) -> dict[str, Any]:
+def values_of(drafts: list[dict]) -> dict[str, Any]:
     """The reward and, with a verifier, exact match, with their intervals."""
-    figures = {"reward": interval([draft["score"] for draft in drafts], seed)}
+    figures = {"reward": intervals.mean([draft["score"] for draft in drafts])}
     if drafts[0]["correct"] is not None:
-        figures["exact_match"] = interval([float(draft["correct"] == 1.0) for draft in drafts], seed)
+        figures["exact_match"] = intervals.mean(list(map(is_right, drafts)))
     return figures
 
 

@@ -4,6 +4,7 @@ A finished response goes to its strategy at once, and the next asks of the strat
 the same input gives the same schedule.
 """
 
+import dataclasses
 import heapq
 import itertools
 from collections.abc import Callable
@@ -42,6 +43,7 @@ class Drive:
         self.engine, self.encode, self.spec, self.scorer = engine, encode, spec, scorer
         self.beat: Callable[[], None] = lambda: None  # called after every finished response
         self.verify: Callable[[dict, str], float] | None = None  # the verifier's value of (prompt, response)
+        self.read: Callable[[Completion], dict] = lambda completion: {}  # what a row says of a response beside its text
         self.pending: dict[str, tuple[Chain, Ask, int, int]] = {}  # by request id: chain, ask, position of the ask, seed
         self.queue: list[tuple[int, int, str, list[int], int]] = []  # a heap: round, arrival, request id, prompt ids, seed
         self.arrivals, self.num_submitted = itertools.count(), 0
@@ -142,7 +144,9 @@ class Drive:
         self.beat()
         self.num_submitted -= 1
         chain, ask, position, seed = self.pending.pop(completion.request_id)
-        row = draft_row(completion, chain.prompt, ask, seed, self.spec.model_hash)
+        details = self.read(completion)
+        completion = dataclasses.replace(completion, text=details.pop("text", completion.text))
+        row = draft_row(completion, chain.prompt, ask, seed, self.spec.model_hash) | details
         for name in ("num_prompt_tokens", "num_cached_tokens", "num_tokens"):
             self.stats[name] += getattr(completion, name)
         self.stats["num_asks"] += 1
@@ -180,7 +184,7 @@ def draft_row(completion: Completion, prompt: dict, ask: Ask, seed: int | None, 
 
 def skipped_row(last_row: dict, number: int, reason: str) -> dict:
     """The row of round `number`, which a chain skipped after the draft of `last_row`: no text, no model, no tokens."""
-    return last_row | {
+    return {name: value for name, value in last_row.items() if name not in rows.DRAFT_DETAILS.names} | {
         "draft_id": rows.content_id("skipped", last_row["draft_id"], number),
         "round": number,
         "kind": "skipped",

@@ -4,13 +4,15 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from evolve_ray.config import options
 from evolve_ray.config.plugs import find_plug
 from evolve_ray.generate.drive import Drive
-from evolve_ray.generate.spec import Engine, GenerateSpec
+from evolve_ray.generate.spec import Completion, Engine, GenerateSpec
 from evolve_ray.generate.vllm import ENGINE_ENV, VllmEngine
 from evolve_ray.models.chat import Chat
+from evolve_ray.models.thinking import NO_ANSWER
 from evolve_ray.pools.actors import PoolOptions
 from evolve_ray.pools.worker import ShardWorker
 from evolve_ray.refine.asks import Ask, Strategy
@@ -27,19 +29,20 @@ class Generator(ShardWorker):
     """Owns one engine and generates one shard of drafts per call."""
 
     schema = rows.GENERATION
+    details = rows.DRAFT_DETAILS
     stage = "generations"
 
     def __init__(self, spec: GenerateSpec):
         super().__init__(spec)
         started = time.monotonic()
-        self.chat = Chat(spec.model)
+        self.chat = Chat(spec.model, rendering=spec.template.rendering)
         self.engine = find_plug(ENGINES, spec.engine.name, "engine.name")(spec, self.chat)
         self.verifier = build_verifier(spec.verifier) if spec.verifier else None
         self.start_seconds = time.monotonic() - started
 
     def renew(self, spec: GenerateSpec) -> None:
         started = time.monotonic()
-        self.chat = Chat(spec.model)
+        self.chat = Chat(spec.model, rendering=spec.template.rendering)
         if spec.model_hash != self.spec.model_hash:
             self.engine.reload(spec, self.chat)
         else:
@@ -59,6 +62,7 @@ class Generator(ShardWorker):
 
         drive = Drive(self.engine, self.encode, spec, spec.remote_scorer.open() if spec.remote_scorer else None)
         drive.beat = self.beat
+        drive.read = self.read
         drive.verify = self.verify if spec.verifier else None
         with dead_engine_ends_actor():
             generated, rejected, stats = drive.run(prompts, start)
@@ -68,12 +72,30 @@ class Generator(ShardWorker):
             "start_seconds": round(self.start_seconds, 3),
             "num_cut": sum(row["finish_reason"] == "length" for row in generated),
         }
+        stats |= count_details(generated)
         self.start_seconds = 0.0
         return generated, rejected, stats
 
     def verify(self, prompt: dict, text: str) -> float:
         assert self.verifier is not None
         return call_scorer("verifier", self.verifier, [prompt["prompt"]], [prompt["answer"]], [text])[0]
+
+    def read(self, completion: Completion) -> dict:
+        """The answer in a response, and what its row says beside it; see `rows.DRAFT_DETAILS`."""
+        ids = list(completion.token_ids)
+        if not ids:  # an engine that shows text alone
+            return {}
+        parts = self.chat.parts(ids, completion.text)
+        fault = self.chat.fault(ids, completion.text) or (NO_ANSWER if parts.answer is None else "")
+        details: dict[str, Any] = {"text": parts.answer or ""}
+        if parts.thinking is not None:
+            details |= {"thinking": parts.thinking, "num_thinking_tokens": parts.num_thinking}
+        if fault:
+            details["fault"] = fault
+        finished = completion.finish_reason == "stop"
+        if parts.thinking is not None or fault or self.chat.response_ids(completion.text, finished=finished) != ids:
+            details["token_ids"] = ids
+        return details
 
     def encode(self, ask: Ask) -> list[int]:
         return self.chat.context_ids(ask.messages)
@@ -100,12 +122,24 @@ class Generator(ShardWorker):
                 while num_pending:
                     for completion in self.engine.step():
                         request_id, context = completion.request_id, requests[completion.request_id][0]
-                        requests[request_id] = (context, completion.text)
+                        requests[request_id] = (context, self.read(completion).get("text", completion.text))
                         samples.append(
                             {"id": request_id, "context": context, "response": completion.token_ids, "logps": completion.logps}
                         )
                         num_pending -= 1
         return sorted(samples, key=lambda sample: sample["id"])
+
+
+def count_details(generated: list[dict]) -> dict[str, int]:
+    """Counts of what is beside the texts; those that are 0 are left out."""
+    faults = [row["fault"] for row in generated if row.get("fault")]
+    counts = {
+        "num_thinking_tokens": sum(row.get("num_thinking_tokens") or 0 for row in generated),
+        "num_without_answer": faults.count(NO_ANSWER),
+        "num_broken": len(faults) - faults.count(NO_ANSWER),
+        "num_own_tokens": sum(row.get("token_ids") is not None for row in generated),
+    }
+    return {name: count for name, count in counts.items() if count}
 
 
 @contextlib.contextmanager

@@ -1,23 +1,31 @@
 """Checks and commits the inputs of a run before an engine starts: models, template, prompts, preference triples."""
 
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Callable
+from datetime import date
+from pathlib import Path
 
 from evolve_ray.config.load import from_json
 from evolve_ray.config.options import Config, trainings
 from evolve_ray.config.plugs import find_plug
 from evolve_ray.config.resolve import flatten, resolved
-from evolve_ray.errors import IntegrityError, UserError
+from evolve_ray.errors import IntegrityError, UserError, first_line
 from evolve_ray.inputs.context import Context, Policy
 from evolve_ray.inputs.prompts import Prompter
 from evolve_ray.models import folders, gate
+from evolve_ray.refine.rendering import CLOCK, Rendering
 from evolve_ray.refine.template import load_template
 from evolve_ray.score.combined import reward_model_field, reward_model_names
 from evolve_ray.score.verifiers import VERIFIERS, build_verifier
+from evolve_ray.store import rows
 from evolve_ray.store.files import write_atomic
 from evolve_ray.store.run import Run
 from evolve_ray.toy.parts import toy_parts
+
+RESERVED = ("messages", "conversation", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message", "tools",
+            "documents", CLOCK)  # fmt: skip
 
 
 def settle_config(config: Config, run: Run, *, rerun_changed: bool) -> str:
@@ -69,12 +77,18 @@ def begin(
     toy = toy_parts(config, run, say) if config.toy else {}
     folder = folders.resolve(model or toy.get(config.model.path, config.model.path), "model.path")
     policy = Policy(folder, folders.content_hash(folder))
-    found = [] if model else [check_model(policy, policy_need(config), run, say)]
+    field = reward_model_field(config.scorer)
+    reward_models = {name: folders.resolve(toy.get(name, name), field) for name in reward_model_names(config.scorer)}
+    rendering = settle_rendering(config, run, [folder, *reward_models.values()])
+    template = dataclasses.replace(template, rendering=rendering)
+    found = [] if model else [check_model(policy, policy_need(config, rendering), run, say)]
     context = Context(config, run, say, start_ray, rerun_changed, template, policy, changed=changed)
-    for name in reward_model_names(config.scorer):
-        folder = folders.resolve(toy.get(name, name), reward_model_field(config.scorer))
-        context.reward_models[name] = Policy(folder, folders.content_hash(folder))
-        found.append(check_model(context.reward_models[name], reward_model_need(config), run, say))
+    for name, folder in reward_models.items():
+        content = folders.content_hash(folder)
+        need = reward_model_need(config, rendering.for_reward_model)
+        found.append(check_model(Policy(folder, content), need, run, say))
+        # Its scores are those of the day that its template prints, so the day is part of what it is.
+        context.reward_models[name] = Policy(folder, rows.digest([content, rendering.day]) if asks_date(folder) else content)
     context.dropout = any(model.dropout for model in found)
     return context, toy
 
@@ -86,18 +100,51 @@ def check_model(model: Policy, need: gate.Need, run: Run, say: Callable[[str], N
     return found
 
 
-def policy_need(config: Config, field: str = "model.path") -> gate.Need:
+def policy_need(config: Config, rendering: Rendering, field: str = "model.path") -> gate.Need:
     """What a recipe asks of its policy; `field` is the option or argument that names the model."""
-    return gate.Need(field, config.model.context_tokens, "model.context_tokens", config.model.dtype)
+    length = config.model.context_tokens
+    return gate.Need(field, length, "model.context_tokens", config.model.dtype, rendering=rendering)
 
 
-def reward_model_need(config: Config) -> gate.Need:
+def reward_model_need(config: Config, rendering: Rendering) -> gate.Need:
     """What a recipe asks of its reward models."""
     scorer = config.scorer
     output = None if scorer.output < 0 else scorer.output
     return gate.Need(
-        reward_model_field(scorer), scorer.max_tokens, "scorer.max_tokens", scorer.dtype, classifier=True, output=output
-    )
+        reward_model_field(scorer), scorer.max_tokens, "scorer.max_tokens", scorer.dtype, classifier=True, output=output,
+        rendering=rendering,
+    )  # fmt: skip
+
+
+def settle_rendering(config: Config, run: Run, models: list[Path]) -> Rendering:
+    """How this run renders conversations. A template that prints the date prints the day on which the run began."""
+    chat_template = ""
+    if config.model.chat_template:
+        try:
+            chat_template = Path(config.model.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"model.chat_template: {config.model.chat_template}: cannot be read: {first_line(error)}") from None
+        if not chat_template.strip():
+            raise UserError(f"model.chat_template: {config.model.chat_template}: is empty")
+    for name in config.model.template_arguments:
+        if name in RESERVED:
+            raise UserError(f"model.template_arguments.{name}: is set by evolve-ray itself; remove it")
+    day = began(run) if CLOCK in chat_template or any(map(asks_date, models)) else ""
+    return Rendering(chat_template, config.model.template_arguments, day, config.thinking)
+
+
+def asks_date(folder: Path) -> bool:
+    """Whether the chat template of a model prints the date."""
+    files = [folder / name for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")]
+    return any(CLOCK in file.read_text(encoding="utf-8", errors="replace") for file in files if file.exists())
+
+
+def began(run: Run) -> str:
+    """The day on which the run began, YYYY-MM-DD; it is stored when it is first asked for."""
+    path = run.root / "began.json"
+    if not path.exists():
+        write_atomic(path, json.dumps({"day": date.today().isoformat()}).encode())
+    return json.loads(path.read_bytes())["day"]
 
 
 def check_plugs(config: Config) -> None:

@@ -25,12 +25,19 @@ def companions(folder: Path) -> list[Path]:
     )
 
 
-def copy(source: Path, out: Path, *, dtype: str, end_id: int) -> None:
-    """Copies the companion files; `end_id` is the token that the chat template writes after a response."""
+def copy(source: Path, out: Path, *, dtype: str, end_id: int, chat_template: str = "") -> None:
+    """Copies the companion files; `end_id` is the token that the chat template writes after a response.
+
+    A `chat_template` takes the place of the model's own, in every file that may hold it.
+    """
     for file in companions(source):
         shutil.copyfile(file, out / file.name)
     update(out / "config.json", lambda config: readable_by_transformers_4(with_dtype(config, dtype)))
     update(out / "tokenizer_config.json", tokenizer_readable_by_transformers_4)
+    if chat_template:
+        (out / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        (out / "chat_template.json").unlink(missing_ok=True)
+        update(out / "tokenizer_config.json", without_template)
     update(out / "generation_config.json", lambda settings: with_end(settings, end_id))
 
 
@@ -80,6 +87,10 @@ def readable_by_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
     if by_layer and "rope_theta" in rope.get("sliding_attention", {}):
         older["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
     return config | {name: value for name, value in older.items() if name.endswith("_config") or name not in config}
+
+
+def without_template(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != "chat_template"}
 
 
 def tokenizer_readable_by_transformers_4(settings: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from evolve_ray.errors import UserError, first_line
 from evolve_ray.models import folders
 from evolve_ray.models.chat import Chat
 from evolve_ray.models.round_trip import round_trip
+from evolve_ray.refine.rendering import Rendering
 from evolve_ray.store import rows
 from evolve_ray.store.files import write_atomic
 
@@ -40,6 +41,7 @@ class Need:
     dtype: str = "float32"
     classifier: bool = False
     output: int | None = None
+    rendering: Rendering = dataclasses.field(default_factory=Rendering)
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,13 @@ def inspect(folder: Path, need: Need) -> Model:
         raise UserError(f"{where}: its weights are quantised ({method}), so they cannot be trained; use the model that is not")
     model, faults = load_on_meta(folder, where, need)
     text_config = config.get_text_config()
-    chat = Chat(folder, need.field)
+    chat = Chat(folder, need.field, need.rendering)
     faults += vocabulary_faults(model, chat, where)
     trip_faults, trip_notes = round_trip(chat, where)
-    faults += trip_faults
+    if need.classifier:  # it writes nothing, so what its tokenizer changes is only named
+        trip_notes += [fault.removeprefix(f"{where}: ").partition("; ")[0] for fault in trip_faults]
+    else:
+        faults += trip_faults
     positions = position_limit(model, config)
     if positions and need.length > positions:
         faults.append(f"{need.length_field}: is {need.length}, but {folder} has {positions} positions; lower it")

@@ -1,6 +1,7 @@
 """Joins a Ray cluster or starts a local Ray, and leaves it at the end."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -66,6 +67,8 @@ def join_ray(local: dict[str, Any] | None = None, *, loud: bool = False) -> None
     import ray
 
     cluster = os.environ.get("RAY_ADDRESS")
+    # It reports at every start whether tokens guard a Ray that listens on loopback alone.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     try:
         ray.init(log_to_driver=loud, logging_level="warning", **({} if cluster else local or {}))
         with contextlib.suppress(ValueError):

@@ -20,6 +20,7 @@ class ShardWorker:
     """
 
     schema: Any
+    details: Any = None  # further columns, each written only if a row has a value in it
     stage = ""  # the stage name in its rejected rows
     name = "worker"
     restarts = 3  # deaths on one shard before the rows that kill the worker are searched for
@@ -55,7 +56,7 @@ class ShardWorker:
             temporary = final.parent / f".{final.name}-{uuid.uuid4().hex[:8]}"
             with report_disk_errors(final):
                 temporary.mkdir()
-                write_table(temporary / "rows.parquet", rows, self.schema)
+                write_table(temporary / "rows.parquet", rows, self.schema, self.details)
                 write_jsonl(temporary / "rejected.jsonl", rejected)
             stats |= {"num_rows": len(rows), "num_rejected": len(rejected)}
             manifest = commit(temporary, final, stage="shard", key=self.spec.key, **stats)

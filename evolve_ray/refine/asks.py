@@ -7,7 +7,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
-Messages = tuple[dict[str, str], ...]
+from evolve_ray.store.turns import Messages
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from typing import Any
 
 from evolve_ray.refine.asks import Ask, Draft, Given, Judge, Skip, Strategy, Verify
 from evolve_ray.refine.template import Template
+from evolve_ray.store.turns import Prompt
 
 
-def chain(prompt: str, template: Template, options: Any) -> Strategy:
+def chain(prompt: Prompt, template: Template, options: Any) -> Strategy:
     """`rounds` drafts, each a refinement of the draft before (the paper's choice).
 
     `stop_unchanged` and `stop_right` may end it earlier.
@@ -40,13 +41,13 @@ def stop_reason(drafts: list[Draft], options: Any) -> Generator[Verify, Any, str
     return ""
 
 
-def parallel(prompt: str, template: Template, options: Any) -> Strategy:
+def parallel(prompt: Prompt, template: Template, options: Any) -> Strategy:
     """`samples` independent drafts, each from the prompt alone."""
     drafts = yield [Ask(template.direct(prompt), sample=number, round=1) for number in range(options.samples)]
     return drafts
 
 
-def few_shot(prompt: str, template: Template, options: Any) -> Strategy:
+def few_shot(prompt: Prompt, template: Template, options: Any) -> Strategy:
     """Each ask after round 1 contains up to `shots` earlier drafts: the latest, or those with the best scores.
 
     The latest or best of them stands last.
@@ -65,7 +66,7 @@ def few_shot(prompt: str, template: Template, options: Any) -> Strategy:
     return drafts
 
 
-def critique(prompt: str, template: Template, options: Any) -> Strategy:
+def critique(prompt: Prompt, template: Template, options: Any) -> Strategy:
     """Each round after the first asks for a critique of the draft, then for a better draft that uses the critique."""
     draft = yield Ask(template.direct(prompt), sample=0, round=1)
     drafts = [draft]
@@ -77,7 +78,7 @@ def critique(prompt: str, template: Template, options: Any) -> Strategy:
     return drafts
 
 
-def best_of(prompt: str, template: Template, options: Any) -> Strategy:
+def best_of(prompt: Prompt, template: Template, options: Any) -> Strategy:
     """`samples` drafts in each round. The next round refines the one with the highest score; of equal ones the first sample."""
     best: Draft | None = None
     drafts: list[Draft] = []
@@ -108,7 +109,7 @@ def asks_scorer(options: Any) -> bool:
     return options.name == "best_of" or (options.name == "few_shot" and options.show == "best") or is_plug
 
 
-def refine_given(prompt: str, template: Template, options: Any) -> Strategy:
+def refine_given(prompt: Prompt, template: Template, options: Any) -> Strategy:
     """A chain whose first draft comes with the prompt, not from the model."""
     draft = yield Given()
     drafts = [draft]

@@ -1,5 +1,6 @@
 """Templates: the words around prompts and drafts, and how they become chat messages."""
 
+import dataclasses
 import re
 import tomllib
 from collections.abc import Sequence
@@ -8,7 +9,9 @@ from pathlib import Path
 
 from evolve_ray.errors import UserError
 from evolve_ray.refine.asks import Messages
+from evolve_ray.refine.rendering import Rendering
 from evolve_ray.store.rows import digest
+from evolve_ray.store.turns import Prompt, assistant, earlier_turns, last_turn, user
 
 # The parts of a template, and the fields that each part must contain.
 FIELDS = {
@@ -30,7 +33,10 @@ NEEDED = {  # the further parts that a strategy needs
 
 @dataclass(frozen=True)
 class Template:
-    """The words around prompts and drafts. `layout` is "conversation" or "one_message"."""
+    """The words around prompts and drafts. `layout` is "conversation" or "one_message".
+
+    `rendering` is how the messages become text afterwards; it travels with the words, because both decide what a model is asked.
+    """
 
     layout: str
     first: str
@@ -41,48 +47,45 @@ class Template:
     revise: str = ""
     critique_one_message: str = ""
     revise_one_message: str = ""
+    rendering: Rendering = dataclasses.field(default_factory=Rendering)
 
-    def direct(self, prompt: str) -> Messages:
+    def direct(self, prompt: Prompt) -> Messages:
         """The messages that ask for round 1: `x`."""
-        return (user(fill(self.first, prompt=prompt)),)
+        return self.filled(self.first, prompt)
 
-    def refinement(self, prompt: str, draft: str) -> Messages:
+    def refinement(self, prompt: Prompt, draft: str) -> Messages:
         """The messages that ask for a better draft: `(x, y, z)`."""
         return self.after_several(prompt, [draft])
 
-    def after_several(self, prompt: str, drafts: Sequence[str]) -> Messages:
+    def after_several(self, prompt: Prompt, drafts: Sequence[str]) -> Messages:
         """The messages that ask for a better draft after several drafts, in their order: `(x, y_a, z, y_b, z)`."""
         if self.layout == "conversation":
-            turns = [turn for draft in drafts for turn in (assistant(draft), user(self.refine))]
-            return (*self.direct(prompt), *turns)
+            asked = [turn for draft in drafts for turn in (assistant(draft), user(self.refine))]
+            return (*self.direct(prompt), *asked)
         if len(drafts) == 1:
-            return (user(fill(self.one_message, prompt=prompt, draft=drafts[0])),)
+            return self.filled(self.one_message, prompt, draft=drafts[0])
         numbered = "\n\n".join(f"({number}) {draft}" for number, draft in enumerate(drafts, start=1))
-        return (user(fill(self.several, prompt=prompt, drafts=numbered)),)
+        return self.filled(self.several, prompt, drafts=numbered)
 
-    def critical(self, prompt: str, draft: str) -> Messages:
+    def critical(self, prompt: Prompt, draft: str) -> Messages:
         """The messages that ask for a critique of a draft."""
         if self.layout == "one_message":
-            return (user(fill(self.critique_one_message, prompt=prompt, draft=draft)),)
+            return self.filled(self.critique_one_message, prompt, draft=draft)
         return (*self.direct(prompt), assistant(draft), user(self.critique))
 
-    def revision(self, prompt: str, draft: str, critique: str) -> Messages:
+    def revision(self, prompt: Prompt, draft: str, critique: str) -> Messages:
         """The messages that ask for a better draft that uses a critique."""
         if self.layout == "one_message":
-            return (user(fill(self.revise_one_message, prompt=prompt, draft=draft, critique=critique)),)
+            return self.filled(self.revise_one_message, prompt, draft=draft, critique=critique)
         return (*self.critical(prompt, draft), assistant(critique), user(self.revise))
+
+    def filled(self, part: str, prompt: Prompt, **values: str) -> Messages:
+        """The prompt with its last user turn inside a part of the template; its earlier turns stay as they are."""
+        return (*earlier_turns(prompt), user(fill(part, prompt=last_turn(prompt), **values)))
 
     @property
     def hash(self) -> str:
-        return digest([self.layout, *(getattr(self, part) for part in FIELDS)])
-
-
-def user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
+        return digest([self.layout, *(getattr(self, part) for part in FIELDS), *self.rendering.key])
 
 
 def fill(text: str, **values: str) -> str:

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from evolve_ray.config.run_options import MIN_PROMPTS
 from evolve_ray.models import folders
 from evolve_ray.report import recipe
 from evolve_ray.report.tables import table_rows
@@ -66,8 +67,9 @@ def evaluation(config: dict[str, Any], model: dict[str, Any], models: list[dict[
     temperature = config["evaluation"]["temperature"]
     text = [
         f"Held-out prompts at temperature {temperature:g}, measured by the scorer and the verifier of the recipe. y1 is the "
-        "direct answer, y2 its refinement, and so on in one chain. Brackets are 95 % bootstrap intervals over the prompts; the "
-        f"gain is paired by prompt. The last row of each split and measure ({plain(model['name'])}) is this model.",
+        "direct answer, y2 its refinement, and so on in one chain. Brackets are 95 % intervals over the prompts (Wilson's for "
+        "shares and means, Tango's for the gain, which is paired by prompt; Student's t for rewards beyond -1 to 1). "
+        f"The last row of each split and measure ({plain(model['name'])}) is this model.",
         "",
         *grid(header, lines),
         "",
@@ -120,6 +122,11 @@ def limits(config: dict[str, Any], model: dict[str, Any]) -> list[str]:
             facts.append(
                 f"{split}: {sum(num_cut)} of {len(num_cut) * answers} answers were cut at {limit} tokens ({num_cut} by round)"
             )
+        if answers < MIN_PROMPTS:
+            facts.append(
+                f"{split}: {answers} prompts are too few to say whether refinement helps; at least {MIN_PROMPTS} are needed"
+            )
+            continue
         for measure, gain in figures["gain"].items():
             if gain["low"] <= 0:
                 verdict = "hurts" if gain["high"] < 0 else "has no clear effect"

@@ -9,6 +9,7 @@ from evolve_ray.store import shards
 from evolve_ray.store.manifest import read_manifest
 from evolve_ray.store.rows import read_table
 from evolve_ray.store.run import Run
+from evolve_ray.store.turns import last_turn, turns
 
 KINDS = {
     "better": "improved",
@@ -151,10 +152,13 @@ def verdict(draft: dict[str, Any]) -> str:
 def render_chain(chain: dict[str, Any], place: int, model: str) -> str:
     first, last, prompt = chain["rounds"][0], chain["rounds"][-1], chain["prompt"]
     tags = "".join(f'<span class="tag">{escape(KINDS[kind])}</span>' for kind in chain["kinds"])
-    opening = " ".join(prompt["prompt"][:300].split())
+    opening = " ".join(last_turn(prompt["prompt"])[:300].split())
     opening = opening if len(opening) <= 70 else opening[:69] + "\N{HORIZONTAL ELLIPSIS}"
     scores = f"{first['score']:.3f}{verdict(first)} \N{RIGHTWARDS ARROW} {last['score']:.3f}{verdict(last)}"
-    parts = ['<p class="label">prompt</p>', text_block(prompt["prompt"])]
+    parts = []
+    for message in turns(prompt["prompt"]):
+        label = "prompt" if isinstance(prompt["prompt"], str) else f"prompt: {message['role']}"
+        parts += [f'<p class="label">{label}</p>', text_block(message["content"])]
     if prompt["answer"] is not None:
         parts += ['<p class="label">gold answer</p>', text_block(prompt["answer"])]
     before = None

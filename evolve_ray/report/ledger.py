@@ -13,9 +13,11 @@ from evolve_ray.store.run import Run
 
 TOKENS = ("num_prompt_tokens", "num_cached_tokens", "num_tokens")  # of prompts, of these in the prefix cache, generated
 
-# Tokens of skipped rounds (each is counted as long as the draft before it); speculative tokens, and how many were accepted.
-SPARED = ("num_saved_tokens", "num_guessed_tokens", "num_accepted_tokens")
-TOTALS = (*TOKENS, *SPARED, "num_engine_steps", "num_updates", "seconds", "engine_seconds", "start_seconds", "idle_seconds",
+# Tokens of skipped rounds (each is counted as long as the draft before it); speculative tokens, and how many were accepted;
+# tokens of thinking among the generated ones, responses that ended inside it, and responses with a token that has no text.
+SOMETIMES = ("num_saved_tokens", "num_guessed_tokens", "num_accepted_tokens", "num_thinking_tokens", "num_without_answer",
+             "num_broken")  # fmt: skip
+TOTALS = (*TOKENS, *SOMETIMES, "num_engine_steps", "num_updates", "seconds", "engine_seconds", "start_seconds", "idle_seconds",
           "score_seconds", "train_seconds")  # fmt: skip
 
 
@@ -66,7 +68,7 @@ def line(iteration: int, manifest: Manifest, seconds: dict[tuple[int, str], floa
         "iteration": iteration,
         "stage": name,
         **{key: manifest.stats.get(key) for key in ("num_in", "num_rows", "num_rejected", *TOKENS)},
-        **{key: sum_of(key) for key in SPARED},
+        **{key: sum_of(key) for key in SOMETIMES},
         "num_engine_steps": sum_of("num_steps") if engine is not None else None,
         "num_updates": sum_of("num_steps") if engine is None else None,
         "seconds": round(wall, 3),

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from typing import Any
 
+from evolve_ray.config.run_options import MIN_PROMPTS
 from evolve_ray.report import chains, charts, costs, recipe
 from evolve_ray.report.charts import MARKERS, Move, Series, short
 from evolve_ray.report.markup import document, escape, figure, panels, section, table
@@ -54,8 +55,10 @@ def rejected_counts(run: Run) -> list[tuple[int, str, str, int]]:
     return [(*key, count) for key, count in ordered]
 
 
-def verdict(gain: dict[str, float]) -> str:
-    """What the interval of a gain shows: refinement helps, hurts, or has no clear effect."""
+def verdict(gain: dict[str, float], n: int) -> str:
+    """What the interval of a gain over `n` prompts shows: refinement helps, hurts, or has no clear effect."""
+    if n < MIN_PROMPTS:
+        return f"\N{WHITE CIRCLE} too few prompts to say, at least {MIN_PROMPTS} are needed"
     if gain["low"] > 0:
         return "\N{BLACK UP-POINTING TRIANGLE} refinement helps"
     return "\N{BLACK DOWN-POINTING TRIANGLE} refinement hurts" if gain["high"] < 0 else "\N{BLACK CIRCLE} no clear effect"
@@ -70,7 +73,7 @@ def answer(report: dict[str, Any]) -> str:
             continue
         (first, first_figures), (last, last_figures) = models[0], models[-1]
         measure, num_rounds = measure_of(models), len(last_figures["rounds"])
-        gain = last_figures["gain"][measure.name]
+        gain, n = last_figures["gain"][measure.name], last_figures["rounds"]["1"]["n"]
         lines = [
             ("direct answer y1", first_figures["rounds"]["1"], last_figures["rounds"]["1"]),
             (f"refined answer y{num_rounds}", last_round(first_figures), last_round(last_figures)),
@@ -82,15 +85,17 @@ def answer(report: dict[str, Any]) -> str:
         sign = "+" if gain["mean"] >= 0 else ""
         passage = escape(short(first["name"]) + ARROW + short(last["name"]))
         cards.append(
-            f'<div class="card"><h3>{escape(split)} <small>({last_figures["rounds"]["1"]["n"]:,} prompts)</small></h3>'
-            f"{verdict(gain)}<strong>{sign}{mean_text(gain, measure)} {measure.unit}</strong>"
+            f'<div class="card"><h3>{escape(split)} <small>({n:,} prompts)</small></h3>'
+            f"{verdict(gain, n)}<strong>{sign}{mean_text(gain, measure)} {measure.unit}</strong>"
             f"gain y{num_rounds} \N{MINUS SIGN} y1 of {escape(name_of(last))}: {interval_text(gain, measure)}"
             f"<dl><dt>{escape(measure.title)}</dt><dd>{passage}</dd>{rows}</dl></div>"
         )
     text = (
         "The gain is the quality of the last refined answer minus that of the direct answer, for the same model and the same "
         "prompt, averaged over the prompts. Refinement helps if the whole 95 % interval is above zero, and hurts if it is below. "
-        "Brackets and bars are bootstrap intervals over the prompts of this run; a run with another seed may differ by more."
+        f"Fewer than {MIN_PROMPTS} prompts show nothing. Brackets and bars are score intervals over the prompts of this run "
+        "(Wilson's for shares and means, Tango's for paired differences; Student's t for rewards beyond -1 to 1); a run with "
+        "another seed may differ by more."
     )
     return section("answer", "Does refinement help?", text, panels(cards))
 

@@ -3,6 +3,7 @@
 import collections
 import math
 from collections.abc import Callable
+from typing import Any
 
 from evolve_ray.config import options
 from evolve_ray.config.plugs import find_plug
@@ -17,7 +18,7 @@ class Combined:
     def __init__(self, members: dict[str, Scorer], combine: Callable[[list[float]], float]):
         self.members, self.combine = members, combine
 
-    def __call__(self, prompts: list[str], answers: list[str | None], responses: list[str]) -> list[float]:
+    def __call__(self, prompts: list[Any], answers: list[str | None], responses: list[str]) -> list[float]:
         columns = [
             call_scorer(f"scorer member {name}", member, prompts, answers, responses) for name, member in self.members.items()
         ]
@@ -40,25 +41,30 @@ def reward_model_field(scorer: options.Scorer) -> str:
     return "scorer.members" if scorer.members else "scorer.model"
 
 
-def build_scorer(scorer: options.Scorer, reward_models: dict[str, str], verifier: Scorer | None) -> Scorer:
-    """The scorer of a recipe. `reward_models` maps the names in the recipe to local folders; `verifier` is the recipe's."""
+def build_scorer(scorer: options.Scorer, reward_models: dict[str, str], verifier: Scorer | None, day: str = "") -> Scorer:
+    """The scorer of a recipe. `reward_models` maps the names in the recipe to local folders; `verifier` is the recipe's.
+
+    `day` is the date that their chat templates print ("": today).
+    """
     if scorer.name == "reward_model":
-        return RewardModel(scorer, reward_models[scorer.model])
+        return RewardModel(scorer, reward_models[scorer.model], day=day)
     if scorer.name in COMBINATIONS:
         for member, count in collections.Counter(scorer.members).items():
             if count > 1:
                 raise UserError(f"scorer.members: {member!r} occurs {count} times; name each scorer once")
-        members = {member: build_member(member, scorer, reward_models, verifier) for member in scorer.members}
+        members = {member: build_member(member, scorer, reward_models, verifier, day) for member in scorer.members}
         return Combined(members, COMBINATIONS[scorer.name])
-    return build_member(scorer.name, scorer, reward_models, verifier)
+    return build_member(scorer.name, scorer, reward_models, verifier, day)
 
 
-def build_member(member: str, scorer: options.Scorer, reward_models: dict[str, str], verifier: Scorer | None) -> Scorer:
+def build_member(
+    member: str, scorer: options.Scorer, reward_models: dict[str, str], verifier: Scorer | None, day: str
+) -> Scorer:  # fmt: skip
     """One scorer by its name: the verifier, a reward model, or a plug."""
     if member == "verifier":
         if verifier is None:
             raise UserError("verifier: must be set when the verifier is the scorer; add a [verifier] table")
         return verifier
     if member.startswith(REWARD_MODEL):
-        return RewardModel(scorer, reward_models[member.removeprefix(REWARD_MODEL)], "scorer.members")
+        return RewardModel(scorer, reward_models[member.removeprefix(REWARD_MODEL)], "scorer.members", day)
     return find_plug({}, member, "scorer.members" if scorer.members else "scorer.name")()

@@ -8,12 +8,15 @@ from evolve_ray.errors import IntegrityError
 
 
 class Scorer(Protocol):
-    """Returns one score for each (prompt, gold answer, response) of a batch; higher is better. NaN: there is no score."""
+    """Returns one score for each (prompt, gold answer, response) of a batch; higher is better. NaN: there is no score.
 
-    def __call__(self, prompts: list[str], answers: list[str | None], responses: list[str]) -> list[float]: ...
+    A prompt is a text, or for a conversation a tuple of messages `{"role": ..., "content": ...}` that ends with a user turn.
+    """
+
+    def __call__(self, prompts: list[Any], answers: list[str | None], responses: list[str]) -> list[float]: ...
 
 
-def call_scorer(name: str, scorer: Scorer, prompts: list[str], answers: list[str | None], responses: list[str]) -> list[float]:
+def call_scorer(name: str, scorer: Scorer, prompts: list[Any], answers: list[str | None], responses: list[str]) -> list[float]:
     """The values of a scorer, one for each response; they may be not finite. Raises IntegrityError if the number differs."""
     values = list(scorer(prompts, answers, responses))
     if len(values) != len(responses):

@@ -6,35 +6,37 @@ from typing import Any
 
 from evolve_ray.config import options
 from evolve_ray.models.chat import Chat
+from evolve_ray.refine.rendering import Rendering
+from evolve_ray.store.turns import Prompt, assistant, turns
 
 
 class RewardModel:
     """A Hugging Face sequence classifier. The score is the raw logit of one output, without softmax or sigmoid.
 
-    The reward model's own chat template renders the whole conversation `[user: prompt, assistant: response]`. It ends as a
+    The reward model's own chat template renders the whole conversation `[turns of the prompt, assistant: response]`. It ends as a
     finished turn even if the response was cut by length, because a reward model has never seen an unfinished one. The
     selection handles cut responses: it does not choose them, except with `selection.allow_cut`. Rows are scored in fixed
     batches and in their order, so a score does not depend on the number of actors.
     """
 
-    def __init__(self, scorer: options.Scorer, folder: str, field: str = "scorer.model"):
+    def __init__(self, scorer: options.Scorer, folder: str, field: str = "scorer.model", day: str = ""):
         import torch
         from transformers import AutoModelForSequenceClassification
 
         self.torch = torch
         self.batch_size, self.max_tokens, self.output = scorer.batch_size, scorer.max_tokens, max(scorer.output, 0)
-        self.chat = Chat(folder, field)
+        self.chat = Chat(folder, field, Rendering(day=day))
         self.device = torch.device("cuda" if scorer.gpus_per_actor else "cpu")
         model = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=getattr(torch, scorer.dtype), trust_remote_code=False
         )
         self.model = model.to(self.device).eval()
 
-    def __call__(self, prompts: list[str], answers: list[str | None], responses: list[str]) -> list[float]:
+    def __call__(self, prompts: list[Prompt], answers: list[str | None], responses: list[str]) -> list[float]:
         scores: list[float] = []
         ids = [
-            self.chat.context_ids(({"role": "user", "content": p}, {"role": "assistant", "content": r}), generate=False)
-            for p, r in zip(prompts, responses, strict=True)
+            self.chat.context_ids((*turns(prompt), assistant(response)), generate=False)
+            for prompt, response in zip(prompts, responses, strict=True)
         ]
         for first in range(0, len(ids), self.batch_size):
             batch = ids[first : first + self.batch_size]

@@ -3,12 +3,19 @@
 import math
 import re
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
 
 from evolve_ray.config import options
 from evolve_ray.config.plugs import find_plug
+from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import UserError
+from evolve_ray.score.held_text import visible
 from evolve_ray.score.math_verifier import MathMatch
 from evolve_ray.score.protocol import Scorer
+from evolve_ray.score.quantities import CONTEXT, Quantity, factors, read_readings, said_twice, without_latex
+from evolve_ray.score.statements import final_answer
 
 
 class ExactMatch:
@@ -30,7 +37,15 @@ class RegexMatch:
             raise UserError(f"verifier.pattern: {verifier.pattern!r} is not a regular expression: {error}") from None
 
     def __call__(self, prompts: list[str], answers: list[str | None], responses: list[str]) -> list[float]:
-        return [float(a is not None and self.last_match(r) == a.strip()) for a, r in zip(answers, responses, strict=True)]
+        shown = map(visible, responses)
+        return [float(a is not None and self.last_match(r) == a.strip()) for a, r in zip(answers, shown, strict=True)]
+
+    def check_gold(self, answer: str) -> str:
+        """What is wrong with a gold answer; "" if nothing is. A gold answer that the pattern reads otherwise is never matched."""
+        taken = self.last_match(answer)
+        if taken is None or taken == answer.strip():
+            return ""
+        return f"cannot be matched: verifier.pattern takes {taken!r} out of it"
 
     def last_match(self, response: str) -> str | None:
         """The text of the last match, without surrounding white space; None if nothing matches."""
@@ -40,42 +55,60 @@ class RegexMatch:
         return None if text is None else text.strip()
 
 
-# "-" or "+" is a sign only if it cannot stand between two terms; digits inside a word ("x2", "v1.2.3") are not a number.
-NUMBER = re.compile(
-    r"(?P<sign>(?<![\w.)\]}%])[-+])?[$€£¥]?(?<![\w.])"
-    r"(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?P<exponent>[eE][-+]?\d+)?(?:/(?P<denominator>\d+))?"
-)
-
-
 class NumericMatch:
-    """1.0 if the last number of the response equals the last number of the gold answer, within a relative tolerance; else 0.0.
+    """1.0 if the response states the number of the gold answer, within a relative tolerance; else 0.0.
 
-    Numbers are in English notation (`-1,234.5`, `1e-3`); `3/4` is a fraction; percent signs and units are ignored. NaN if the
-    gold answer has no number: that is a fault of the data, not of the response.
+    NaN if the gold answer is not one number: that is a fault of the data, not of the response.
     """
 
     def __init__(self, verifier: options.Verifier):
         self.tolerance = verifier.tolerance
 
     def __call__(self, prompts: list[str], answers: list[str | None], responses: list[str]) -> list[float]:
-        return [self.compare(last_number(a or ""), last_number(r)) for a, r in zip(answers, responses, strict=True)]
+        return [self.compare(a or "", r) for a, r in zip(answers, responses, strict=True)]
 
-    def compare(self, gold: float, number: float) -> float:
-        return float(math.isclose(gold, number, rel_tol=self.tolerance)) if math.isfinite(gold) else math.nan
+    def compare(self, answer: str, response: str) -> float:
+        gold = stated_numbers(answer)
+        return float(any(self.same(a, r) for a in gold for r in stated_numbers(response))) if gold else math.nan
+
+    def same(self, gold: Quantity, number: Quantity) -> bool:
+        ways = factors(gold, number, gold.value)
+        return any(self.close(scaled(gold.value, one), scaled(number.value, other)) for one, other in ways)
+
+    def close(self, gold: Decimal, number: Decimal) -> bool:
+        """Whether two numbers are equal; the default tolerance is for digits behind the point, whole numbers must be equal."""
+        whole = gold == gold.to_integral_value() and number == number.to_integral_value()
+        if gold == number or (whole and self.tolerance <= TOLERANCE):
+            return gold == number
+        largest = max(gold.copy_abs(), number.copy_abs())
+        return CONTEXT.subtract(gold, number).copy_abs() <= CONTEXT.multiply(largest, Decimal(self.tolerance))
+
+    def check_gold(self, answer: str) -> str:
+        """What is wrong with a gold answer; "" if nothing is."""
+        stated = final_answer(answer)
+        return "" if read_numbers((stated.marked and stated.value) or stated.words) else "is not one number"
 
 
-def last_number(text: str) -> float:
-    """The last number in a text; NaN if there is none."""
-    match = None
-    for match in NUMBER.finditer(text.replace("\N{MINUS SIGN}", "-")):  # noqa: B007 (the last one is what counts)
-        pass
-    if match is None:
-        return math.nan
-    sign, digits, exponent, denominator = match.group("sign", "digits", "exponent", "denominator")
-    value = float((sign or "") + digits.replace(",", "") + (exponent or ""))
-    if denominator is None:
-        return value
-    return value / float(denominator) if float(denominator) else math.nan
+TOLERANCE = options.Verifier().tolerance
+
+
+def scaled(number: Decimal, factor: Fraction) -> Decimal:
+    if factor == 1:
+        return number
+    return CONTEXT.divide(CONTEXT.multiply(number, Decimal(factor.numerator)), Decimal(factor.denominator))
+
+
+def stated_numbers(text: str) -> list[Quantity]:
+    """The readings of the number that a text states as its answer; none if it states no number, or several."""
+    stated = final_answer(text)
+    return read_numbers(stated.value) if stated.value else []
+
+
+def read_numbers(text: str) -> list[Quantity]:
+    """The readings of one number, also of what says it twice: "18, 18.00", "1/2 (0.5)"."""
+    text = without_latex(text)
+    twice = said_twice(text)
+    return [twice] if twice else read_readings(text)
 
 
 VERIFIERS: dict[str, Callable[[options.Verifier], Scorer]] = {
@@ -84,6 +117,36 @@ VERIFIERS: dict[str, Callable[[options.Verifier], Scorer]] = {
     "numeric": NumericMatch,
     "math": lambda _: MathMatch(),
 }
+
+
+GRADING = {"regex": 2, "numeric": 2, "math": 2}  # raised where a verifier gives other verdicts than before
+
+
+def verifier_key(verifier: options.Verifier | None) -> dict[str, Any] | None:
+    """The part of a stage key that decides the verdicts of a recipe's verifier."""
+    if verifier is None:
+        return None
+    grading = {"grading": GRADING[verifier.name]} if verifier.name in GRADING else {}
+    return {**resolved(verifier, runtime=False), **grading}
+
+
+def gold_check(verifier: options.Verifier | None) -> Callable[[str], str] | None:
+    """A function that returns what is wrong with a gold answer, "" if nothing is; None if the verifier has no `check_gold`."""
+    if verifier is None:
+        return None
+    shipped = verifier.name in VERIFIERS
+    if not shipped and not hasattr(find_plug({}, verifier.name, "verifier.name"), "check_gold"):
+        return None  # it is not built here: that may load a model
+    check = getattr(build_verifier(verifier), "check_gold", None)
+    if check is None:
+        return None
+
+    def fault(answer: str) -> str:
+        what = check(answer)
+        shown = answer if len(answer) <= 60 else f"...{answer[-60:]}"
+        return f"gold answer {shown!r} {what}, as verifier.name {verifier.name!r} needs it" if what else ""
+
+    return fault
 
 
 def build_verifier(verifier: options.Verifier) -> Scorer:
@@ -105,9 +168,8 @@ def same_answer(verifier: options.Verifier | None) -> Callable[[str, str], bool]
         last_match = RegexMatch(verifier).last_match
         agree = lambda first, second: last_match(first) is not None and last_match(first) == last_match(second)  # noqa: E731
     if verifier and name == "numeric":
-        agree = lambda first, second: math.isclose(  # noqa: E731
-            last_number(first), last_number(second), rel_tol=verifier.tolerance
-        )
+        numeric = NumericMatch(verifier)
+        agree = lambda first, second: numeric.compare(first, second) == 1.0  # noqa: E731
     if name == "math":
         math_match = MathMatch()
         agree = lambda first, second: math_match.compare(first, second) == 1.0  # noqa: E731

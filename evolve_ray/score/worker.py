@@ -4,6 +4,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from evolve_ray.config import options
 from evolve_ray.errors import IntegrityError
@@ -31,6 +32,7 @@ class ScoreSpec:
     scorer: options.Scorer
     reward_models: dict[str, str]  # the names in the recipe -> local folders
     verifier: options.Verifier | None
+    day: str = ""  # the date that the chat templates of the reward models print
 
 
 class ScoreWorker(ShardWorker):
@@ -45,16 +47,17 @@ class ScoreWorker(ShardWorker):
 
     def renew(self, spec: ScoreSpec) -> None:
         previous, self.spec = self.spec, spec
-        if (previous.scorer, previous.reward_models, previous.verifier) != (spec.scorer, spec.reward_models, spec.verifier):
+        names = ("scorer", "reward_models", "verifier", "day")
+        if any(getattr(previous, name) != getattr(spec, name) for name in names):
             del self.scorer, self.verifier  # first, so that an old and a new reward model are never in memory together
             self.build()
 
     def build(self) -> None:
         spec = self.spec
         self.verifier = build_verifier(spec.verifier) if spec.verifier else None
-        self.scorer = build_scorer(spec.scorer, spec.reward_models, self.verifier)
+        self.scorer = build_scorer(spec.scorer, spec.reward_models, self.verifier, spec.day)
 
-    def score_texts(self, prompts: list[str], answers: list[str | None], responses: list[str]) -> list[float]:
+    def score_texts(self, prompts: list[Any], answers: list[str | None], responses: list[str]) -> list[float]:
         """Scores for a strategy that asks while it generates; a score that is not finite becomes -inf: it never wins."""
         values = call_scorer(f"scorer {self.spec.scorer.name}", self.scorer, prompts, answers, responses)
         return [float(value) if is_finite(value) else -math.inf for value in values]

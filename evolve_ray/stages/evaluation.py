@@ -7,6 +7,7 @@ from evolve_ray.config import options
 from evolve_ray.config.resolve import resolved
 from evolve_ray.evaluate.figures import add_best_of, summarise
 from evolve_ray.inputs.context import Context, Policy
+from evolve_ray.score.verifiers import verifier_key
 from evolve_ray.stages.generations import EVALUATION_SCOPE, GenerationJob, generate_and_score
 from evolve_ray.store import rows, shards
 from evolve_ray.store.manifest import Manifest
@@ -31,7 +32,7 @@ def evaluate(context: Context, iteration: int, policy: Policy, name: str, folder
         "template": context.template.hash,
         "options": [resolved(part, runtime=False) for part in (chain, sampling, config.engine, config.scorer)],
         "parallel": config.evaluation.parallel,
-        "verifier": resolved(config.verifier),
+        "verifier": verifier_key(config.verifier),
         "reward_models": {name: model.hash for name, model in context.reward_models.items()},
     }
     stage = context.stage(context.run.iteration(iteration) / folder, "evaluation", key, {"prompts": context.held_out.identity})
@@ -54,9 +55,9 @@ def run_evaluation(context: Context, stage: Stage, job: GenerationJob) -> Manife
         parts.append(generate_and_score(context, dataclasses.replace(job, strategy=parallel), stage.work / "parallel"))
     prompts = rows.read_table(job.prompts.path("prompts.parquet"))
     tables = [[list(shards.read_rows(table)) for table in part] for part in parts]
-    summary = summarise(prompts, *tables[0], seed=config.seed)
+    summary = summarise(prompts, *tables[0])
     for samples in tables[1:]:
-        add_best_of(summary, tables[0], samples, seed=config.seed)
+        add_best_of(summary, tables[0], samples)
     rows.write_jsonl(stage.work / "summary.jsonl", [summary])
     rejected = [row for part in parts for table in part for row in rows.read_jsonl(table.path("rejected.jsonl"))]
     totals = {name: sum(drafts.stats[name] for drafts, _ in parts) for name in TOTALS}

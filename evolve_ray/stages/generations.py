@@ -16,6 +16,7 @@ from evolve_ray.pools import dispatch
 from evolve_ray.pools.retries import heartbeats
 from evolve_ray.refine import strategies
 from evolve_ray.score import worker as scoring
+from evolve_ray.score.verifiers import verifier_key
 from evolve_ray.store import shards
 from evolve_ray.store.manifest import Manifest
 from evolve_ray.store.run import Stage
@@ -71,7 +72,7 @@ def run_pipeline(context: Context, job: GenerationJob, folder: Path, *, scored: 
         "template": context.template.hash,
         "options": [resolved(part, runtime=False) for part in (job.strategy, job.sampling, config.engine)],
         "judge": scores_key(config, request_models) if asks_scorer else None,
-        "verifier": resolved(config.verifier) if job.strategy.stop_right else None,
+        "verifier": verifier_key(config.verifier) if job.strategy.stop_right else None,
     }
     drafts_stage = context.stage(folder / "generations", "generations", generation_key, {"prompts": prompts.identity})
     # The key of the drafts, not their identity: scoring starts before all drafts are generated.
@@ -86,7 +87,7 @@ def run_pipeline(context: Context, job: GenerationJob, folder: Path, *, scored: 
     score_spec = scoring.ScoreSpec(
         prompts=str(prompts.path("prompts.parquet")), drafts=str(drafts_folder), work=str(scores_stage.work),
         key=scores_stage.key, shard_prompts=size, scorer=config.scorer, verifier=config.verifier,
-        reward_models=folders(job.reward_models),
+        reward_models=folders(job.reward_models), day=context.template.rendering.day,
     )  # fmt: skip
     with context.timed(job.label, job.iteration):
         context.start_ray()
@@ -115,7 +116,7 @@ def scores_key(config: options.Config, reward_models: dict[str, Policy]) -> dict
         "version": scoring.VERSION,
         "scorer": resolved(config.scorer, runtime=False),
         "reward_models": {name: model.hash for name, model in reward_models.items()},
-        "verifier": resolved(config.verifier),
+        "verifier": verifier_key(config.verifier),
     }
 
 

@@ -56,7 +56,7 @@ def decide(context: Context, iteration: int, models: list[dict[str, Any]]) -> di
     evaluations = {name: evaluation_of(context, model) for name, model in (("evaluation", current), ("previous", previous))}
     key = {
         "version": controller.VERSION,
-        "controller": resolved(settings),
+        "controller": resolved(settings, runtime=False),
         "seed": config.seed,
         "models": [{name: value for name, value in model.items() if name != "path"} for model in models],
     }
@@ -66,7 +66,7 @@ def decide(context: Context, iteration: int, models: list[dict[str, Any]]) -> di
     if manifest is None:
         with context.run.timed("decision", iteration):
             tables = [chains_of(part) for part in (evaluations["previous"], evaluations["evaluation"]) if part]
-            changes = against_previous(list(config.evaluation.splits), *tables, seed=config.seed) if tables else {}
+            changes = against_previous(list(config.evaluation.splits), *tables) if tables else {}
             control = find_plug(controller.CONTROLLERS, settings.name, "controller.name")
             decision = control([*models[:-1], {**current, "against_previous": changes}], settings)
             if not isinstance(decision, controller.Decision) or decision.action not in controller.ACTIONS:

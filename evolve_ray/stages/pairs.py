@@ -11,13 +11,15 @@ from evolve_ray.config.plugs import find_plug
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import IntegrityError, UserError
 from evolve_ray.inputs.context import Context
-from evolve_ray.select.pairs import SELECTIONS, Selected
+from evolve_ray.models.same_tokens import SameTokens
+from evolve_ray.select.pairs import SELECTIONS, Selected, reject_draft
 from evolve_ray.store import rows, shards
 from evolve_ray.store.files import report_disk_errors
 from evolve_ray.store.manifest import Manifest
 from evolve_ray.store.run import Stage
 
 Selection = Callable[[dict, list[dict], options.Selection], Selected]
+SAME_TOKENS = "is the same tokens as the draft that it would be paired with"
 
 
 def select(context: Context, iteration: int, drafts: Manifest, scores: Manifest) -> Manifest:
@@ -31,7 +33,8 @@ def select(context: Context, iteration: int, drafts: Manifest, scores: Manifest)
         with context.timed("pairs", iteration):
             selection = find_plug(SELECTIONS, config.selection.name, "selection.name")
             size = config.engine.shard_prompts
-            manifest = write_pairs(stage, selection, config.selection, prompts, drafts, scores, size)
+            same = SameTokens(context.policy.folder, context.template.rendering)
+            manifest = write_pairs(stage, selection, config.selection, prompts, drafts, scores, size, same)
     check_not_empty(stage, manifest)
     return manifest
 
@@ -47,24 +50,32 @@ def check_not_empty(stage: Stage, manifest: Manifest) -> None:
 
 def write_pairs(
     stage: Stage, selection: Selection, settings: options.Selection, prompts: Manifest, drafts: Manifest, scores: Manifest,
-    shard_prompts: int, limit: int | None = None,
+    shard_prompts: int, same_tokens: SameTokens, limit: int | None = None,
 ) -> Manifest:  # fmt: skip
     """Commits the pairs of all prompts whose drafts have scores (only of the first `limit`, if set), shard by shard."""
-    work = stage.start()
+    work, schema = stage.start(), rows.with_messages(pair_schema(drafts), prompts.path("prompts.parquet"))
     counts: dict[str, Any] = dict.fromkeys(("num_in", "num_rows", "num_used", "num_rejected"), 0)
     with (
         report_disk_errors(work),  # covers the footers too, which are written when the files close
-        pq.ParquetWriter(work / "pairs.parquet", rows.PAIR, compression="zstd") as writer,
+        pq.ParquetWriter(work / "pairs.parquet", schema, compression="zstd") as writer,
         open(work / "rejected.jsonl", "wb") as rejected_file,
     ):
         for shard in range(scores.stats["num_shards"]):
             by_prompt = scored_drafts(drafts, scores, shard)
             shard_rows = shards.read_slice(prompts.path("prompts.parquet"), shard, shard_prompts)
             shard_rows = shard_rows[: None if limit is None else max(0, limit - shard * shard_prompts)]
-            pairs, rejected = select_all(shard_rows, by_prompt, selection, settings, counts)
-            writer.write_table(pa.Table.from_pylist(pairs, schema=rows.PAIR))
+            pairs, rejected = select_all(shard_rows, by_prompt, selection, settings, counts, same_tokens)
+            writer.write_table(rows.to_table(pairs, schema))
             rejected_file.writelines(rows.canonical(row) + b"\n" for row in rejected)
     return stage.commit(**counts)
+
+
+def pair_schema(drafts: Manifest) -> pa.Schema:
+    """The columns of the pairs: those of rows.PAIR, and the details that the drafts of any shard have."""
+    files = [name for name in drafts.files if name.endswith("/rows.parquet")]
+    known = {column for name in files for column in pq.read_schema(drafts.path(name)).names}
+    used = [field for field in rows.PAIR_DETAILS if field.name.partition("_")[2] in known]
+    return pa.schema([*rows.PAIR, *used])
 
 
 def scored_drafts(drafts: Manifest, scores: Manifest, shard: int) -> dict[str, list[dict]]:
@@ -84,16 +95,20 @@ def scored_drafts(drafts: Manifest, scores: Manifest, shard: int) -> dict[str, l
 
 def select_all(
     prompts: list[dict], by_prompt: dict[str, list[dict]], selection: Selection, settings: options.Selection,
-    counts: dict[str, int],
+    counts: dict[str, int], same_tokens: SameTokens,
 ) -> tuple[list[dict], list[dict]]:  # fmt: skip
     """Returns (pairs, rejected drafts) of some prompts and adds to `counts`.
 
-    Raises IntegrityError if a draft is neither in a pair nor rejected.
+    A draft with a fault is never shown to the selection, and pairs of the same tokens are left out. Raises IntegrityError if a
+    draft is neither in a pair nor rejected.
     """
     pairs: list[dict] = []
     rejected: list[dict] = []
     for prompt in prompts:
-        candidates = by_prompt.get(prompt["prompt_id"], [])
+        drafts = by_prompt.get(prompt["prompt_id"], [])
+        candidates = [draft for draft in drafts if not draft.get("fault")]
+        rejected += [reject_draft(prompt, draft, draft["fault"]) for draft in drafts if draft.get("fault")]
+        counts["num_in"] += len(drafts) - len(candidates)
         selected, unused = selection(prompt, candidates, settings)
         used = {pair[member] for pair in selected for member in ("chosen_id", "rejected_id")}
         if len(used) + len(unused) != len(candidates):
@@ -101,10 +116,34 @@ def select_all(
                 f"selection {settings.name}: prompt {prompt['prompt_id']} has {len(candidates)} drafts, "
                 f"but {len(used)} are in pairs and {len(unused)} rejected; a selection must use or reject every draft once"
             )
+        by_id = {draft["draft_id"]: draft for draft in candidates}
+        learnable = [add_details(pair, by_id) for pair in selected if not same_tokens(*sides(pair, by_id))]
+        lost = used - {pair[member] for pair in learnable for member in ("chosen_id", "rejected_id")}
+        rejected += [reject_draft(prompt, by_id[draft_id], SAME_TOKENS) for draft_id in sorted(lost)]
         counts["num_in"] += len(candidates)
-        counts["num_used"] += len(used)
-        pairs += selected
+        counts["num_used"] += len(used - lost)
+        pairs += learnable
         rejected += unused
     counts["num_rows"] += len(pairs)
     counts["num_rejected"] += len(rejected)
     return pairs, rejected
+
+
+def sides(pair: dict, by_id: dict[str, dict]) -> list[dict]:
+    """The two responses of a pair: text, whether it is finished, and the engine's tokens if they are known."""
+    token_ids = [by_id.get(pair[f"{side}_id"], {}).get("token_ids") for side in ("chosen", "rejected")]
+    return [
+        {"text": pair[side], "finished": pair[f"{side}_finished"], "token_ids": ids}
+        for side, ids in zip(("chosen", "rejected"), token_ids, strict=True)
+    ]
+
+
+def add_details(pair: dict, by_id: dict[str, dict]) -> dict:
+    """The pair with what is known of its drafts beside their texts."""
+    details = {}
+    for name in rows.PAIR_DETAILS.names:
+        side, _, column = name.partition("_")
+        value = by_id.get(pair[f"{side}_id"], {}).get(column)
+        if value is not None:
+            details[name] = value
+    return pair | details

@@ -5,8 +5,10 @@ import dataclasses
 from evolve_ray.config import options
 from evolve_ray.config.resolve import resolved
 from evolve_ray.inputs.context import Context, Policy
+from evolve_ray.models.same_tokens import SameTokens
 from evolve_ray.pools.dispatch import Step
 from evolve_ray.score import worker as scoring
+from evolve_ray.score.verifiers import verifier_key
 from evolve_ray.select import pairs as selections
 from evolve_ray.stages.generations import run_steps, scores_loss
 from evolve_ray.stages.pairs import check_not_empty, write_pairs
@@ -27,9 +29,10 @@ def refresh(
     inputs = {"prompts": prompts.identity, "generations": drafts.identity, "scores": labels.identity}
     stage = context.stage(context.run.iteration(iteration) / "reward_pairs", "pairs", key, inputs)
     size, limit = config.engine.shard_prompts, config.refresh.prompts
-    pairs = stage.committed() or write_pairs(stage, selections.reward_model, settings, prompts, drafts, labels, size, limit)
-    check_not_empty(stage, pairs)
     (name,) = reward_models
+    same = SameTokens(reward_models[name].folder, context.template.rendering.for_reward_model)
+    pairs = stage.committed() or write_pairs(stage, selections.reward_model, settings, prompts, drafts, labels, size, same, limit)
+    check_not_empty(stage, pairs)
     return {name: train(context, iteration, reward_models[name], pairs, config.refresh.training, "reward_model")}
 
 
@@ -40,7 +43,7 @@ def label(context: Context, iteration: int, prompts: Manifest, drafts: Manifest)
     size = config.engine.shard_prompts
     num_shards = -(-min(config.refresh.prompts, prompts.stats["num_rows"]) // size)
     verifier = dataclasses.replace(config.scorer, name="verifier", model="")
-    key = {"version": scoring.VERSION, "verifier": resolved(config.verifier), "num_shards": num_shards}
+    key = {"version": scoring.VERSION, "verifier": verifier_key(config.verifier), "num_shards": num_shards}
     stage = context.stage(context.run.iteration(iteration) / "labels", "scores", key, {"generations": drafts.identity})
     manifest = stage.committed()
     if manifest is None:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 PROMPT = pa.schema(
     [
         ("prompt_id", pa.string()),  # content hash of the prompt, or the user's id
-        ("prompt", pa.string()),
+        ("prompt", pa.string()),  # null for a conversation, see MESSAGES
         ("answer", pa.string()),  # the gold answer; null if no answer can be checked
         ("split", pa.string()),  # "train" or the name of an evaluation split
         ("file", pa.string()),
@@ -23,6 +23,8 @@ PROMPT = pa.schema(
         ("num_tokens", pa.int64()),  # tokens of the first ask, including the template's
     ]
 )
+# A table of prompts or pairs has this column too if some of its prompts are conversations; it is null for the others.
+MESSAGES = pa.field("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))
 PROMPT_WITH_DRAFT = PROMPT.append(pa.field("draft", pa.string()))  # a first draft that the model did not write itself
 GENERATION = pa.schema(
     [
@@ -39,6 +41,15 @@ GENERATION = pa.schema(
         ("num_tokens", pa.int64()),
         ("seed", pa.int64()),  # null if the draft came with its prompt, and if the round was left out
         ("model", pa.string()),  # content hash of the model that wrote it; null in the same cases
+    ]
+)
+# Further columns of drafts, each there only in a table in which a row has a value. They say what the text alone does not.
+DRAFT_DETAILS = pa.schema(
+    [
+        ("token_ids", pa.list_(pa.int32())),  # what the engine wrote, its end token too; null if these are the tokens of `text`
+        ("thinking", pa.string()),  # what the model thought before the answer; `text` is the answer alone
+        ("num_thinking_tokens", pa.int64()),
+        ("fault", pa.string()),  # why the draft must not be learned: no answer, or a token without a text
     ]
 )
 SCORE = pa.schema(
@@ -66,6 +77,14 @@ PAIR = pa.schema(
         ("rejected_score", pa.float64()),
     ]
 )
+PAIR_DETAILS = pa.schema(  # in the same way; what they say of a draft of the pair
+    [
+        ("chosen_token_ids", pa.list_(pa.int32())),
+        ("rejected_token_ids", pa.list_(pa.int32())),
+        ("chosen_num_thinking_tokens", pa.int64()),
+        ("rejected_num_thinking_tokens", pa.int64()),
+    ]
+)
 
 # Sums of the log-probabilities of response tokens under the reference policy; null if the objective does not need them.
 REFERENCE = pa.schema(
@@ -91,6 +110,11 @@ def canonical(value: Any) -> bytes:
     )
 
 
+def from_canonical(data: bytes) -> Any:
+    """Returns the value of a canonical JSON; tuples come back as lists."""
+    return json.loads(data.decode("utf-8", "surrogatepass"))
+
+
 def digest(value: Any) -> str:
     """Returns the sha256 of the canonical JSON of `value`, in hex."""
     return hashlib.sha256(canonical(value)).hexdigest()
@@ -106,19 +130,55 @@ def derive_seed(*parts: Any) -> int:
     return int(digest(list(parts))[:12], 16) % 2**31
 
 
-def write_table(path: Path, rows: list[dict] | pa.Table, schema: pa.Schema, *, group_rows: int | None = None) -> None:
-    """Writes `rows` to one Parquet file, in row groups of `group_rows`; the same rows give the same bytes."""
+def write_table(
+    path: Path, rows: list[dict] | pa.Table, schema: pa.Schema, details: pa.Schema | None = None, *, group_rows: int | None = None
+) -> None:  # fmt: skip
+    """Writes `rows` to one Parquet file, in row groups of `group_rows`; the same rows give the same bytes.
+
+    Of `details`, which a row may leave out, those columns are written in which a row has a value.
+    """
     if not isinstance(rows, pa.Table):
-        names = set(schema.names)
+        names, known = set(schema.names), set(details.names if details else ())
         for row in rows[:1]:
-            assert set(row) == names, f"row has {sorted(set(row) ^ names)} too many or too few for the schema"
-        rows = pa.Table.from_pylist(rows, schema=schema)
+            assert set(row) - known == names, f"row has {sorted(set(row) ^ names)} too many or too few for the schema"
+        rows = to_table(rows, with_details(schema, details, rows) if details else schema)
     pq.write_table(rows, path, compression="zstd", row_group_size=group_rows)
+
+
+def with_details(schema: pa.Schema, details: pa.Schema, rows: list[dict]) -> pa.Schema:
+    """The schema with those of the further columns in which a row has a value."""
+    used = [field for field in details if any(row.get(field.name) is not None for row in rows)]
+    return pa.schema([*schema, *used])
 
 
 def read_table(path: Path) -> list[dict]:
     """Returns all rows of one Parquet file, in the order of the file."""
-    return pq.read_table(path).to_pylist()
+    return from_table(pq.read_table(path))
+
+
+def to_table(rows: list[dict], schema: pa.Schema) -> pa.Table:
+    """`rows` as a table; it has the column MESSAGES if the schema has it, or if a prompt is a conversation."""
+    if "prompt" in schema.names:
+        if any(not isinstance(row["prompt"], str) for row in rows) and MESSAGES.name not in schema.names:
+            schema = schema.append(MESSAGES)
+        if MESSAGES.name in schema.names:
+            rows = [row if isinstance(row["prompt"], str) else {**row, "prompt": None, "messages": row["prompt"]} for row in rows]
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def from_table(table: pa.Table) -> list[dict]:
+    """The rows of a table; the prompt of a row is a text, or a tuple of messages."""
+    rows = table.to_pylist()
+    if {"prompt", MESSAGES.name} <= set(table.column_names):
+        for row in rows:
+            messages = row.pop(MESSAGES.name)
+            row["prompt"] = row["prompt"] if messages is None else tuple(messages)
+    return rows
+
+
+def with_messages(schema: pa.Schema, path: Path) -> pa.Schema:
+    """The schema of a table whose prompts come from the table at `path`."""
+    return schema.append(MESSAGES) if MESSAGES.name in pq.read_schema(path).names else schema
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> int:

@@ -19,8 +19,13 @@ from typing import Any
 
 from evolve_ray.errors import LockedError, UserError
 from evolve_ray.store.files import report_disk_errors
-from evolve_ray.store.manifest import Manifest, commit, read_manifest
+from evolve_ray.store.manifest import MANIFEST, Manifest, commit, read_manifest
 from evolve_ray.store.rows import write_jsonl
+
+INPUTS = frozenset(
+    ("held_out", "prompts", "activation_pairs", "offline_pairs", "keep_drafts", "foreign_drafts")
+)  # read from files
+ASIDE = ".superseded-"
 
 
 class Stage:
@@ -55,7 +60,7 @@ class Stage:
         """Renames a folder that is committed with another key to a name that no stage uses; returns the new path."""
         old = self.superseded()
         assert old is not None
-        aside = self.final.parent / f".superseded-{self.final.name}-{old.key[:12]}"
+        aside = self.final.parent / f"{ASIDE}{self.final.name}-{old.key[:12]}"
         if aside.exists():
             shutil.rmtree(aside)
         os.rename(self.final, aside)
@@ -94,6 +99,14 @@ class Run:
     def iteration(self, number: int) -> Path:
         """Returns the folder of an iteration."""
         return self.root / f"iteration-{number:02d}"
+
+    def has_results(self) -> bool:
+        """Whether anything beyond the inputs is committed, a shard of an unfinished stage too.
+
+        Inputs cost nothing, so as long as there is no more, a corrected recipe or data file replaces them.
+        """
+        folders = (path.parent.relative_to(self.root).parts for path in self.root.rglob(MANIFEST))
+        return any(INPUTS.isdisjoint(parts) and not any(part.startswith(ASIDE) for part in parts) for parts in folders)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from evolve_ray.errors import EvolveError, IntegrityError
 from evolve_ray.store.manifest import Manifest, read_manifest
-from evolve_ray.store.rows import read_jsonl, read_table
+from evolve_ray.store.rows import from_table, read_jsonl, read_table
 from evolve_ray.store.run import Stage
 
 MAX_LISTED = 5  # rejected rows that an error lists
@@ -34,7 +34,7 @@ def read_slice(path: Path, shard: int, size: int) -> list[dict]:
         if not touched:
             return []
         before = ends[touched[0]] - sizes[touched[0]]
-        return file.read_row_groups(touched).slice(first - before, size).to_pylist()
+        return from_table(file.read_row_groups(touched).slice(first - before, size))
 
 
 def total(manifest: Manifest, num_shards: int, name: str) -> int:

@@ -3,14 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
-from evolve_ray.study.results import Result, Values, gain, grouped, minus, pooled, share
+from evolve_ray.config.run_options import MIN_PROMPTS
+from evolve_ray.study.results import Result, Values, gain, grouped, minus, pooled, pooled_gain, share
+
+Pool = Callable[[list[Values]], dict[str, float]]
 
 
 def claims(results: list[Result], command: str) -> list[dict[str, Any]]:
     """The claims (a) to (e) of the tiny world and some further ones, each with its effect and whether it was reached.
 
     Effects are paired by prompt and pooled over seeds as in `results.pooled`. `reached` is null if the runs do not measure the
-    claim; then `note` gives the reason.
+    claim, or on too few prompts; then `note` gives the reason.
     """
     all_claims: list[dict[str, Any]] = []
     names = ("tiny", "tiny_iterative_dpo", "tiny_rule", "tiny_reward_model")
@@ -18,16 +21,20 @@ def claims(results: list[Result], command: str) -> list[dict[str, Any]]:
 
     def add(
         name: str, statement: str, by_seed: dict[int, list[Values]], holds: Callable[[dict], bool],
-        note: str = "not run", unit: str = "points", **more: Any,
+        note: str = "not run", unit: str = "points", pool: Pool = pooled_gain, **more: Any,
     ) -> None:  # fmt: skip
         """Adds a claim. `by_seed`: the strata of each seed, usually one; empty if the claim was not measured."""
         scale = 1.0 if unit.startswith("tokens") else 100.0
         claim: dict[str, Any] = {"claim": name, "statement": statement, "reached": None, "effect": None, "interval": None}
         claim |= {"unit": unit, "seeds": sorted(by_seed), "per_seed": {}, "command": command, **more}
         if by_seed:
-            figures = effect([stratum for seed in sorted(by_seed) for stratum in by_seed[seed]], scale)
-            per_seed = {str(seed): effect(by_seed[seed], scale) for seed in sorted(by_seed)}
-            claim |= {**figures, "reached": bool(holds(figures)), "per_seed": per_seed}
+            strata = [stratum for seed in sorted(by_seed) for stratum in by_seed[seed]]
+            figures, n = effect(strata, scale, pool), sum(map(len, strata))
+            claim |= {**figures, "per_seed": {str(seed): effect(by_seed[seed], scale, pool) for seed in sorted(by_seed)}}
+            if n < MIN_PROMPTS:
+                claim["note"] = f"too few prompts: {n}, at least {MIN_PROMPTS} are needed"
+            else:
+                claim["reached"] = bool(holds(figures))
         else:
             claim["note"] = note
         all_claims.append(claim)
@@ -85,7 +92,14 @@ def claims(results: list[Result], command: str) -> list[dict[str, Any]]:
     statement = (
         "selection by rule: chosen is the better draft by the verifier in more than half of the pairs (mean of iterations)"
     )
-    add("rule_label_accuracy", statement, labels, lambda f: f["interval"][0] > 50, "not measured" if rule else "not run")
+    add(
+        "rule_label_accuracy",
+        statement,
+        labels,
+        lambda f: f["interval"][0] > 50,
+        "not measured" if rule else "not run",
+        pool=pooled,
+    )
     learned = {seed: growth(result, result, "activation") for seed, result in trained.items()}
     more: dict[str, Any] = {}
     if trained:
@@ -95,8 +109,8 @@ def claims(results: list[Result], command: str) -> list[dict[str, Any]]:
     return all_claims
 
 
-def effect(strata: list[Values], scale: float) -> dict[str, Any]:
+def effect(strata: list[Values], scale: float, pool: Pool = pooled_gain) -> dict[str, Any]:
     """The pooled mean and interval, each times `scale`."""
-    figures = pooled(strata)
+    figures = pool(strata)
     mean, low, high = (round(figures[name] * scale, 4) + 0.0 for name in ("mean", "low", "high"))
     return {"effect": mean, "interval": [low, high]}

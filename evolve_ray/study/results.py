@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from evolve_ray.errors import IntegrityError
-from evolve_ray.evaluate.intervals import RESAMPLES
+from evolve_ray.evaluate import intervals
 from evolve_ray.store import shards
 from evolve_ray.store.manifest import read_manifest
 from evolve_ray.store.rows import read_table
@@ -92,21 +93,20 @@ def share(signs: dict[str, int], wanted: int) -> Values:
     return {key: float(sign == wanted) for key, sign in signs.items()}
 
 
-def pooled(strata: list[Values]) -> dict[str, float]:
-    """The mean over seeds of their means, with its 95 % percentile bootstrap interval (2,000 resamples, seeded).
+def pooled(strata: list[Values], interval: Callable[..., dict[str, float]] = intervals.mean) -> dict[str, float]:
+    """The mean over seeds of their means with its 95 % interval: of `intervals.mean`, or of `intervals.difference`.
 
-    Prompts are resampled within each seed (stratum), and the seeds are averaged with equal weights. So the interval covers
-    other prompts for the same trained models; the values by seed show how much another seed may differ. Drawing n values with
-    replacement is done as one multinomial draw over the distinct values, which is faster.
+    The prompts of all seeds are one sample in which every seed (stratum) has the same weight. So the interval covers other
+    prompts for the same trained models; the values by seed show how much another seed may differ.
     """
-    generator = np.random.default_rng(0)
-    means = np.zeros(RESAMPLES)
-    for values in strata:
-        distinct, counts = np.unique(np.array(list(values.values()), dtype=np.float64), return_counts=True)
-        means += generator.multinomial(len(values), counts / len(values), size=RESAMPLES) @ distinct / len(values)
-    low, high = np.percentile(means / len(strata), [2.5, 97.5])
-    mean = float(np.mean([sum(values.values()) / len(values) for values in strata]))
-    return {"mean": mean, "low": float(low), "high": float(high)}
+    values = [value for stratum in strata for value in stratum.values()]
+    largest = max(map(len, strata))  # weights of 1 where all strata have the same size: as exact as without weights
+    return interval(values, weights=[largest / len(stratum) for stratum in strata for _ in stratum])
+
+
+def pooled_gain(strata: list[Values]) -> dict[str, float]:
+    """The same of paired differences."""
+    return pooled(strata, intervals.difference)
 
 
 def read_result(root: Path, recipe: str, seed: int, judged: dict[str, float] | None = None) -> Result:

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from evolve_ray.config.run_options import MIN_PROMPTS
 from evolve_ray.report.markup import cell
-from evolve_ray.study.results import Outcomes, Result, Values, gain, grouped, minus, pooled, share
+from evolve_ray.study.results import Outcomes, Result, Values, gain, grouped, minus, pooled, pooled_gain, share
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:
@@ -26,7 +27,7 @@ def round_cells(outcomes: list[Outcomes], rounds: int) -> list[str]:
     cells = [percent([part.y(number) for part in outcomes]) if number <= available else "" for number in range(1, rounds + 1)]
     changes = [np.mean([sum(value == sign for value in part.values()) for part in gains]) for sign in (1.0, -1.0)]
     size = f"{np.mean([len(part) for part in gains]):.0f}"
-    return [*cells, cell(pooled(gains), 100.0), *(f"{count:.1f}".removesuffix(".0") for count in changes), size]
+    return [*cells, cell(pooled_gain(gains), 100.0), *(f"{count:.1f}".removesuffix(".0") for count in changes), size]
 
 
 def exact_match_tables(results: list[Result], split: str) -> str:
@@ -59,7 +60,7 @@ def best_table(results: list[Result]) -> str:
             for picker, best in (("verifier", Outcomes.best), ("reward model", Outcomes.picked)):
                 values = {kind: [best(part, kind) for part in outcomes] for kind in ("chain", "parallel")}
                 if outcomes and all(part for side in values.values() for part in side):
-                    difference = pooled([minus(*both) for both in zip(*values.values(), strict=True)])
+                    difference = pooled_gain([minus(*both) for both in zip(*values.values(), strict=True)])
                     tokens = [pooled([part.tokens(kind) for part in outcomes])["mean"] for kind in values]
                     cells = [*(percent(side) for side in values.values()), cell(difference, 100.0), *(f"{n:.1f}" for n in tokens)]
                     lines.append([split, recipe, model, picker, str(outcomes[0].rounds), *cells])
@@ -102,7 +103,7 @@ def compute_table(results: list[Result]) -> str:
 def claim_table(claims: list[dict[str, Any]]) -> str:
     lines = []
     for claim in claims:
-        reached = {True: "yes", False: "**no**", None: claim.get("note", "")}[claim["reached"]]
+        reached = {True: "yes", False: "**no**"}.get(claim["reached"], claim.get("note", ""))
         figures = [effect_text(claim), ", ".join(f"{seed}: {effect_text(part)}" for seed, part in claim["per_seed"].items())]
         lines.append([claim["claim"], claim["statement"], reached, *figures, claim["unit"]])
     return markdown(["claim", "statement", "reached", "effect", "by seed", "unit"], lines)
@@ -122,9 +123,10 @@ def study_page(results: list[Result], claims: list[dict[str, Any]], command: str
     parts = [
         "# Study on the tiny world",
         f"`{command}`; seeds {seeds}, each with its own base model, training and evaluation.",
-        "Exact match in % on held-out prompts; y1 is the direct answer. Brackets are 95 % bootstrap intervals, paired by prompt. "
-        "Prompts are resampled within each seed and the seeds are averaged, so the intervals do not contain the variation "
-        "between seeds; the lines by seed show it.",
+        "Exact match in % on held-out prompts; y1 is the direct answer. Brackets are 95 % score intervals (Wilson's for "
+        "shares, Tango's for differences, which are paired by prompt). The prompts of all seeds are one sample, each seed with "
+        "the same weight, so the intervals do not contain the variation between seeds; the lines by seed show it. "
+        f"From fewer than {MIN_PROMPTS} prompts (or pairs), a claim is neither reached nor missed.",
         "## Claims",
         claim_table(claims),
         "## Exact match by round",

@@ -53,7 +53,7 @@ def commit_checkpoint(
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     save_weights(module, state, out)
-    companions.copy(Path(spec.model), out, dtype=spec.dtype, end_id=chat.end_id)
+    companions.copy(Path(spec.model), out, dtype=spec.dtype, end_id=chat.end_id, chat_template=chat.rendering.chat_template)
     rows.write_jsonl(out / "training_log.jsonl", log)
     card = unfinished_card(spec.training.objective, spec.iteration, num_pairs, len(log), spec.reference_hash if reference else "")
     (out / CARD).write_text(card, encoding="utf-8")

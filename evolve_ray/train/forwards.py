@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from evolve_ray.models.chat import Chat
+from evolve_ray.store.turns import assistant, turns
 from evolve_ray.train.collectives import Collectives
 from evolve_ray.train.logprobs import num_chunks, pair_sequences, sequence_logps, tree_logps
 from evolve_ray.train.schedule import micro_batches, micro_steps
@@ -69,12 +70,9 @@ class Scores(Separate):
     def values(self, model: Any, part: Part) -> Values:
         from evolve_ray.score.reward_model import classify
 
-        turns = [
-            ({"role": "user", "content": self.pairs[row]["prompt"]}, {"role": "assistant", "content": self.pairs[row][name]})
-            for row, _ in part.pairs
-            for name in self.needs
-        ]
-        ids = [self.chat.context_ids(messages, generate=False) for messages in turns]
+        scored = [(self.pairs[row]["prompt"], self.pairs[row][name]) for row, _ in part.pairs for name in self.needs]
+        conversations = [(*turns(prompt), assistant(response)) for prompt, response in scored]
+        ids = [self.chat.context_ids(messages, generate=False) for messages in conversations]
         flat = classify(model, ids, self.collectives.device, self.spec.output)
         return self.by_name(flat, [[1] * len(self.needs)] * len(part.pairs))[0], {}
 

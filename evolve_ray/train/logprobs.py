@@ -16,7 +16,9 @@ from evolve_ray.train.tree import CHUNK_TOKENS, Forward, Sequence
 
 def pair_sequences(chat: Chat, template: Template, pair: dict, needs: tuple[str, ...]) -> dict[str, Sequence]:
     """The sequences of one pair by their names in `needs`: `chosen` after x, `chosen_after_rejected` after (x, y_l, z), ..."""
-    responses = {name: tuple(chat.response_ids(pair[name], finished=pair[f"{name}_finished"])) for name in ("chosen", "rejected")}
+    responses = {name: response_ids(chat, pair, name) for name in ("chosen", "rejected")}
+    answers_only = template.rendering.thinking.train == "answer"
+    thinking = {name: (pair.get(f"{name}_num_thinking_tokens") or 0) * answers_only for name in responses}
     contexts: dict[str, tuple[int, ...]] = {}
     sequences = {}
     for name in needs:
@@ -24,8 +26,15 @@ def pair_sequences(chat: Chat, template: Template, pair: dict, needs: tuple[str,
         if draft not in contexts:
             messages = template.refinement(pair["prompt"], pair[draft]) if draft else template.direct(pair["prompt"])
             contexts[draft] = tuple(chat.context_ids(messages))
-        sequences[name] = Sequence(contexts[draft], responses[response])
+        ids, start = responses[response], thinking[response]
+        sequences[name] = Sequence(contexts[draft] + ids[:start], ids[start:])
     return sequences
+
+
+def response_ids(chat: Chat, pair: dict, name: str) -> tuple[int, ...]:
+    """The tokens of the response `chosen` or `rejected`: those that the engine wrote, else those of its text."""
+    ids = pair.get(f"{name}_token_ids")
+    return tuple(chat.response_ids(pair[name], finished=pair[f"{name}_finished"]) if ids is None else ids)
 
 
 def sequence_logps(model: Any, sequences: list[Sequence], pad_id: int, device: torch.device) -> torch.Tensor:

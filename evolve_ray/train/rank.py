@@ -34,7 +34,8 @@ class Rank:
 
         self.spec, self.collectives = spec, Collectives(get_device())
         self.objective = objectives.find(spec.training)
-        self.chat = Chat(spec.model)
+        rendering = spec.template.rendering
+        self.chat = Chat(spec.model, rendering=rendering.for_reward_model if self.objective.scores else rendering)
         self.pairs = rows.read_table(Path(spec.pairs))
         self.batches = batches(len(self.pairs), spec.training, seed=spec.seed, iteration=spec.iteration)
         trees = spec.trainer.forward == "tree" and not self.objective.scores

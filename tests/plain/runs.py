@@ -48,10 +48,10 @@ def make_run(
         drafts, scores = tables(by_split)
         commit(folder / "generations", drafts, rows.GENERATION)
         commit(folder / "scores", scores, rows.SCORE)
-        summary = summarise(prompts, drafts, scores, seed=0)
+        summary = summarise(prompts, drafts, scores)
         if parallel:
             samples = [{**draft, "sample": draft["round"] - 1} for draft in drafts]
-            add_best_of(summary, (drafts, scores), (samples, scores), seed=0)
+            add_best_of(summary, (drafts, scores), (samples, scores))
         probe = {"kl_iteration": 0.1, "kl_initial": 0.2 * iteration} if iteration else None
         models.append({"name": name, "iteration": iteration, "path": f"/run/{name}", "splits": summary, "probe": probe})
     for name in ("driver_start", "driver_end"):

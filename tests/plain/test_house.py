@@ -38,6 +38,7 @@ ALLOWED_DANGER = {
 # Under which names the package holds a section of the configuration.
 HOLDERS = {
     "Config": {"config"}, "Model": {"model"}, "Prompts": {"prompts", "part"}, "Template": {"template"},
+    "Thinking": {"thinking", "options"},
     "Strategy": {"strategy", "options"}, "Sampling": {"sampling"}, "Engine": {"engine"}, "Scorer": {"scorer", "options"},
     "Verifier": {"verifier"}, "Selection": {"selection", "options"}, "Training": {"training"}, "Trainer": {"trainer"},
     "Preferences": {"part", "activation", "offline"}, "Evaluation": {"evaluation", "part"}, "RayOptions": {"ray"},

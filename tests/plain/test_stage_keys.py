@@ -30,8 +30,11 @@ from tests.plain.processes import ROOT
 
 WRITTEN = Path(__file__).parent / "stage_keys.json"
 CASES = {
-    **{name: (name, ()) for name in ("tiny", "tiny_iterative_dpo", "tiny_parallel", "tiny_rule", "tiny_reward_model",
-                                     "llama31_8b", "llama31_8b_4nodes")},
+    **{name: (name, ()) for name in ("tiny", "tiny_iterative_dpo", "tiny_parallel", "tiny_rule", "tiny_reward_model")},
+    # In 0.1.0 these recipes had the instruct model, and took the triples from a file of the user's.
+    **{name: (name, ("model.path=meta-llama/Llama-3.1-8B-Instruct", "activation.path=triples.jsonl", "activation.split=train",
+              "activation.limit=0", 'model.chat_template=""'))
+       for name in ("llama31_8b", "llama31_8b_4nodes")},
     "best of, stopped": ("tiny", ("strategy.name=best_of",)),
     "verifier asked": ("tiny", ("strategy.stop_right=true",)),
     "given drafts": ("tiny", ("strategy.name=evolve_ray.probes:refine_given",)),

@@ -1,129 +1,17 @@
 """The benchmarks' formats, scoring by hand, resumption and faults, against a fake judge behind the OpenAI protocol."""
 
-import http.server
 import json
 import math
-import threading
 
 import pytest
 
-from evolve_ray.benchmarks import alpaca, answers, arena_hard, driver
+from evolve_ray.benchmarks import alpaca, answers, arena_hard
 from evolve_ray.benchmarks.judge import make_judge
 from evolve_ray.data.prompts import read_prompts
 from evolve_ray.data.read import count_rows
 from evolve_ray.errors import IntegrityError, UserError
 from evolve_ray.store import rows
-from evolve_ray.store.manifest import commit
-from evolve_ray.store.rows import GENERATION, PROMPT
-
-PROMPTS = [f"question {n}" for n in range(6)]
-
-
-class FakeJudge:
-    """An OpenAI-compatible server whose verdict `decide(messages)` gives: an arena label, or the probability of the token m."""
-
-    def __init__(self):
-        self.decide = lambda messages: "[[A=B]]"
-        self.asked = []
-        self.keys = set()
-        self.status = 200
-        judge = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                judge.asked.append(body)
-                judge.keys.add(self.headers["Authorization"])
-                status = judge.status
-                data = json.dumps(judge.reply(body) if status == 200 else {"error": {"message": "not today"}}).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def reply(self, body):
-        decided = self.decide(body["messages"])
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": decided or ""}}
-        if body.get("logprobs"):
-            tokens = {"x": 0.5} if decided is None else {"m": decided, "M": 1 - decided}
-            top = [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in tokens.items() if p > 0]
-            choice["message"]["content"] = "m"
-            choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
-        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-        return {"id": "1", "object": "chat.completion", "created": 1, "model": "fake", "choices": [choice], "usage": usage}
-
-
-@pytest.fixture
-def judge(monkeypatch):
-    monkeypatch.setattr("evolve_ray.benchmarks.judge.RETRIES", 0)
-    monkeypatch.setattr("evolve_ray.benchmarks.alpaca.RETRIES", 0)
-    fake = FakeJudge()
-    yield fake
-    fake.server.shutdown()
-    fake.server.server_close()
-
-
-def write_evaluation(folder, texts, model="org/m", split="alpaca", lost=()):
-    """An output folder as jobs/evaluate.py leaves it; `texts(prompt, round)` is what the model answered."""
-    asked = [{"prompt_id": f"p{n}", "prompt": prompt, "answer": None, "split": split, "file": "f", "line": n, "num_tokens": 3}
-             for n, prompt in enumerate(PROMPTS)]  # fmt: skip
-    drafts = [
-        {"draft_id": f"p{n}r{number}", "prompt_id": f"p{n}", "split": split, "sample": 0, "round": number, "kind": "answer",
-         "parent_id": None, "text": texts(prompt, number), "finish_reason": "stop", "num_prompt_tokens": 5,
-         "num_tokens": len(texts(prompt, number)), "seed": 0, "model": "f" * 64}
-        for n, prompt in enumerate(PROMPTS) for number in (1, 2) if (n, number) not in lost
-    ]  # fmt: skip
-    slug = f"{model.replace('/', '-')}-{'f' * 12}"
-    generations = f"models/{slug}/chain/generations"
-    tables = [("prompts", "prompts.parquet", asked, PROMPT), (generations, "shard-00000/rows.parquet", drafts, GENERATION)]
-    for name, file, table, schema in tables:
-        work = folder / f".{name.replace('/', '-')}"
-        (work / file).parent.mkdir(parents=True)
-        rows.write_table(work / file, table, schema)
-        commit(work, folder / name, stage="fake", key="k")
-    told = {"models": [{"name": model, "given": model, "model": "f" * 64, "path": "m"}],
-            "config": {"evaluation": {"splits": {split: str(folder.parent / "question.jsonl")}}}}  # fmt: skip
-    (folder / "evaluation.json").write_text(json.dumps(told))
-    return folder
-
-
-@pytest.fixture
-def place(tmp_path):
-    """An evaluation, its questions, the baseline's answers and the reference outputs."""
-    write_evaluation(tmp_path / "evaluation", lambda prompt, number: f"{prompt}: round {number}" + "!" * int(prompt[-1]) * number)
-    rows.write_jsonl(tmp_path / "question.jsonl", [
-        {"uid": f"u{n}", "category": "hard_prompt" if n < 4 else "creative_writing", "subcategory": "s", "prompt": prompt}
-        for n, prompt in enumerate(PROMPTS)])  # fmt: skip
-    rows.write_jsonl(tmp_path / "baseline.jsonl", [
-        {"uid": f"u{n}", "ans_id": "a", "model": "base", "tstamp": 0.0, "metadata": {},
-         "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": {"answer": f"baseline on {prompt}"}}]}
-        for n, prompt in enumerate(PROMPTS)])  # fmt: skip
-    outputs = [{"instruction": prompt, "output": "b" * (1 + 3 * n % 5), "generator": "reference", "dataset": "own"}
-               for n, prompt in enumerate(PROMPTS)]  # fmt: skip
-    (tmp_path / "reference.json").write_text(json.dumps(outputs, indent=2))
-    return tmp_path
-
-
-def arena(place, judge, *more):
-    return driver.main(["arena_hard", str(place / "evaluation"), "--reference", str(place / "baseline.jsonl"), "--judge",
-                           "org/fake", "--judge-url", judge.url, "--out", str(place / "out"), *more])  # fmt: skip
-
-
-def judge_alpaca(place, judge, *more):
-    return driver.main(["alpaca_eval", str(place / "evaluation"), "--reference", str(place / "reference.json"), "--judge",
-                           "org/fake-instruct", "--judge-url", judge.url, "--out", str(place / "out"), *more])  # fmt: skip
-
-
-def results(place):
-    return json.loads((place / "out" / "benchmark.json").read_text())["results"]
+from tests.plain.benchmarks.examples import PROMPTS, arena, judge_alpaca, results, write_evaluation
 
 
 @pytest.mark.parametrize(
@@ -209,7 +97,7 @@ def test_arena_hard_writes_its_formats_and_counts(place, judge, capsys):
     assert texts[0].index("baseline on") < texts[0].index("round 2")
     assert texts[1].index("round 2") < texts[1].index("baseline on")
     said = capsys.readouterr()
-    assert "100.0 [100.0, 100.0]" in said.out
+    assert "100.0 [51.0, 100.0]" in said.out, "four questions, of which none was lost, prove little"
     assert said.err == ""
 
 
@@ -348,6 +236,7 @@ def test_alpaca_eval_counts_and_does_not_ask_twice(place, judge, capsys):
             pytest.approx(0, abs=1e-9),
         )
     assert 0 < first["length_controlled_win_rate"] < 50 < second["length_controlled_win_rate"] < 100
+    assert first["length_controlled_standard_error"] is None, "predictions that cannot differ have no standard error"
     assert len({" " in body["messages"][0]["role"] for body in judge.asked}) == 1
     assert {body["model"] for body in judge.asked} == {"org/fake-instruct"}
     outputs = json.loads((place / "out" / "outputs" / "org-m-y2.json").read_text())

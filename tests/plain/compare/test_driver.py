@@ -192,7 +192,7 @@ def tables(table, place="round", split="held", verified=True):
 
 
 def test_rounds_of_one_model_by_hand():
-    figures, chains = model_figures(PROMPTS, tables(ONE), seed=0)
+    figures, chains = model_figures(PROMPTS, tables(ONE))
     held = figures["held"]
     assert list(chains["held"]) == ["p", "q"]
     assert [held["rounds"][n]["exact_match"]["mean"] for n in "123"] == [0.5, 0.5, 1.0]
@@ -211,8 +211,8 @@ def test_rounds_of_one_model_by_hand():
 
 
 def test_models_are_paired_on_the_prompts_that_both_have_whole():
-    chains = {name: model_figures(PROMPTS, tables(table), seed=0)[1] for name, table in (("one", ONE), ("two", TWO))}
-    (found,) = model_differences(chains, seed=0)
+    chains = {name: model_figures(PROMPTS, tables(table))[1] for name, table in (("one", ONE), ("two", TWO))}
+    (found,) = model_differences(chains)
     assert (found["model"], found["against"]) == ("two", "one")
     held = found["splits"]["held"]
     assert held["n"] == 1  # q lost its last score in two
@@ -222,13 +222,13 @@ def test_models_are_paired_on_the_prompts_that_both_have_whole():
 
 
 def test_models_without_a_common_prompt_have_no_difference():
-    chains = model_figures(PROMPTS, tables(ONE), seed=0)[1]["held"]
-    assert paired_differences({"p": chains["p"]}, {"q": chains["q"]}, seed=0) == {"n": 0, "rounds": {}}
+    chains = model_figures(PROMPTS, tables(ONE))[1]["held"]
+    assert paired_differences({"p": chains["p"]}, {"q": chains["q"]}) == {"n": 0, "rounds": {}}
 
 
 def test_three_models_are_compared_every_two():
-    chains = {name: model_figures(PROMPTS, tables(ONE), seed=0)[1] for name in "abc"}
-    found = model_differences(chains, seed=0)
+    chains = {name: model_figures(PROMPTS, tables(ONE))[1] for name in "abc"}
+    found = model_differences(chains)
     assert [(pair["model"], pair["against"]) for pair in found] == [("b", "a"), ("c", "a"), ("c", "b")]
     assert all(figures["mean"] == 0.0 for pair in found for figures in pair["splits"]["held"]["gain"].values())
 
@@ -244,7 +244,7 @@ def test_figures_agree_with_a_recomputation_by_other_means(seed):
     """Arrays in place of chains of rows; no code is shared with the figures."""
     first, second = random_table(seed), random_table(seed + 10)
     asked = [{"prompt_id": name, "split": "held"} for name in first]
-    found = {name: model_figures(asked, tables(table), seed=0) for name, table in (("one", first), ("two", second))}
+    found = {name: model_figures(asked, tables(table)) for name, table in (("one", first), ("two", second))}
     arrays = {}
     for name, table in (("one", first), ("two", second)):
         whole = {prompt: rounds for prompt, rounds in table.items() if None not in rounds}
@@ -269,7 +269,7 @@ def test_figures_agree_with_a_recomputation_by_other_means(seed):
                 assert here["no_change"] == pytest.approx(np.mean([one == other for one, other in texts]))
     common = [prompt for prompt in arrays["one"] if prompt in arrays["two"]]
     apart = np.stack([arrays["two"][p] for p in common]) - np.stack([arrays["one"][p] for p in common])
-    (difference,) = model_differences({name: chains for name, (_, chains) in found.items()}, seed=0)
+    (difference,) = model_differences({name: chains for name, (_, chains) in found.items()})
     held = difference["splits"]["held"]
     assert held["n"] == len(common)
     for number in range(1, 5):
@@ -287,15 +287,15 @@ def evaluation(verified=True):
     figures, chains, parts = {}, {}, {}
     given = {name: [rounds[0], rounds[1]] for name, rounds in ONE.items()}
     for name, table in (("one", ONE), ("two <b>", TWO)):
-        figures[name], chains[name] = model_figures(PROMPTS, tables(table, verified=verified), seed=0)
+        figures[name], chains[name] = model_figures(PROMPTS, tables(table, verified=verified))
         samples = {prompt: [rounds[0], rounds[1], rounds[0]] for prompt, rounds in ONE.items()}
         parts[name] = {"foreign": tables(given, verified=verified), "keep": tables(given, verified=verified),
                        "parallel": tables(samples, place="sample", verified=verified),
                        "longer": tables({prompt: rounds[:1] for prompt, rounds in ONE.items()}, verified=verified)}  # fmt: skip
     same = lambda one, other: one == other  # noqa: E731
-    add_probes(figures, chains, parts, PROMPTS, PROBES, same, seed=0, longer_tokens=96)
+    add_probes(figures, chains, parts, PROMPTS, PROBES, same, longer_tokens=96)
     listed = [{"name": name, "model": "f" * 64, "path": "/m", "splits": splits} for name, splits in figures.items()]
-    return {"models": listed, "differences": model_differences(chains, seed=0), "foreign": "y1 of one"}
+    return {"models": listed, "differences": model_differences(chains), "foreign": "y1 of one"}
 
 
 def test_every_probe_is_in_the_figures_of_every_model_and_split():
@@ -339,6 +339,14 @@ def test_tables_name_every_model_and_the_page_escapes_them(tmp_path, verified):
     assert "http" not in page.replace("http-equiv", "")
 
 
+def test_lines_from_few_prompts_are_no_ground_for_a_conclusion(tmp_path):
+    found, warning = evaluation(), "Lines with n below 50 rest on too few prompts: conclude nothing from them."
+    assert evaluate_tables.text(found).endswith(f"\n\n{warning}")
+    assert evaluate_tables.page(found).count(warning) == 3  # by round, differences, probes
+    enough = [("title", ["model", "n"], [["one", "50"]]), ("title", ["model", "cut"], [["one", "3"]])]
+    assert evaluate_tables.warning(enough) == ""
+
+
 def test_models_of_one_probe_stand_together_in_the_table():
     lines = [line for line in evaluate_tables.probe_rows(evaluation()) if line[3] == "exact match %"]
     titles = [line[1] for line in lines]
@@ -348,9 +356,9 @@ def test_models_of_one_probe_stand_together_in_the_table():
 
 def test_split_without_whole_chains_has_no_lines():
     nothing = {name: [None, *rounds[1:]] for name, rounds in ONE.items()}
-    figures, chains = model_figures(PROMPTS, tables(nothing), seed=0)
+    figures, chains = model_figures(PROMPTS, tables(nothing))
     parts = {"one": {"parallel": tables(nothing), "keep": tables(nothing)}}
-    add_probes({"one": figures}, {"one": chains}, parts, PROMPTS, PROBES, lambda a, b: a == b, seed=0)
+    add_probes({"one": figures}, {"one": chains}, parts, PROMPTS, PROBES, lambda a, b: a == b)
     found = {"models": [{"name": "one", "model": "f", "path": "/m", "splits": figures}], "differences": [], "foreign": None}
     assert evaluate_tables.text(found) == ""
     assert figures["held"]["rounds"] == {}

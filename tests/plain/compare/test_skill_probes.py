@@ -120,27 +120,27 @@ def test_moves_count_all_four_ways_and_sum_up():
 
 
 def test_foreign_says_before_after_and_their_difference():
-    found = foreign(FOUR, 0)
+    found = foreign(FOUR)
     assert found["n"] == 4
     assert (found["before"]["exact_match"]["mean"], found["after"]["exact_match"]["mean"]) == (0.5, 0.5)
     assert found["difference"]["exact_match"]["mean"] == 0.0
     assert found["difference"]["reward"]["mean"] == pytest.approx((1.0 + 0.0 - 0.5 + 0.0) / 4)
     assert (found["moves"]["improved"], found["moves"]["degraded"]) == (1, 1)
-    assert foreign({}, 0) == {"n": 0}
+    assert foreign({}) == {"n": 0}
 
 
 def test_keep_counts_only_what_the_verifier_finds_right_and_copies():
-    found = keep(FOUR, 0)
+    found = keep(FOUR)
     assert (found["num_shown"], found["n"]) == (4, 2)
     assert (found["kept"]["mean"], found["unchanged"]["mean"]) == (0.5, 0.5)
-    without = keep(unverified(FOUR), 0)
+    without = keep(unverified(FOUR))
     assert (without["n"], without["unchanged"]["mean"]) == (4, 0.25)
     assert "kept" not in without
-    assert keep(chains(p=[("a", 0.0), ("b", 0.0)]), 0) == {"num_shown": 1, "n": 0}
+    assert keep(chains(p=[("a", 0.0), ("b", 0.0)])) == {"num_shown": 1, "n": 0}
 
 
 def test_quality_parts_the_gain_by_whether_the_first_draft_was_right():
-    wrong, right = quality(FOUR, None, 0)
+    wrong, right = quality(FOUR, None)
     assert (wrong["group"], wrong["n"], wrong["gain"]["exact_match"]["mean"]) == ("y1 wrong", 2, 0.5)
     assert (right["group"], right["n"], right["gain"]["exact_match"]["mean"]) == ("y1 right", 2, -0.5)
     assert right["gain"]["reward"]["mean"] == pytest.approx(-0.25)
@@ -149,11 +149,11 @@ def test_quality_parts_the_gain_by_whether_the_first_draft_was_right():
 def test_quality_without_a_verifier_goes_by_thirds_that_all_models_share():
     table = unverified(chains(**{f"p{n}": [("a", float(n)), ("b", float(n) + (1.0 if n < 3 else -1.0))] for n in range(9)}))
     bounds = tercile_bounds(chain[1]["score"] for chain in table.values())
-    low, middle, high = quality(table, bounds, 0)
+    low, middle, high = quality(table, bounds)
     assert [group["n"] for group in (low, middle, high)] == [3, 3, 3]
     assert [group["gain"]["reward"]["mean"] for group in (low, middle, high)] == [1.0, -1.0, -1.0]
     assert "exact_match" not in low["gain"]
-    assert quality(table, (-2.0, -1.0), 0)[0] == {"group": "y1 low", "n": 0}
+    assert quality(table, (-2.0, -1.0))[0] == {"group": "y1 low", "n": 0}
 
 
 @pytest.mark.parametrize(
@@ -171,12 +171,12 @@ def test_majority_of_the_last_three_rounds_against_the_last():
         spoilt=[("r", 1.0), ("w", 0.0), ("w", 0.0), ("r", 1.0)],  # the first round has no vote
         same=[("w", 0.0), ("w", 0.0), ("r", 1.0), ("r", 1.0)],
     )
-    found = majority(table, equal, 0)
+    found = majority(table, equal)
     assert (found["n"], found["rounds"], found["num_other_answer"]) == (3, 3, 2)
     assert found["vote"]["exact_match"]["mean"] == found["last"]["exact_match"]["mean"] == pytest.approx(2 / 3)
     assert found["difference"]["exact_match"]["mean"] == 0.0
-    assert majority(chains(p=[("w", 0.0), ("r", 1.0)]), equal, 0)["rounds"] == 2
-    assert majority({}, equal, 0) == {"n": 0}
+    assert majority(chains(p=[("w", 0.0), ("r", 1.0)]), equal)["rounds"] == 2
+    assert majority({}, equal) == {"n": 0}
 
 
 def test_parallel_at_equal_samples_and_at_equal_tokens():
@@ -188,7 +188,7 @@ def test_parallel_at_equal_samples_and_at_equal_tokens():
         "p": {0: draft("w", 0.0, 0.0, 10), 1: draft("w", 0.0, 0.0, 10), 2: draft("r", 1.0, 1.0, 10), 3: draft("x", 0.0, 0.0, 10)},
         "q": {0: draft("r", 1.0, 1.0, 10), 1: draft("w", 0.0, 0.0, 10), 2: draft("w", 0.0, 0.0, 1), 3: draft("w", 0.0, 0.0, 1)},
     }
-    found = parallel(chain, samples, equal, 0)
+    found = parallel(chain, samples, equal)
     assert found["n"] == 2
     here = found["equal_samples"]
     assert here["chain"]["mean_responses"] == here["parallel"]["mean_responses"] == 2
@@ -206,7 +206,7 @@ def test_parallel_at_equal_samples_and_at_equal_tokens():
 
 def test_chain_that_could_pay_for_more_samples_than_there_are_is_counted():
     chain = {"p": {1: draft("w", 0.0, 0.0, 50)}}
-    found = parallel(chain, {"p": {0: draft("w", 0.0, 0.0, 10), 1: draft("w", 0.0, 0.0, 10)}}, equal, 0)
+    found = parallel(chain, {"p": {0: draft("w", 0.0, 0.0, 10), 1: draft("w", 0.0, 0.0, 10)}}, equal)
     assert (found["equal_tokens"]["num_capped"], found["equal_tokens"]["parallel"]["mean_responses"]) == (1, 2)
 
 
@@ -217,8 +217,8 @@ def test_chain_too_cheap_for_a_single_sample_still_has_one_beside_it():
 def test_prompt_that_lacks_a_sample_is_left_out():
     chain = chains(p=[("w", 0.0)], q=[("w", 0.0)])
     samples = {"p": {0: draft("w", 0.0, 0.0), 1: draft("w", 0.0, 0.0)}, "q": {0: draft("w", 0.0, 0.0)}}
-    assert parallel(chain, samples, equal, 0)["n"] == 1
-    assert parallel(chain, {}, equal, 0) == {"n": 0}
+    assert parallel(chain, samples, equal)["n"] == 1
+    assert parallel(chain, {}, equal) == {"n": 0}
 
 
 def test_one_longer_answer_against_the_last_round():
@@ -226,14 +226,14 @@ def test_one_longer_answer_against_the_last_round():
     answers["fixed"][1] |= {"num_tokens": 40, "finish_reason": "length"}
     for row in (answers["kept"][1], answers["spoilt"][1]):
         row["finish_reason"] = "stop"
-    found = longer(FOUR, answers, 96, seed=0)
+    found = longer(FOUR, answers, 96)
     assert (found["n"], found["max_tokens"], found["num_cut"]) == (3, 96, 1)  # `lost` has no answer
     assert (found["answer"]["mean_tokens"], found["answer"]["mean_responses"]) == (pytest.approx(20.0), 1)
     assert (found["chain"]["mean_tokens"], found["chain"]["mean_responses"]) == (20.0, 2)
     assert found["answer"]["exact_match"]["mean"] == 1.0
     assert found["difference"]["exact_match"]["mean"] == pytest.approx(-1 / 3)
     assert found["difference"]["reward"]["mean"] == pytest.approx(-0.5 / 3)
-    assert longer(FOUR, {}, 96, seed=0) == {"n": 0}
+    assert longer(FOUR, {}, 96) == {"n": 0}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import random
 import pyarrow as pa
 import pytest
 
-from evolve_ray.data.prompts import drop_held_out, fresh_order, fresh_slice, with_token_counts
+from evolve_ray.data.prompts import HeldOut, drop_held_out, drop_repeated, fresh_order, fresh_slice, with_token_counts
 from evolve_ray.data.read import count_rows
 from evolve_ray.data.triples import read_triples
 from evolve_ray.errors import UserError
@@ -64,12 +64,57 @@ def test_order_is_not_that_of_the_file():
     assert slices(ROWS)[0] != ids(ROWS[:13])
 
 
+def held_out(*texts, **more):
+    return HeldOut([{"prompt": text, "split": "long"} for text in texts], **more)
+
+
 def test_training_prompt_that_is_held_out_is_dropped_by_its_text_and_named():
-    kept, rejected = drop_held_out(ROWS[:3], {"text 1": "long", "elsewhere": "desc"})
+    kept, rejected = drop_held_out(ROWS[:3], held_out("text 1", "elsewhere"))
     assert ids(kept) == ["p0", "p2"]
     assert [(row["id"], row["line"], row["reason"]) for row in rejected] == [
         ("p1", 1, "is also a prompt of evaluation split 'long'")
     ]
+    assert drop_held_out(ROWS, HeldOut()) == (ROWS, [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What is 2+2? ", "\n What  is\t2+2?\r\n", "What is\u00a02+2?", "\ufeffWhat is 2+2?",
+        "What\u200b is 2+2?", "What is 2+\u00ad2?",
+    ],
+)  # fmt: skip
+def test_held_out_prompt_is_found_in_other_white_space_and_invisible_characters(text):
+    assert held_out("What is 2+2?").split(text) == "long"
+    assert held_out(text).split("What is 2+2?") == "long"
+
+
+def test_held_out_prompt_is_found_in_another_form_of_unicode():
+    assert held_out("caf\u00e9").split("cafe\u0301") == "long"
+    assert held_out("cafe\u0301").split("caf\u00e9") == "long"
+
+
+@pytest.mark.parametrize("text", ["What is 2+ 2?", "What is 22?", "What is 2+2", "What is 2\u00b2?", "what is 2+2?"])
+def test_other_prompts_are_not_held_out(text):
+    assert held_out("What is 2+2?", "What is 22 ?").split(text) is None
+
+
+def test_held_out_prompt_is_found_where_the_model_is_asked_the_same():
+    assert held_out("What is 2+2?", asked=str.lower).split("WHAT is 2+2?") == "long"
+    assert held_out("What is 2+2?", asked=str.lower).split("WHAT is 2+3?") is None
+
+
+def test_row_that_asks_the_same_as_an_earlier_one_is_dropped_with_its_line_unless_its_gold_answer_differs():
+    texts = [("a", "1"), ("b", "1"), ("A", "1"), ("A", "2"), ("a", "2"), ("B", "1")]
+    table = [{**ROWS[n], "prompt": text, "answer": answer} for n, (text, answer) in enumerate(texts)]
+    line_of = {}
+    kept, rejected = drop_repeated(table[:4], str.lower, line_of)
+    more, also_rejected = drop_repeated(table[4:], str.lower, line_of)
+    assert ids(kept + more) == ["p0", "p1", "p3"]
+    assert [(row["line"], row["reason"]) for row in rejected + also_rejected] == [
+        (2, "asks the model the same as line 0"), (4, "asks the model the same as line 3"),
+        (5, "asks the model the same as line 1"),
+    ]  # fmt: skip
 
 
 def test_prompt_at_the_limit_is_kept_and_one_token_more_is_rejected_whole():

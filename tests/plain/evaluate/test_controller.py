@@ -4,6 +4,7 @@ import pytest
 
 from evolve_ray.config.options import Controller
 from evolve_ray.evaluate.controller import CONTROLLERS, Decision
+from evolve_ray.evaluate.figures import against_previous
 
 UP, DOWN, LEVEL = (0.05, 0.01, 0.09), (-0.05, -0.09, -0.01), (0.01, -0.03, 0.05)
 
@@ -12,9 +13,9 @@ def interval(mean, low, high):
     return {"mean": mean, "low": low, "high": high}
 
 
-def moved(first=LEVEL, last=LEVEL, gain=LEVEL, reward=LEVEL, measure="exact_match"):
+def moved(first=LEVEL, last=LEVEL, gain=LEVEL, reward=LEVEL, measure="exact_match", n=100):
     three = {"first": interval(*first), "last": interval(*last), "gain": interval(*gain)}
-    return {"n": 100, "measure": measure, **three, "reward": {**three, "last": interval(*reward)}}
+    return {"n": n, "measure": measure, **three, "reward": {**three, "last": interval(*reward)}}
 
 
 def model(iteration, tokens=10.0, distinct=0.4, kl=0.5, **changes):
@@ -148,3 +149,41 @@ def test_guard_ignores_splits_that_do_not_decide():
     here = model(1)
     here["against_previous"]["other"] = moved(first=DOWN)
     assert decide("guard", here).action == "continue"
+
+
+@pytest.mark.parametrize("name", ["plateau", "guard"])
+def test_fewer_prompts_than_needed_decide_nothing_and_the_reason_says_so(name):
+    everything = {"first": DOWN, "last": DOWN, "reward": UP, "tokens": 99.0, "distinct": 0.01}
+    decision = decide(name, model(1, n=12, **everything))
+    assert decision == Decision(
+        "continue", "decided nothing: iteration 1 has 12 prompts of held, at least 50 are needed (controller.min_prompts)"
+    )
+    assert decide(name, model(1, n=50, **everything)).action != "continue"
+    assert decide(name, model(1, n=12, **everything), min_prompts=12).action != "continue"
+
+
+def test_plateau_needs_the_prompts_in_each_iteration_that_it_looks_at():
+    reason = decide("plateau", model(1, n=49), model(2), patience=2).reason
+    assert reason.startswith("decided nothing: iteration 1 has 49 prompts")
+    assert decide("plateau", model(1, n=49), model(2)).action == "stop"
+
+
+def test_guard_measures_the_divergence_on_the_prompts_of_the_probe_and_not_of_the_split():
+    decision = decide("guard", model(1, n=1, kl=3.1), max_kl=3.0)
+    assert decision.action == "roll_back"
+    assert decision.reason == (
+        "KL to the initial policy is 3.10 nats a response (controller.max_kl 3); decided nothing: iteration 1 has 1 prompt of "
+        "held, at least 50 are needed (controller.min_prompts)"
+    )
+
+
+def test_one_prompt_that_fell_rolls_nothing_back_even_where_one_is_enough_to_decide():
+    """The figures of a real comparison: right before, wrong now."""
+    tables = [
+        ([{"draft_id": "d", "prompt_id": "p", "split": "held", "round": 1}],
+         [{"draft_id": "d", "score": right, "correct": right}]) for right in (1.0, 0.0)
+    ]  # fmt: skip
+    fallen = {**model(1), "against_previous": against_previous(["held"], *tables)}
+    assert fallen["against_previous"]["held"]["first"]["mean"] == -1.0
+    assert decide("guard", fallen).reason.startswith("decided nothing: ")
+    assert decide("guard", fallen, min_prompts=1).action == "continue"

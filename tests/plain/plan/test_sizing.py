@@ -208,7 +208,7 @@ def test_a_hub_name_that_the_hub_does_not_give_is_one_sentence(monkeypatch):
     config = config_load.load(ROOT / "jobs/recipes/llama31_8b.toml")
     lines, found = estimate.report(config, 0, NODE)
     assert lines[0] == (
-        "memory     not estimated: model.path: the config.json of meta-llama/Llama-3.1-8B-Instruct cannot be downloaded from the "
+        "memory     not estimated: model.path: the config.json of meta-llama/Llama-3.1-8B cannot be downloaded from the "
         "hub (ConnectionError), so its memory is unknown; give a folder that has it"
     )
     assert found == []

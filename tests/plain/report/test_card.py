@@ -51,7 +51,7 @@ def made(recipe, tmp_path):
     for model, answers in zip(found, (BASE, BASE, BETTER), strict=True):
         drafts, scores = tables({"held": answers})
         prompts = [{"prompt_id": rows.content_id("held", name), "split": "held"} for name in [*answers, "lost"]]
-        model["splits"] = summarise(prompts, drafts, scores, seed=0)
+        model["splits"] = summarise(prompts, drafts, scores)
     return run, config, found
 
 
@@ -77,6 +77,7 @@ def test_card_has_evaluation_recipe_lineage_and_limits(made):
     assert f"| iteration 1 | 7 | 14 | 40 | 5 | iteration: abcdefabcdef | {found[2]['model']} |" in text
     assert "held: 1 of 5 prompts are not in the figures" in text
     assert "nothing was measured on other kinds of prompts" in text
+    assert "held: 4 prompts are too few to say whether refinement helps; at least 50 are needed" in text
     assert "there is no verifier" in text
     assert "iteration 1" not in read(run, 0), "a card tells of its model and of those before"
 

@@ -156,9 +156,17 @@ def test_every_figure_has_a_description_its_numbers_and_ids_of_its_own(text):
     ids=["up", "down", "level"],
 )
 def test_the_answer_says_what_the_interval_allows(tmp_path, right, told):
-    run = make_run(tmp_path, {"base": {"held": chains(LEVEL)}, "iteration 1": {"held": chains(right)}})
-    text = (run.root / "report.html").read_text(encoding="utf-8")
+    answers = {"base": {"held": chains(2 * LEVEL)}, "iteration 1": {"held": chains(2 * right)}}
+    text = (make_run(tmp_path, answers).root / "report.html").read_text(encoding="utf-8")
     assert told in Tree(answer_of(text)).text
+
+
+def test_the_answer_says_nothing_from_few_prompts(text):
+    shown = Tree(answer_of(text)).text
+    assert "(40 prompts)" in shown
+    assert "too few prompts to say, at least 50 are needed" in shown
+    assert "+75.0 points" in shown
+    assert "\N{BLACK UP-POINTING TRIANGLE}" not in shown
 
 
 def answer_of(text):

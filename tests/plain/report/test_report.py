@@ -1,11 +1,9 @@
-"""Intervals that cover what they claim, and a report that shows what was measured."""
+"""A report that shows what was measured."""
 
 import json
 
-import numpy as np
 import pytest
 
-from evolve_ray.evaluate import intervals as evaluate_intervals
 from evolve_ray.report.report import PageWriter, stage_rows, write
 from evolve_ray.report.tables import table, table_rows
 from evolve_ray.store.run import Run, Stage
@@ -29,51 +27,6 @@ CONFIG = {"name": "caf\u00e9", "engine": {"actors": 2}}
 
 def rendered(*models, stages=(), name="small"):
     return {"name": name, "run": "/run", "config": {}, "models": list(models), "stages": list(stages)}
-
-
-def test_interval_covers_the_true_mean_as_often_as_it_says(monkeypatch):
-    monkeypatch.setattr(
-        evaluate_intervals, "RESAMPLES", 400
-    )  # a fifth of the resamples: the question is coverage, not the last digit
-    rng = np.random.default_rng(7)
-    hits = 0
-    for trial in range(400):
-        interval = evaluate_intervals.interval(list(rng.exponential(1.0, 500)), trial)
-        hits += interval["low"] <= 1.0 <= interval["high"]
-    assert 0.93 <= hits / 400 <= 0.97
-
-
-def test_interval_of_right_and_wrong_answers_covers_their_true_share():
-    """3,000 draws of 500 prompts for each true share; of as many right answers the interval is computed once.
-
-    The share of right answers among 500 moves in steps, and so does the coverage around its mean from one true share to another.
-    """
-    rng, intervals, hits = np.random.default_rng(1), {}, {}
-    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
-        hits[share] = 0.0
-        for right in map(int, rng.binomial(500, share, 3000)):
-            if right not in intervals:
-                intervals[right] = evaluate_intervals.interval([1.0] * right + [0.0] * (500 - right), right)
-            hits[share] += (intervals[right]["low"] <= share <= intervals[right]["high"]) / 3000
-    assert 0.94 <= np.mean(list(hits.values())) <= 0.96, hits
-    assert all(0.93 <= value <= 0.97 for value in hits.values()), hits
-
-
-def test_interval_is_as_wide_as_theory_says():
-    values = list(np.random.default_rng(0).normal(3.0, 2.0, 500))
-    interval = evaluate_intervals.interval(values, 0)
-    assert interval["mean"] == pytest.approx(np.mean(values))
-    assert interval["high"] - interval["low"] == pytest.approx(2 * 1.96 * np.std(values) / 500**0.5, rel=0.08)
-
-
-def test_interval_is_the_same_for_the_same_seed():
-    values = [0.0, 1.0, 1.7, 0.5, 0.25, 3.1, 2.2]
-    assert evaluate_intervals.interval(values, 3) == evaluate_intervals.interval(values, 3)
-    assert evaluate_intervals.interval(values, 3) != evaluate_intervals.interval(values, 4)
-
-
-def test_interval_of_equal_values_is_a_point():
-    assert evaluate_intervals.interval([0.5] * 10, 0) == {"mean": 0.5, "low": 0.5, "high": 0.5}
 
 
 def test_table_has_a_column_for_each_round_and_the_gain():

@@ -52,7 +52,7 @@ def test_models_of_several_runs_stand_side_by_side(pair, tmp_path, capsys):
     figures = json.loads((tmp_path / "figures.json").read_bytes())
     assert [model["run"] for model in figures["models"]] == ["one"] * 2 + ["other"] * 2
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    for shown in ("one: iteration 1", "other: iteration 1", "100.0 [100.0, 100.0]", "-100.0 [-100.0, -100.0]"):
+    for shown in ("one: iteration 1", "other: iteration 1", "100.0 [83.9, 100.0]", "-100.0 [-100.0, -67.8]"):
         assert shown in text
 
 

@@ -80,16 +80,17 @@ def test_pattern_that_is_none_is_refused_when_the_verifier_is_built(pattern, tol
         ("6", "5, or rather 6", 1.0),
         ("-5", "x=-5", 1.0),
         ("-5", "\\boxed{-5}", 1.0),
-        ("-5", "(3, -5)", 1.0),
+        ("-5", "(3, -5)", 0.0),  # two numbers
         ("-5", "\N{MINUS SIGN}5", 1.0),
         ("-5", "-$5", 1.0),
-        ("5", "8-5", 1.0),  # a minus between two terms is no sign
-        ("5", "f(x)-5", 1.0),
-        ("5", "from 3 - 5", 1.0),
+        ("5", "8-5", 0.0),  # a calculation is no number
+        ("3", "8-5", 0.0),
         ("-5", "8-5", 0.0),
+        ("5", "f(x)-5", 0.0),
+        ("5", "from 3 - 5", 0.0),
         ("1234567.5", "about 1,234,567.50 dollars", 1.0),
         ("1,234", "1234", 1.0),
-        ("2345", "1,2345", 1.0),  # no thousands
+        ("2345", "1,2345", 0.0),  # no thousands
         ("$1,000", "so $1000.", 1.0),
         ("1e5", "100,000", 1.0),
         ("0.0015", "1.5E-3 m", 1.0),
@@ -97,12 +98,14 @@ def test_pattern_that_is_none_is_refused_when_the_verifier_is_built(pattern, tol
         ("1/2", "0.5", 1.0),
         ("1/2", "3/2", 0.0),
         ("-0.75", "-3/4", 1.0),
-        ("50", "50%", 1.0),  # a percent sign is a unit: not read
-        ("0.5", "50%", 0.0),
+        ("50", "50%", 1.0),
+        ("0.5", "50%", 1.0),
+        ("0.5", "0.5%", 0.0),
         ("100", "100m2", 1.0),
         ("100", "100 m of x_2 in v2", 1.0),  # digits inside a word
         ("18", "He sells 9 eggs for $2 each.\n#### 18", 1.0),
         ("The sum is 9 + 9.\n#### 18", "18", 1.0),  # an answer is read as a response is
+        ("(1,2)", "2", NAN),
         ("3", "none", 0.0),
         ("3", "", 0.0),
         ("3", "3/0", 0.0),
@@ -111,11 +114,12 @@ def test_pattern_that_is_none_is_refused_when_the_verifier_is_built(pattern, tol
         ("0", "-0.0", 1.0),
         ("none", "3", NAN),
         ("none", "none", NAN),
-        ("1e999", "1e999", NAN),
+        ("1e999", "1e999", 1.0),
+        ("1e9999999", "1e9999999", NAN),
         (None, "3", NAN),
     ],
 )
-def test_numeric_compares_the_last_numbers(answer, response, expected):
+def test_numeric_compares_the_stated_numbers(answer, response, expected):
     assert verdict(answer, response, name="numeric") == pytest.approx(expected, nan_ok=True)
 
 
@@ -125,6 +129,10 @@ def test_tolerance_of_numeric_is_relative():
 
     assert (close("1009", 0.01), close("1011", 0.01), close("991", 0.01)) == (1.0, 0.0, 1.0)
     assert (close("1000.0", 0.0), close("1000.0001", 0.0)) == (1.0, 0.0)
+    # The default is for digits behind the point: whole numbers must be equal, however large.
+    assert verdict("10000000000", "10000000001", name="numeric") == 0.0
+    assert verdict("10000000000", "10000000001", name="numeric", tolerance=2e-9) == 1.0
+    assert verdict("0.3", "0.30000000000000004", name="numeric") == 1.0
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +192,19 @@ def test_math_judges_outside_the_main_thread(math_match):
 
 def test_math_that_never_ends_is_ended_and_costs_its_own_verdict_alone(monkeypatch):
     monkeypatch.setattr(MathMatch, "CPU_SECONDS", 1.0)
-    answers = ["2", "2", "(" * 30 + "1" + ")" * 30]  # an answer that cannot be parsed in time is one that cannot be parsed
-    values = MathMatch()(["q"] * 3, answers, ["$2^{2^{100}}$", "$1+1$", "1"])
+    endless = "x^{" * 60 + "2" + "}" * 60  # an answer that cannot be read in time is one that cannot be read
+    judge = MathMatch()
+    values = judge(["q"] * 3, ["2", "2", endless], ["$2^{2^{100}}$", "$1+1$", "1"])
     assert values == pytest.approx([0.0, 1.0, NAN], nan_ok=True)
+    assert judge.check_gold(endless) == "cannot be read as mathematics in 1 s"
+    assert judge.check_gold("2") == ""
+
+
+def test_answer_that_cannot_be_handled_costs_its_own_verdict_alone(math_match):
+    deep = "(" * 900 + "1" + ")" * 900  # a RecursionError
+    responses = [deep, rf"\boxed{{{deep}}}", r"x \in \frac{0}{0} \cup [1, i)", "9" * 50_000, "2"]
+    assert math_match(["q"] * 5, ["2"] * 5, responses) == [0.0, 0.0, 0.0, 0.0, 1.0]
+    assert math_match.check_gold(deep) == "cannot be read as mathematics"
 
 
 def test_process_that_judges_ends_with_its_owner():
@@ -281,7 +299,7 @@ def test_plugged_scorer_is_found_and_a_missing_one_is_named_by_its_field():
 
 
 def test_reward_models_are_hosted_by_the_names_of_the_recipe(monkeypatch):
-    monkeypatch.setattr(combinations, "RewardModel", lambda options, folder, field="scorer.model": (folder, field))
+    monkeypatch.setattr(combinations, "RewardModel", lambda options, folder, field="scorer.model", day="": (folder, field))
     one = config.Scorer(model="some/model")
     several = config.Scorer(name="mean", members=["reward_model=toy:reward_model", "verifier", "reward_model=other"])
     folders = {"some/model": "/one", "toy:reward_model": "/two", "other": "/three"}

@@ -120,7 +120,7 @@ def commit_evaluation(folder, marks, parallel=None):
         commit_answers(stage.work / "parallel", parallel, "sample")
     stage.commit([], num_in=1, num_rows=1, num_tokens=100)
     prompts = [{"prompt_id": f"{split}-{n}", "split": split} for split, part in marks.items() for n in range(len(part))]
-    return summarise(prompts, *made, seed=0)
+    return summarise(prompts, *made)
 
 
 def commit_pairs(folder, correct):

@@ -69,9 +69,19 @@ def test_floor_of_ten_points_includes_ten():
 
 
 def test_ten_points_within_noise_are_not_enough():
-    few = tiny(**{"activation": {"00": 9, "01": 1}, "iteration 3": {"01": 2, "00": 8}})
-    found = claims(results(tiny=few, seeds=(0,)))["c"]
+    noisy = tiny(**{"activation": {"01": 25, "00": 35}, "iteration 3": {"00": 29, "01": 31}})
+    found = claims(results(tiny=noisy, seeds=(0,)))["c"]
     assert (found["effect"], found["reached"]) == (10, False)
+
+
+def test_claim_on_too_few_prompts_is_neither_reached_nor_missed_and_says_so():
+    few = tiny(**{"activation": {"00": 24}, "iteration 3": {"01": 24}})
+    found = claims(results(tiny=few, seeds=(0, 1)))["c"]
+    assert (found["effect"], found["reached"]) == (100, None)
+    assert found["note"] == "too few prompts: 48, at least 50 are needed"
+    assert "| too few prompts: 48, at least 50 are needed | 100.0 [" in study_tables.claim_table([found])
+    enough = tiny(**{"activation": {"00": 25}, "iteration 3": {"01": 25}})
+    assert claims(results(tiny=enough, seeds=(0, 1)))["c"]["reached"] is True
 
 
 def test_best_of_chain_equal_to_best_of_parallel_is_not_below_it():

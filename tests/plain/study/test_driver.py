@@ -232,7 +232,7 @@ class Jobs:
             return 5
         self.shared.setdefault(name, names_in(root / "iteration-00"))
         if not (root / "report.json").exists():
-            write_run(root)
+            write_run(root, marks={name: 13 * prompts for name, prompts in MARKS.items()})
             (root / "config.json").write_text(json.dumps(resolved(load(recipe, overrides))))
         return 0
 
@@ -296,11 +296,11 @@ def test_study_leaves_tables_claims_and_figure(jobs, capsys, tmp_path):
     assert jobs.main("--quick", "--json", str(claims_file)) == 0
     page = (jobs.out / "STUDY.md").read_text()
     assert page in capsys.readouterr().out
-    assert "| tiny | base | 50.0 | 0.0 | -50.0 [-100.0, 0.0] | 0 | 2 | 4 |" in page
-    assert "| 0 | tiny_iterative_dpo | iteration 1 | 25.0 | 75.0 | 50.0 [0.0, 100.0] | 2 | 0 | 4 |" in page
+    assert "| tiny | base | 50.0 | 0.0 | -50.0 [-63.1, -36.9] | 0 | 26 | 52 |" in page
+    assert "| 0 | tiny_iterative_dpo | iteration 1 | 25.0 | 75.0 | 50.0 [36.9, 63.1] | 26 | 0 | 52 |" in page
     for split in driver.SPLITS:
         assert f"### {split}: mean over seeds" in page
-    assert "| tiny | 1 | 1 | 100.0 [100.0, 100.0] |" in page
+    assert "| tiny | 1 | 1 | 100.0 [20.7, 100.0] |" in page
     found = json.loads(claims_file.read_bytes())
     assert [claim["claim"] for claim in found] == list(ALL)
     assert found[0]["command"] == f"python jobs/study.py --quick --json {claims_file} --out {jobs.out}"

@@ -37,29 +37,29 @@ def test_pooled_mean_gives_every_seed_the_same_weight():
     assert study_results.pooled([values(1, 1, 0, 0), values(1, 0, 0, 0, 0, 0, 0, 0)])["mean"] == pytest.approx((0.5 + 0.125) / 2)
 
 
-def test_prompts_are_resampled_within_their_seed():
-    # Between the seeds lies everything, within them nothing: only a bootstrap across seeds would widen this.
-    assert study_results.pooled([values(*[0] * 20), values(*[1] * 20)]) == {"mean": 0.5, "low": 0.5, "high": 0.5}
-
-
 def test_interval_of_one_seed_agrees_with_the_report():
     numbers = list(np.random.default_rng(1).choice([-1.0, 0.0, 1.0], size=400, p=[0.1, 0.6, 0.3]))
-    here, there = study_results.pooled([values(*numbers)]), intervals.interval(numbers, seed=3)
-    assert here["mean"] == pytest.approx(there["mean"])
-    assert [here["low"], here["high"]] == pytest.approx([there["low"], there["high"]], abs=0.006)
+    assert study_results.pooled_gain([values(*numbers)]) == intervals.difference(numbers)
+    shares = [float(number == 1) for number in numbers]
+    assert study_results.pooled([values(*shares)]) == intervals.mean(shares)
 
 
 def test_two_seeds_narrow_the_interval_by_the_square_root_of_two():
     one = values(*[0, 1] * 200)
     widths = [part["high"] - part["low"] for part in (study_results.pooled([one]), study_results.pooled([one, one]))]
-    assert widths[0] / widths[1] == pytest.approx(2**0.5, rel=0.08)
+    assert widths[0] / widths[1] == pytest.approx(2**0.5, rel=0.01)
 
 
-def test_pooled_interval_covers_the_truth_about_95_times_in_100():
-    generator = np.random.default_rng(5)
-    draws = (generator.random((500, 2, 150)) < np.array([0.3, 0.7])[None, :, None]).astype(float)
+@pytest.mark.parametrize("shares", [(0.02, 0.02), (0.3, 0.7)])
+def test_pooled_interval_covers_the_truth_about_95_times_in_100(shares):
+    draws = (np.random.default_rng(5).random((500, 2, 150)) < np.array(shares)[None, :, None]).astype(float)
     found = [study_results.pooled([values(*one), values(*other)]) for one, other in draws]
-    assert 0.92 <= np.mean([part["low"] <= 0.5 <= part["high"] for part in found]) <= 0.98
+    covered = np.mean([part["low"] <= sum(shares) / 2 <= part["high"] for part in found])
+    assert 0.92 <= covered <= 0.99  # more where the seeds differ, since they are taken as one sample
+
+
+def test_seeds_without_a_right_answer_are_not_certain():
+    assert study_results.pooled([values(*[0] * 50)] * 2) == {"mean": 0.0, "low": 0.0, "high": pytest.approx(0.037, abs=1e-3)}
 
 
 def test_interval_knows_no_order_of_prompts_and_no_chance():

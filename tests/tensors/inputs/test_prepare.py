@@ -168,6 +168,39 @@ def test_held_out_prompt_is_not_trained_on_and_is_counted(prepare):
 
 
 @pytest.fixture
+def asks_alike(tiny_model, tmp_path):
+    """The tiny model with a template that trims and lowers its messages and a tokenizer that composes Unicode."""
+    folder = tmp_path / "alike"
+    shutil.copytree(tiny_model, folder)
+    template = folder / "chat_template.jinja"
+    written = template.read_text()
+    template.write_text(written.replace("message.content", "(message.content | trim | lower)"))
+    assert template.read_text() != written
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFKC"}]}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return f"model.path={folder}"
+
+
+def test_prompt_that_asks_the_model_the_same_as_a_held_out_one_is_not_trained_on(prepare, asks_alike, triples):
+    disguised = ["What is 2+2? ", "WHAT is 2+2?", "what is \uff12+2?", "one"]
+    given = triples("activation", *disguised)
+    context = prepare([*disguised, *TEXTS[1:]], asks_alike, given, held=["What is 2+2?", "other"])
+    trained = {row["prompt"] for number in (1, 2) for row in committed(context, number)}
+    assert trained <= set(TEXTS)
+    assert rejected(context, 1) == [(line, "is also a prompt of evaluation split 'held'") for line in (1, 2, 3)]
+    assert [row["prompt"] for row in rows.read_table(context.triples["activation"].path("pairs.parquet"))] == ["one"]
+
+
+def test_prompt_that_asks_the_model_the_same_as_an_earlier_one_counts_once(prepare, asks_alike):
+    context = prepare(["Two", *TEXTS, "three "], asks_alike, held=["held", "HELD ", "other"])
+    assert {row["prompt"] for number in (1, 2) for row in committed(context, number)} <= {"Two", "one", "three", "four", "five"}
+    assert rejected(context, 1) == [(3, "asks the model the same as line 1"), (7, "asks the model the same as line 4")]
+    assert [row["prompt"] for row in rows.read_table(context.held_out.path("prompts.parquet"))] == ["held", "other"]
+    assert context.held_out.stats["num_rejected"] == 1
+
+
+@pytest.fixture
 def triples(tmp_path):
     """Writes preference triples on the given prompts, and says how a recipe names them."""
 
@@ -213,7 +246,9 @@ def test_triples_without_an_evaluation_prompt_among_them_are_the_same_pairs_with
 
 
 def test_triples_that_are_all_on_held_out_prompts_are_refused(prepare, triples):
-    with pytest.raises(UserError, match=r"offline\.jsonl: all 2 preference triples are on prompts of evaluation splits"):
+    with pytest.raises(
+        UserError, match=r"offline\.jsonl: none of 2 preference triples can be used \(is on a prompt of evaluation split"
+    ):
         prepare(TEXTS, triples("offline", "three", "other"), held=["three", "other"])
 
 
@@ -290,7 +325,7 @@ def test_policy_without_a_chat_template_is_refused_before_anything_starts(prepar
     folder = without_template()
     with pytest.raises(UserError) as caught:
         prepare(TEXTS, f"model.path={folder}")
-    assert str(caught.value).startswith(f"model.path: {folder}: its tokenizer has no chat template; add chat_template.jinja")
+    assert str(caught.value).startswith(f"model.path: {folder}: its tokenizer has no chat template; set model.chat_template")
 
 
 @pytest.mark.parametrize("field", ["scorer.model", "scorer.members"])
@@ -340,3 +375,23 @@ def test_tokenizer_that_does_not_fit_the_model_is_refused_before_anything_starts
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 10}))
     with pytest.raises(UserError, match=r"^model\.path: .*weight has shape \[101, 16\] in the weight files and \[10, 16\] by"):
         prepare(TEXTS, f"model.path={folder}")
+
+
+def test_gold_answers_that_the_verifier_cannot_check_are_refused_with_those_of_all_files_at_once(prepare, tmp_path):
+    def write(name, *answers):
+        rows_ = [json.dumps({"prompt": f"{name} {number}", "gold": answer}) for number, answer in enumerate(answers)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows_))
+        return f"{tmp_path}/{name}.jsonl"
+
+    training, held = write("sums", "4", "(1,2)", "5", "6", "7", "3 to 5"), write("test", "10:30", "9")
+    options = [
+        "verifier.name=numeric", f"prompts.path={training}", "prompts.answer_column=gold", f"evaluation.splits.held={held}",
+        "evaluation.answer_column=gold",
+    ]  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        prepare(TEXTS, *options)
+    said = str(caught.value)
+    assert f"{held}: 1 unusable row: {held}:1: gold answer '10:30' is not one number, as verifier.name 'numeric' needs it" in said
+    assert f"{training}: 2 unusable rows: {training}:2: gold answer '(1,2)' is not one number" in said
+    assert f"{training}:6: gold answer '3 to 5' is not one number" in said
+    assert prepare(TEXTS, *options, "verifier.name=exact").prompts

@@ -138,12 +138,14 @@ def test_end_of_text_with_id_zero_is_a_stop_token(save):
     assert chat.stop_ids == [0, chat.end_id]
 
 
-@pytest.mark.parametrize("field", ["model.path", "scorer.model"])
-def test_tokenizer_without_chat_template_is_refused_by_field_and_folder(save, field):
+@pytest.mark.parametrize(
+    ("field", "way_out"), [("model.path", "set model.chat_template"), ("scorer.model", "add chat_template.jinja to the folder")]
+)
+def test_tokenizer_without_chat_template_is_refused_by_field_and_folder(save, field, way_out):
     folder = save(make_bpe(["<|eot|>"], None, eos_token="<|eot|>"))
     with pytest.raises(UserError) as caught:
         Chat(folder, field)
-    assert str(caught.value).startswith(f"{field}: {folder}: its tokenizer has no chat template; add chat_template.jinja")
+    assert str(caught.value).startswith(f"{field}: {folder}: its tokenizer has no chat template; {way_out} or use an instruct")
 
 
 @pytest.mark.parametrize(
@@ -157,9 +159,12 @@ def test_tokenizer_without_chat_template_is_refused_by_field_and_folder(save, fi
             "fails on user/assistant turns: one turn",
         ),
         (
-            "{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}"
-            "{% if add_generation_prompt %}assistant:<think></think>{% endif %}",
-            "does not render prompt + answer as the prompt followed by the answer",
+            "{% for m in messages %}{{ m.role }}:{{ m.content }} END<|eot|>{% endfor %}",
+            "writes 'END' between an answer and its end token <|eot|>, which an engine would not",
+        ),
+        (
+            "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+            "leaves out the assistant's text",
         ),
     ],
 )
