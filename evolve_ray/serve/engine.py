@@ -5,6 +5,7 @@ token ids by `Chat`, as in training, and the sampling defaults are those of the 
 """
 
 import asyncio
+import collections
 import contextlib
 import contextvars
 import os
@@ -37,9 +38,11 @@ def make_engine(settings: Settings, metrics: ServeMetrics) -> Any:
     """Starts vLLM's asynchronous engine, whose requests are counted. Takes half a minute or more."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine import async_llm
 
-    class CountedLLM(AsyncLLM):
+    async_llm.RequestOutputCollector = single_outputs(async_llm.RequestOutputCollector)
+
+    class CountedLLM(async_llm.AsyncLLM):
         async def generate(self, *arguments: Any, **named: Any) -> AsyncGenerator[Any, None]:
             number, started = round_number.get(), time.monotonic()
             first_s, written, output, aborted = None, 0, None, False
@@ -76,6 +79,40 @@ def make_engine(settings: Settings, metrics: ServeMetrics) -> Any:
     with engine_in_one_process():
         vllm_config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
     return CountedLLM.from_vllm_config(vllm_config)
+
+
+def single_outputs(collector: type) -> type:
+    """vLLM's queue of the outputs of one request, without merging those of a stream that is read late.
+
+    So the events of a stream do not depend on how busy this machine is: one for each output of the engine.
+    """
+
+    class SingleOutputs(collector):  # type: ignore[misc, valid-type]
+        def __init__(self, *arguments: Any):
+            super().__init__(*arguments)
+            self.waiting: collections.deque[Any] = collections.deque()
+
+        def put(self, output: Any) -> None:
+            if not self.aggregate or isinstance(output, Exception):
+                super().put(output)
+            else:
+                self.waiting.append(output)
+                self.ready.set()
+
+        def get_nowait(self) -> Any:
+            if not self.waiting:
+                return super().get_nowait()
+            output = self.waiting.popleft()
+            if not self.waiting and self.output is None:
+                self.ready.clear()
+            return output
+
+        async def get(self) -> Any:
+            while not self.waiting and self.output is None:
+                await self.ready.wait()
+            return self.get_nowait()
+
+    return SingleOutputs
 
 
 @contextlib.contextmanager
