@@ -1,6 +1,7 @@
 """The command jobs/serve.py: arguments, the plan, Ray and Serve, and the end of both with all requests answered."""
 
 import argparse
+import logging
 import os
 import shlex
 import shutil
@@ -78,7 +79,8 @@ def run(settings: Settings, host: str, port: int) -> int:
         except KeyboardInterrupt:
             say(f"ending: running requests may take {settings.config.serve.drain_s:g} s to finish")
         serve.delete(APP)
-        serve.shutdown()
+        if os.environ.get("RAY_ADDRESS") and not serve.status().applications:
+            serve.shutdown()  # a local Ray ends with this process; on a cluster, Serve may serve others
         return 0
     finally:
         stop_ray()
@@ -90,6 +92,7 @@ def deploy(settings: Settings, host: str, port: int) -> None:
     from ray import serve
     from ray.serve.config import HTTPOptions
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
         http_options=HTTPOptions(host=host, port=port), logging_config={"enable_access_log": False, "log_level": "WARNING"}
     )
