@@ -29,7 +29,7 @@ from evolve_ray.serve.stream import CLIENT_LEFT, EventStream, unless_gone
 
 GRACE_S = 10.0  # the rounds of a refined request end by themselves at `serve.max_seconds`; their answer may still be sent
 GUARDED = "/v1/"  # what needs a key, where there are keys
-Handler = Callable[[Request], Awaitable[Response]]
+Handler = Callable[[Request], Awaitable[Response | EventStream]]
 log = logging.getLogger("ray.serve")
 
 
@@ -109,7 +109,7 @@ class App:
         models = await self.serving.models.show_available_models()
         return JSONResponse(models.model_dump())
 
-    async def complete(self, http: Request) -> Response:
+    async def complete(self, http: Request) -> Response | EventStream:
         """POST /v1/chat/completions."""
         ticket = Ticket(self)
         try:
@@ -122,7 +122,7 @@ class App:
             ticket.close(failure.status)
             raise failure from None
 
-    async def respond(self, http: Request, ticket: "Ticket") -> Response:
+    async def respond(self, http: Request, ticket: "Ticket") -> Response | EventStream:
         """The response; the ticket is closed with it, for a stream at its end."""
         ticket.take(0)  # before the body is read: a replica without places spends nothing on a request
         content = parse_json(await read_bytes(http, self.limits.max_body_kib << 10))
@@ -130,7 +130,7 @@ class App:
         request = parse_request(content)
         refinement = self.rules.read(refine, stream=bool(request.stream))
         check_fields(request, direct=refinement.is_direct)
-        samples = request.n or 1
+        samples = 1 if request.n is None else request.n
         if not 1 <= samples <= self.limits.max_samples:
             raise RequestError(f"n: is {samples}, but must be at least 1 and at most {self.limits.max_samples}", "n")
         ticket.kind = "direct" if refinement.is_direct else "refined"

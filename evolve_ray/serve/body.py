@@ -60,7 +60,7 @@ def parse_request(content: dict[str, Any]) -> Any:
 
     try:
         request = ChatCompletionRequest.model_validate(content)
-        request.messages = [dict(message) for message in request.messages]  # type: ignore[call-overload]
+        request.messages = [dict(message) for message in request.messages]
         return request
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False, include_input=False)[0]

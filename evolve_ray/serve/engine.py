@@ -81,13 +81,13 @@ def make_engine(settings: Settings, metrics: ServeMetrics) -> Any:
     return CountedLLM.from_vllm_config(vllm_config)
 
 
-def single_outputs(collector: type) -> type:
+def single_outputs(collector: Any) -> Any:
     """vLLM's queue of the outputs of one request, without merging those of a stream that is read late.
 
     So the events of a stream do not depend on how busy this machine is: one for each output of the engine.
     """
 
-    class SingleOutputs(collector):  # type: ignore[misc, valid-type]
+    class SingleOutputs(collector):
         def __init__(self, *arguments: Any):
             super().__init__(*arguments)
             self.waiting: collections.deque[Any] = collections.deque()

@@ -24,7 +24,7 @@ REPEAT_S = 1.0  # Ray shows a gauge only for a while after it was set
 class Replica:
     """One engine and its endpoint; Serve calls the methods."""
 
-    async def __init__(self, settings: Settings, scoring: Any = None):
+    async def __init__(self, settings: Settings, scoring: Any = None):  # type: ignore[misc]  # Serve awaits it
         from ray import serve
 
         self.metrics = ServeMetrics()

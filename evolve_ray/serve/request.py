@@ -131,7 +131,7 @@ class Rules:
         within("refine.rounds", fields.rounds, 1, self.limits.max_rounds)
         within("refine.strategy.samples", wanted.samples, 1, self.limits.max_samples)
         within("refine.strategy.shots", wanted.shots, 1, self.limits.max_rounds)
-        replaced = {
+        replaced: dict[str, Any] = {
             "name": name, "rounds": fields.rounds, "samples": wanted.samples, "shots": wanted.shots, "show": wanted.show
         }  # fmt: skip
         strategy = dataclasses.replace(
@@ -203,8 +203,8 @@ def field_error(error: ValidationError) -> RequestError:
     place = [str(part) for part in fault["loc"]]
     field = ".".join(["refine", *place])
     if fault["type"] == "extra_forbidden":
-        known = {0: RefineFields, 1: {"stop": StopFields, "strategy": StrategyFields}}[len(place) - 1]
-        kind = known[place[0]] if isinstance(known, dict) else known
+        parts: dict[str, type[BaseModel]] = {"stop": StopFields, "strategy": StrategyFields}
+        kind = parts[place[0]] if len(place) > 1 else RefineFields
         nearest = difflib.get_close_matches(place[-1], kind.model_fields, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"the fields here are {', '.join(kind.model_fields)}"
         return RequestError(f"{field}: is not a field; {hint}", field)

@@ -5,6 +5,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from evolve_ray.config import options
 from evolve_ray.config.load import build, load, load_stored
@@ -87,7 +88,7 @@ def configuration(model: checkpoints.Named, recipe: str | None, overrides: list[
         return load_stored(model.run, overrides), True
     folder_config = folders.read_model_config(model.folder, f"MODEL {model.given}")
     positions = folder_config.get("max_position_embeddings") or options.Model.context_tokens
-    tree = {
+    tree: dict[str, Any] = {
         "model": {"path": str(model.folder), "context_tokens": positions},
         "prompts": {"path": NO_SCORER},
         "sampling": {"max_tokens": max(1, positions // SHARE_OF_CONTEXT)},
@@ -96,7 +97,7 @@ def configuration(model: checkpoints.Named, recipe: str | None, overrides: list[
     config = build(tree, f"MODEL {model.given}", "", overrides)
     if not config.engine.gpus_per_actor and not config.engine.args:
         engine = {"args": CPU_ENGINE | {"max_num_batched_tokens": max(4096, positions)}, "env": CPU_ENV | config.engine.env}
-        tree = {**tree, "engine": {**tree.get("engine", {}), **engine}}
+        tree = tree | {"engine": engine}
         config = build(tree, f"MODEL {model.given}", "", overrides)
     return config, False
 

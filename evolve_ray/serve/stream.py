@@ -56,14 +56,16 @@ class EventStream:
         self.news = asyncio.Event()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        status, tasks = CLIENT_LEFT, []
+        status: int = CLIENT_LEFT
+        tasks: list[asyncio.Future] = []
         try:
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
             tasks = [asyncio.ensure_future(part) for part in (disconnect(receive), self.write(send), self.read())]
             gone, written, _ = tasks
             await asyncio.wait([gone, written], return_when=asyncio.FIRST_COMPLETED)
             if written.done():
-                status = written.result()
+                await written
+                status = self.status
         finally:
             await cancel(*tasks)
             await self.lines.aclose()  # type: ignore[attr-defined]
@@ -84,8 +86,8 @@ class EventStream:
         self.waiting.append("")  # the end
         self.news.set()
 
-    async def write(self, send: Any) -> int:
-        """Sends what was collected, the first event at once and then at most every `GROUP_S`; returns the status."""
+    async def write(self, send: Any) -> None:
+        """Sends what was collected, the first event at once and then at most every `GROUP_S`."""
         ended, last = False, 0.0
         while not ended:
             await self.news.wait()
@@ -95,4 +97,3 @@ class EventStream:
             lines, self.waiting = self.waiting, []
             ended, last = lines[-1] == "", time.monotonic()
             await send({"type": "http.response.body", "body": "".join(lines).encode(), "more_body": not ended})
-        return self.status

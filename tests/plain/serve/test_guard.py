@@ -56,9 +56,7 @@ def test_the_application_receives_the_body_and_then_what_follows():
     asyncio.run(go())
 
 
-@pytest.mark.parametrize(
-    ("status", "message"), [(404, guard.ABSENT), (429, guard.FULL), (500, guard.LOST), (503, guard.ABSENT)]
-)
+@pytest.mark.parametrize(("status", "message"), [(404, guard.ABSENT), (429, guard.FULL), (500, guard.LOST), (503, guard.ABSENT)])
 def test_a_text_of_serve_becomes_an_error_object(status, message):
     headers = [*TEXT, (b"x-request-id", b"7")]
     reply = request(Guard(replying(status, headers, b"Internal Server Error")), "POST", "/v1/chat/completions")
