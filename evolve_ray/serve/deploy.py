@@ -33,8 +33,11 @@ START_ATTEMPTS = 2  # of a replica before the deployment counts as failed
 DIRECT_CALLS = 100  # requests beyond the places that a replica accepts, in order to refuse them itself
 
 
-def application(settings: Settings) -> Any:
-    """The application; its ingress is the replica, so that a request and all its rounds stay in one process."""
+def application(settings: Settings, kind: Any = None) -> Any:
+    """The application; its ingress is the replica, so that a request and all its rounds stay in one process.
+
+    `kind` is the class of a replica.
+    """
     from ray import serve
     from ray.serve.config import BackpressureConfig
 
@@ -76,7 +79,7 @@ def application(settings: Settings) -> Any:
             ray_actor_options={"num_cpus": scorer.cpus_per_actor, "num_gpus": scorer.gpus_per_actor},
             max_constructor_retry_count=START_ATTEMPTS,
         ).bind(settings)
-    return serve.deployment(serve.ingress()(Replica), **options).bind(settings, scoring)
+    return serve.deployment(serve.ingress()(kind or Replica), **options).bind(settings, scoring)
 
 
 def metrics_folder() -> str:

@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import threading
+from typing import Any
 
 from evolve_ray.errors import ResourceError, UserError, run_command
 from evolve_ray.serve.deploy import APP, NODE_ENV, application, metrics_folder
@@ -66,13 +67,13 @@ def run(settings: Settings, host: str, port: int) -> int:
     """Serves until SIGTERM or an interrupt, then lets running requests finish; returns the exit code."""
     from evolve_ray.pools.session import start_ray, stop_ray
 
-    os.environ.update({**NODE_ENV, **LOCAL_ENV})  # of a local Ray; the nodes of a cluster have theirs from where Ray was started
+    prepare_node()
     say(f"starting {settings.name}: Ray, Serve and {settings.config.serve.replicas} engines (half a minute or more)")
     try:
         start_ray(settings.config)
         from ray import serve
 
-        deploy(settings, host, port)
+        deploy(application(settings), host, port)
         say(f"serving {settings.name}\n  page http://{host}:{port}/\n  API  http://{host}:{port}/v1\nend it with Ctrl-C")
         try:
             watch()
@@ -87,8 +88,13 @@ def run(settings: Settings, host: str, port: int) -> int:
         shutil.rmtree(metrics_folder(), ignore_errors=True)
 
 
-def deploy(settings: Settings, host: str, port: int) -> None:
-    """Starts the application; returns when it answers. Raises ResourceError or UserError with the reason if it cannot start."""
+def prepare_node() -> None:
+    """Sets what a local Ray needs from its start; the nodes of a cluster have it from where Ray was started."""
+    os.environ.update({**NODE_ENV, **LOCAL_ENV})
+
+
+def deploy(app: Any, host: str, port: int) -> None:
+    """Starts an application; returns when it answers. Raises ResourceError or UserError with the reason if it cannot start."""
     from ray import serve
     from ray.serve.config import HTTPOptions
 
@@ -97,7 +103,7 @@ def deploy(settings: Settings, host: str, port: int) -> None:
         http_options=HTTPOptions(host=host, port=port), logging_config={"enable_access_log": False, "log_level": "WARNING"}
     )
     try:
-        serve.run(application(settings), name=APP, route_prefix="/")
+        serve.run(app, name=APP, route_prefix="/")
     except RuntimeError:
         raise start_error() from None
 

@@ -36,13 +36,16 @@ round_number: contextvars.ContextVar[int] = contextvars.ContextVar("round_number
 
 def make_engine(settings: Settings, metrics: ServeMetrics) -> Any:
     """Starts vLLM's asynchronous engine, whose requests are counted. Takes half a minute or more."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine import async_llm
 
     async_llm.RequestOutputCollector = single_outputs(async_llm.RequestOutputCollector)
+    return counted(async_llm.AsyncLLM, metrics).from_vllm_config(engine_config(settings))
 
-    class CountedLLM(async_llm.AsyncLLM):
+
+def counted(kind: Any, metrics: ServeMetrics) -> Any:
+    """The class of an engine that counts its requests."""
+
+    class Counted(kind):
         async def generate(self, *arguments: Any, **named: Any) -> AsyncGenerator[Any, None]:
             number, started = round_number.get(), time.monotonic()
             first_s, written, output, aborted = None, 0, None, False
@@ -64,6 +67,14 @@ def make_engine(settings: Settings, metrics: ServeMetrics) -> Any:
                     tokens |= {"prompt": len(output.prompt_token_ids or ()), "cached": output.num_cached_tokens or 0}
                 metrics.round_ended(number, time.monotonic() - started, first_s, tokens, aborted=aborted)
 
+    return Counted
+
+
+def engine_config(settings: Settings) -> Any:
+    """vLLM's configuration of the engine; raises UserError if vLLM does not know one of its arguments."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
     config = settings.config
     try:
         args = AsyncEngineArgs(
@@ -77,8 +88,7 @@ def make_engine(settings: Settings, metrics: ServeMetrics) -> Any:
     except TypeError as error:
         raise UserError(f"engine.args: vLLM does not accept them: {first_line(error)}") from None
     with engine_in_one_process():
-        vllm_config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
-    return CountedLLM.from_vllm_config(vllm_config)
+        return args.create_engine_config(UsageContext.OPENAI_API_SERVER)
 
 
 def single_outputs(collector: Any) -> Any:

@@ -29,13 +29,16 @@ class Replica:
 
         self.metrics = ServeMetrics()
         self.chat = Chat(settings.folder)
-        self.engine = make_engine(settings, self.metrics)
+        self.engine = self.start_engine(settings)
         serving = make_chat(self.engine, settings, self.chat)
         scorer = RemoteScorer(scoring) if scoring is not None else None
         self.endpoint = App(settings, serving, self.chat, scorer, self.metrics, self.end_soon)
         self.sockets = SocketServer(self.endpoint, serve.get_replica_context().replica_id.unique_id)
         self.tasks = [asyncio.create_task(self.sockets.serve()), asyncio.create_task(self.repeat())]
         self.ending = False
+
+    def start_engine(self, settings: Settings) -> Any:
+        return make_engine(settings, self.metrics)
 
     def __serve_build_asgi_app__(self) -> App:
         return self.endpoint

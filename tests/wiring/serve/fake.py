@@ -1,0 +1,67 @@
+"""A replica whose engine has no model: its tokens follow from seed and prompt, and words in the prompt say how it behaves.
+
+Everything around the engine is real: Serve's proxy and controller, vLLM's request and response classes, the tokenizer.
+"""
+
+import asyncio
+import hashlib
+import os
+import random
+from typing import Any
+
+from evolve_ray.serve.engine import counted, engine_config
+from evolve_ray.serve.replica import Replica
+from evolve_ray.serve.settings import Settings
+
+LENGTH = 8  # tokens of an answer
+SLOW_S, SLOW_LENGTH = 0.05, 200  # of an answer to a prompt with "slow"
+
+
+class FakeLLM:
+    """What vLLM's chat endpoint and the replica need from an engine."""
+
+    def __init__(self, vllm_config: Any):
+        from vllm.renderers import renderer_from_config
+        from vllm.v1.engine.input_processor import InputProcessor
+
+        self.vllm_config, self.model_config = vllm_config, vllm_config.model_config
+        self.renderer = renderer_from_config(vllm_config)
+        self.input_processor = InputProcessor(vllm_config, self.renderer)
+        self.errored = False
+
+    def check_admission(self, *arguments: Any, **named: Any) -> None:
+        pass
+
+    async def check_health(self) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        pass
+
+    async def generate(self, inputs: Any, params: Any, request_id: str, **named: Any) -> Any:
+        from vllm.outputs import CompletionOutput, RequestOutput
+        from vllm.sampling_params import RequestOutputKind
+
+        ids = inputs["prompt_token_ids"]
+        text = self.renderer.tokenizer.decode(ids)
+        length = min(params.max_tokens, SLOW_LENGTH if "slow" in text else LENGTH)
+        seed = random.random() if params.seed is None else params.seed
+        letters = hashlib.sha256(f"{seed} {text}".encode()).hexdigest() * 4
+        in_pieces = params.output_kind == RequestOutputKind.DELTA
+        for place in range(length):
+            await asyncio.sleep(SLOW_S if "slow" in text else 0)
+            if "die" in text and place == 2:
+                os._exit(1)
+            ended = place + 1 == length
+            if not in_pieces and not ended:
+                continue
+            written = letters[place] if in_pieces else letters[:length]
+            reason = ("length" if length == params.max_tokens else "stop") if ended else None
+            token_ids = self.renderer.tokenizer.encode(written, add_special_tokens=False)
+            outputs = [CompletionOutput(index, written, token_ids, None, None, finish_reason=reason) for index in range(params.n)]
+            yield RequestOutput(request_id, None, ids, None, outputs, ended, num_cached_tokens=0)
+
+
+class FakeReplica(Replica):
+    def start_engine(self, settings: Settings) -> Any:
+        return counted(FakeLLM, self.metrics)(engine_config(settings))
