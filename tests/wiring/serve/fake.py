@@ -42,6 +42,7 @@ class FakeLLM:
         from vllm.outputs import CompletionOutput, RequestOutput
         from vllm.sampling_params import RequestOutputKind
 
+        self.input_processor.process_inputs(request_id, inputs, params, supported_tasks=("generate",))  # vLLM's own checks
         ids = inputs["prompt_token_ids"]
         text = self.renderer.tokenizer.decode(ids)
         length = min(params.max_tokens, SLOW_LENGTH if "slow" in text else LENGTH)
