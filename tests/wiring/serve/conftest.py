@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 
 from evolve_ray.serve import driver
@@ -18,7 +19,8 @@ __all__ = ["tiny_model"]
 KEYS = ("first-key-0123456789", "second-key-0123456789")
 RUNNING, QUEUED = 6, 2  # rounds in a replica's engine, and rounds that may wait
 OPTIONS = (f"engine.max_num_seqs={RUNNING}", f"serve.max_queued={QUEUED}", "engine.cpus_per_actor=0.2", "ray.num_cpus=4",
-           "ray.object_store_mib=80", "ray.dashboard=false", "serve.max_tokens=4000", "serve.drain_s=20", "template.name=tiny")  # fmt: skip
+           "ray.object_store_mib=80", "ray.dashboard=false", "serve.max_tokens=4000", "serve.drain_s=20",
+           "template.name=tiny")  # fmt: skip
 
 
 class Endpoint:
@@ -59,23 +61,28 @@ class Endpoint:
         return metrics
 
     def pids(self) -> list[int]:
-        """The processes of the replicas."""
-        from ray.util.state import list_actors
+        """The processes of the replicas, which are descendants of this one."""
+        found = psutil.Process().children(recursive=True)
+        return [process.pid for process in found if is_replica(process)]
 
-        actors = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
-        return [actor.pid for actor in actors if "replica" in (actor.class_name or "")]
+
+def is_replica(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and process.cmdline()[:1] == ["ray::ServeReplica:evolve-ray:replica"]
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextlib.contextmanager
-def serving(folder: str, kind: Any, *options: str, keys: tuple[str, ...] = KEYS) -> Iterator[Endpoint]:
+def serving(folder: str, kind: Any, *options: str) -> Iterator[Endpoint]:
     """An endpoint of its own on a local Ray. `kind` is the class of its replicas."""
     from ray import serve
 
     from evolve_ray.pools.session import start_ray, stop_ray
 
     before = dict(os.environ)
-    settings = settings_of(folder, None, [*OPTIONS, *options], "tiny", keys)
-    assert settings.key_hashes == tuple(map(hash_key, keys))
+    settings = settings_of(folder, None, [*OPTIONS, *options], "tiny", KEYS)
+    assert settings.key_hashes == tuple(map(hash_key, KEYS))
     driver.prepare_node()
     try:
         start_ray(settings.config)
@@ -89,7 +96,7 @@ def serving(folder: str, kind: Any, *options: str, keys: tuple[str, ...] = KEYS)
         os.environ.update(before)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def endpoint(tiny_model) -> Iterator[Endpoint]:
     from tests.wiring.serve.fake import FakeReplica
 
