@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": "chains against rounds with barriers, and against one flat batch, on vLLM",
     "iteration": "share of an iteration outside of engines and training",
     "scale": "cost by size, and several engines side by side, without a model",
+    "serve": "the endpoint against `vllm serve`, and against a client that refines by itself",
 }
 
 
