@@ -60,7 +60,7 @@ def endpoint(model: str, port: int, folder: Path, overrides: list[str], recipe: 
 
 def vllm(model: str, port: int, folder: Path, args: dict[str, Any], env: dict[str, str]) -> Server:
     """`vllm serve` with the same arguments for its engine."""
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--served-model-name", "model",
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "model",
                "--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log", *flags(args)]  # fmt: skip
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
     return start("vllm serve", command, port, folder, quiet | env)

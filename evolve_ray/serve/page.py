@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+from evolve_ray.refine.strategies import STRATEGIES
 from evolve_ray.serve.settings import Settings
 
 SOURCE = Path(__file__).parent / "page.html"
@@ -19,7 +20,9 @@ def page(settings: Settings) -> str:
         "model": settings.name,
         "rounds": config.strategy.rounds,
         "max_rounds": config.serve.max_rounds,
-        "strategies": [name for name in ("chain", "few_shot", "critique", "best_of", "parallel") if rules.can_use(name)],
+        "max_samples": config.serve.max_samples,
+        "strategy": config.strategy.name,
+        "strategies": [name for name in dict.fromkeys([*STRATEGIES, config.strategy.name]) if rules.can_use(name)],
         "scorer": settings.has_scorer,
         "keys": bool(settings.key_hashes),
     }

@@ -12,9 +12,10 @@ from typing import Any
 from evolve_ray.serve.engine import counted, engine_config
 from evolve_ray.serve.replica import Replica
 from evolve_ray.serve.settings import Settings
+from tests.plain.runs import HOSTILE
 
 LENGTH = 8  # tokens of an answer
-SLOW_S, SLOW_LENGTH = 0.05, 200  # of an answer to a prompt with "slow"
+SLOW_S, SLOW_LENGTH = 0.05, 200  # between the tokens of an answer to a prompt with "slow", and their number
 
 
 class FakeLLM:
@@ -45,9 +46,8 @@ class FakeLLM:
         self.input_processor.process_inputs(request_id, inputs, params, supported_tasks=("generate",))  # vLLM's own checks
         ids = inputs["prompt_token_ids"]
         text = self.renderer.tokenizer.decode(ids)
-        length = min(params.max_tokens, SLOW_LENGTH if "slow" in text else LENGTH)
-        seed = random.random() if params.seed is None else params.seed
-        letters = hashlib.sha256(f"{seed} {text}".encode()).hexdigest() * 4
+        pieces = pieces_of(text, random.random() if params.seed is None else params.seed)
+        length = min(params.max_tokens, len(pieces))
         in_pieces = params.output_kind == RequestOutputKind.DELTA
         for place in range(length):
             await asyncio.sleep(SLOW_S if "slow" in text else 0)
@@ -56,11 +56,21 @@ class FakeLLM:
             ended = place + 1 == length
             if not in_pieces and not ended:
                 continue
-            written = letters[place] if in_pieces else letters[:length]
-            reason = ("length" if length == params.max_tokens else "stop") if ended else None
+            written = pieces[place] if in_pieces else "".join(pieces[:length])
+            reason = ("length" if length < len(pieces) else "stop") if ended else None
             token_ids = self.renderer.tokenizer.encode(written, add_special_tokens=False)
             outputs = [CompletionOutput(index, written, token_ids, None, None, finish_reason=reason) for index in range(params.n)]
             yield RequestOutput(request_id, None, ids, None, outputs, ended, num_cached_tokens=0)
+
+
+def pieces_of(prompt: str, seed: float) -> list[str]:
+    """The tokens of an answer: letters, words of a sentence, or what a page must never obey."""
+    letters = hashlib.sha256(f"{seed} {prompt}".encode()).hexdigest() * 4
+    if "hostile" in prompt:
+        return [HOSTILE[int(letters[0], 16) % len(HOSTILE)]]
+    if "words" in prompt:
+        return ["the ", "quick ", f"{letters[:5]} ", "fox ", "jumps"]
+    return list(letters[: SLOW_LENGTH if "slow" in prompt else LENGTH])
 
 
 class FakeReplica(Replica):
