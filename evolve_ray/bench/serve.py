@@ -109,8 +109,7 @@ class Bench:
                 raise UserError(f"--model: {args.model}: is not a run directory; name a run, or leave it out")
             config = load_stored(found.run, [])
             self.model, self.given = str(found.folder), args.model
-            engine_args = config.engine.args | {"dtype": config.model.dtype, "max_model_len": config.model.context_tokens}
-            engine_args["max_num_seqs"], engine_env = config.engine.max_num_seqs, engine_env | config.engine.env
+            engine_args, engine_env = servers.engine_arguments(config), engine_env | config.engine.env
             self.template: Template = load_template(config.template.name, config.template.layout, "chain")
         else:
             self.model = self.given = str(folder / "model")

@@ -10,6 +10,7 @@ import urllib.request
 from pathlib import Path
 from typing import IO, Any
 
+from evolve_ray.config.options import Config
 from evolve_ray.errors import ResourceError
 
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "serve.py"
@@ -64,6 +65,12 @@ def vllm(model: str, port: int, folder: Path, args: dict[str, Any], env: dict[st
                "--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log", *flags(args)]  # fmt: skip
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
     return start("vllm serve", command, port, folder, quiet | env)
+
+
+def engine_arguments(config: Config) -> dict[str, Any]:
+    """The engine of a recipe as vLLM's own arguments."""
+    more = {"dtype": config.model.dtype, "max_model_len": config.model.context_tokens, "max_num_seqs": config.engine.max_num_seqs}
+    return config.engine.args | more
 
 
 def flags(args: dict[str, Any]) -> list[str]:
