@@ -73,9 +73,9 @@ def run(settings: Settings, host: str, port: int) -> int:
         start_ray(settings.config)
         from ray import serve
 
-        deploy(application(settings), host, port)
-        say(f"serving {settings.name}\n  page http://{host}:{port}/\n  API  http://{host}:{port}/v1\nend it with Ctrl-C")
         try:
+            deploy(application(settings), host, port)
+            say(f"serving {settings.name}\n  page http://{host}:{port}/\n  API  http://{host}:{port}/v1\nend it with Ctrl-C")
             watch()
         except KeyboardInterrupt:
             say(f"ending: running requests may take {settings.config.serve.drain_s:g} s to finish")
