@@ -57,6 +57,7 @@ class Turn:
 
     seconds: float
     answers: list[Answer]
+    cpu_s: float  # of the server and all that it has started
 
     @property
     def tokens(self) -> int:
@@ -80,8 +81,8 @@ class Turn:
     def summary(self) -> str:
         waits = sorted(answer.seconds for answer in self.answers)
         return (
-            f"{len(waits)} answers, {self.tokens} tokens, {self.seconds:.1f} s, {self.speed:.0f} tokens/s, "
-            f"{self.rate:.1f} answers/s; of an answer {statistics.median(waits):.2f} s, of one in twenty "
+            f"{len(waits)} answers, {self.tokens} tokens, {self.seconds:.1f} s, CPU {self.cpu_s:.1f} s, "
+            f"{self.speed:.0f} tokens/s, {self.rate:.1f} answers/s; of an answer {statistics.median(waits):.2f} s, of one in twenty "
             f"{waits[int(0.95 * len(waits))]:.2f} s or more"
         )
 
@@ -129,26 +130,26 @@ class Bench:
             ours.wait()
             if self.args.replicas > 1:
                 for repeat in range(self.args.repeats):
-                    self.turn("refine", "ours", ours.url, repeat)
+                    self.turn("refine", "ours", ours, repeat)
                 return [hits_row(counts_of(ours.url), self.args.replicas)]
             theirs = servers.vllm(self.model, servers.free_port(), self.folder, self.engine_args, self.engine_env)
             started.append(theirs)
             theirs.wait()
-            return [*ratio_rows(self.turns({"ours": ours.url, "theirs": theirs.url})), hits_row(counts_of(ours.url), 1)]
+            return [*ratio_rows(self.turns({"ours": ours, "theirs": theirs})), hits_row(counts_of(ours.url), 1)]
         finally:
             for server in started:
                 server.stop()
 
-    def turns(self, urls: dict[str, str]) -> dict[tuple[str, str], list[Turn]]:
+    def turns(self, sides: dict[str, servers.Server]) -> dict[tuple[str, str], list[Turn]]:
         """The turns of each kind and side after one to warm up; the side that goes first changes."""
         found: dict[tuple[str, str], list[Turn]] = {(kind, side): [] for kind in KINDS for side in SIDES}
         for repeat in range(self.args.repeats + 1):
             for kind in KINDS:
                 for side in SIDES if repeat % 2 else reversed(SIDES):
-                    found[kind, side].append(self.turn(kind, side, urls[side], repeat))
+                    found[kind, side].append(self.turn(kind, side, sides[side], repeat))
         return {key: turns[1:] for key, turns in found.items()}
 
-    def turn(self, kind: str, side: str, url: str, repeat: int) -> Turn:
+    def turn(self, kind: str, side: str, server: servers.Server, repeat: int) -> Turn:
         count = self.args.requests if kind != "refine" else max(self.args.clients, self.args.requests // 4)
         bodies = [self.body(kind, repeat, number) for number in range(count)]
         work: Callable[[Any, str, Any], Awaitable[list[Reply]]] = self.once
@@ -157,8 +158,9 @@ class Bench:
         elif side == "ours":
             rounds = self.args.rounds if kind == "refine" else 1
             bodies = [body | {"refine": {"rounds": rounds}} for body in bodies]
-        answers, seconds = asyncio.run(load.drive(url, bodies, self.args.clients, self.args.seconds, work))
-        return Turn(seconds, answers)
+        before = server.cpu_s()
+        answers, seconds = asyncio.run(load.drive(server.url, bodies, self.args.clients, self.args.seconds, work))
+        return Turn(seconds, answers, server.cpu_s() - before)
 
     def body(self, kind: str, repeat: int, number: int) -> Body:
         """A request that no other turn has sent, so that no cache knows it; both sides get the same ones."""
@@ -193,7 +195,8 @@ def ratio_rows(turns: dict[tuple[str, str], list[Turn]]) -> list[Row]:
                 raise UserError(
                     f"serve: the sides did different work in {kind!r} ({ours.summary()}; {theirs.summary()}); raise --seconds"
                 )
-        counts = {"evolve-ray": pairs[0][0].summary(), "vllm serve": pairs[0][1].summary()}
+        counts: dict[str, Any] = {"evolve-ray": pairs[0][0].summary(), "vllm serve": pairs[0][1].summary()}
+        counts["CPU ratios"] = [round(theirs.cpu_s / ours.cpu_s, 2) for ours, theirs in pairs]
         found.append(Row(NAMES[kind], "x", [ours.rate / theirs.rate for ours, theirs in pairs], counts))
         if kind == "stream":
             times = {side: f"{statistics.median(turn.first_ms for turn in turns[kind, side]):.1f} ms" for side in SIDES}

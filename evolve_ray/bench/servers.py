@@ -1,5 +1,6 @@
 """The two servers of the serving benchmark as child processes on loopback: this endpoint and `vllm serve`."""
 
+import contextlib
 import json
 import os
 import socket
@@ -9,6 +10,8 @@ import time
 import urllib.request
 from pathlib import Path
 from typing import IO, Any
+
+import psutil
 
 from evolve_ray.config.options import Config
 from evolve_ray.errors import ResourceError
@@ -37,6 +40,15 @@ class Server:
                 time.sleep(POLL_S)
         lines = self.log.read_text(errors="replace").strip().splitlines() or ["it wrote nothing"]
         raise ResourceError(f"serve: {self.name} did not start: {lines[-1]}")
+
+    def cpu_s(self) -> float:
+        """CPU seconds of the server and of all that it has started, so far."""
+        total = 0.0
+        for process in (root := psutil.Process(self.process.pid), *root.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
 
     def stop(self) -> None:
         self.process.terminate()
