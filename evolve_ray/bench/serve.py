@@ -82,8 +82,8 @@ class Turn:
         waits = sorted(answer.seconds for answer in self.answers)
         return (
             f"{len(waits)} answers, {self.tokens} tokens, {self.seconds:.1f} s, CPU {self.cpu_s:.1f} s, "
-            f"{self.speed:.0f} tokens/s, {self.rate:.1f} answers/s; of an answer {statistics.median(waits):.2f} s, of one in twenty "
-            f"{waits[int(0.95 * len(waits))]:.2f} s or more"
+            f"{self.speed:.0f} tokens/s, {self.rate:.1f} answers/s; of an answer {statistics.median(waits):.2f} s, "
+            f"of one in twenty {waits[int(0.95 * len(waits))]:.2f} s or more"
         )
 
 
