@@ -17,6 +17,7 @@ COMMANDS = {
     "gpu": "one page about a GPU: an iteration, training steps and reloads at real sizes",
     "iteration": "share of an iteration outside of engines and training",
     "scale": "cost by size, and several engines side by side, without a model",
+    "serve": "the endpoint against `vllm serve`, and against a client that refines by itself",
 }
 
 

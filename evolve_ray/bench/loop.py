@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evolve_ray.bench.busy import busy_processes
 from evolve_ray.bench.generate import CPU_ARGUMENTS, CPU_ENV, LETTERS
-from evolve_ray.bench.load import busy_processes
 from evolve_ray.bench.table import Row
 from evolve_ray.errors import ResourceError, UserError
 from evolve_ray.generate.spec import Completion, GenerateSpec
