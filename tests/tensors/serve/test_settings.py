@@ -1,27 +1,19 @@
 """What is served: names, defaults without a recipe, keys, hosts, and the plan as text."""
 
-import json
 import pickle
 
 import pytest
 
 from evolve_ray.errors import UserError
 from evolve_ray.serve.settings import check_host, describe, hash_key, read_keys, settings_of
+from tests.tensors import zoo
 
 KEY, OTHER = "k" * 16, "other-key-0123456789"
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A model folder as far as it is read before an engine starts."""
-    made = tmp_path / "my-model"
-    made.mkdir()
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "max_position_embeddings": 512}
-    (made / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer_config.json", "tokenizer.json"):
-        (made / name).write_text("{}")
-    (made / "model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
-    return made
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return zoo.save("llama_dropout", tmp_path_factory.mktemp("served") / "my-model", max_position_embeddings=512)
 
 
 def test_a_folder_without_a_recipe_gets_defaults_that_fit_it(folder):
