@@ -70,6 +70,7 @@ class FixedLengths(VllmEngine):
 
     def use(self, spec: GenerateSpec, chat: Chat) -> None:
         super().use(spec, chat)
+        self.end_id = chat.end_id
         sampling, letters, longest = self.sampling, chat.text_ids(LETTERS), spec.sampling.max_tokens
 
         def fixed(seed: int, logps: bool) -> Any:
@@ -81,7 +82,15 @@ class FixedLengths(VllmEngine):
         self.sampling = fixed
 
     def step(self) -> list[Completion]:
-        return [dataclasses.replace(completion, finish_reason="stop") for completion in super().step()]
+        return [
+            dataclasses.replace(
+                completion,
+                finish_reason="stop",
+                # As if the model had written its end token; the probe asks for log-probabilities, and this token has none.
+                token_ids=completion.token_ids if completion.logps else (*completion.token_ids, self.end_id),
+            )
+            for completion in super().step()
+        ]
 
 
 def length(seed: int, longest: int) -> int:
