@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-fast test-long test-faults golden docs check install lock clean cluster-check cluster-smoke
+.PHONY: demo test test-fast test-long test-faults golden docs check install lock clean cluster-check cluster-smoke gpu-check
 
 demo: install
 	@$(BIN)/python jobs/iterate.py jobs/recipes/tiny.toml
@@ -49,6 +49,11 @@ lock: install
 	@cd / && env -u UV_FIND_LINKS -u PIP_FIND_LINKS $(CURDIR)/$(BIN)/python -m uv --no-config pip compile $(CURDIR)/pyproject.toml \
 	  --extra gpu --extra eval --extra track --extra s3 --extra lora --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	  --no-emit-find-links --no-emit-index-url --no-annotate --no-header --output-file $(CURDIR)/cluster/requirements-gpu.txt
+
+# For a machine with a GPU, about ten minutes: an environment of its own, one iteration, the rows at real sizes, a page to send back.
+gpu-check:
+	@$(PYTHON) -m venv .venv-gpu && .venv-gpu/bin/pip install --quiet -e ".[gpu,dev]"
+	@.venv-gpu/bin/python jobs/bench.py gpu --page gpu-check.md
 
 # The files of cluster/ by tools that need no cloud; uv fetches them for this one call.
 cluster-check: install

@@ -12,7 +12,9 @@ from evolve_ray.store.files import write_atomic
 
 COMMANDS = {
     "train": "training steps: trees, memory, TRL",
+    "loop": "a whole iteration against the plain script of vLLM, transformers and TRL",
     "generate": "chains against rounds with barriers, and against one flat batch, on vLLM",
+    "gpu": "one page about a GPU: an iteration, training steps and reloads at real sizes",
     "iteration": "share of an iteration outside of engines and training",
     "scale": "cost by size, and several engines side by side, without a model",
 }

@@ -7,16 +7,15 @@
 """
 
 import argparse
-import json
+import dataclasses
 import random
 import statistics
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from evolve_ray.bench.load import busy_processes
 from evolve_ray.bench.table import Row
+from evolve_ray.bench.watches import NoPeak, Peak, Seconds, Watch
 from evolve_ray.config import options as options_of
 from evolve_ray.errors import UserError
 from evolve_ray.store.rows import REFERENCE
@@ -24,7 +23,6 @@ from evolve_ray.train.tree import Forward, Sequence, pack
 
 NAMES = ("evolve_tree_vs_separate", "dpo_vs_trl", "memory_vs_trl", "memory_vs_full_logits")
 SIX = tuple(REFERENCE.names[1:])
-Seconds = tuple[float, float]  # wall and CPU seconds
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -33,6 +31,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), help="rows to measure")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each side")
+    parser.add_argument("--busy", type=int, default=0, help="measure the rows about time again beside this many busy processes")
     parser.add_argument("--pairs", type=int, default=2, help="pairs of a step of evolve")
     parser.add_argument("--dpo-pairs", type=int, default=8, help="pairs of a step of dpo")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
@@ -54,13 +53,21 @@ def rows(args: argparse.Namespace) -> list[Row]:
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: is cuda, but torch finds no GPU; use --device cpu")
-    rows = [evolve(args)] if "evolve_tree_vs_separate" in args.only else []
-    if "dpo_vs_trl" in args.only:
-        rows.append(against_trl(args, args.vocabulary, args.layers, memory=False))
+    rows = speed_rows(args)
+    if args.busy:
+        with busy_processes(args.busy):
+            rows += [dataclasses.replace(row, name=f"{row.name}, {args.busy} busy processes") for row in speed_rows(args)]
     if "memory_vs_trl" in args.only:
         rows.append(against_trl(args, args.memory_vocabulary, args.memory_layers, memory=True))
     if "memory_vs_full_logits" in args.only:
         rows.append(full_logits(args))
+    return rows
+
+
+def speed_rows(args: argparse.Namespace) -> list[Row]:
+    rows = [evolve(args)] if "evolve_tree_vs_separate" in args.only else []
+    if "dpo_vs_trl" in args.only:
+        rows.append(against_trl(args, args.vocabulary, args.layers, memory=False))
     return rows
 
 
@@ -201,64 +208,6 @@ def ratio(name: str, seconds: dict[str, list[Seconds]], pairs: int, counts: dict
     return Row(name, "x", wall_ratios, speeds | {"CPU ratios": cpu_ratios} | counts)
 
 
-class Watch:
-    """`with Watch(args) as watch`: afterwards `watch.spent` has the wall and CPU seconds of the block."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-
-    def __enter__(self) -> "Watch":
-        self.start = (time.perf_counter(), time.process_time())
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        synchronise(self.args)
-        self.spent: Seconds = (time.perf_counter() - self.start[0], time.process_time() - self.start[1])
-
-
-def synchronise(args: argparse.Namespace) -> None:
-    import torch
-
-    if args.device == "cuda":
-        torch.cuda.synchronize()
-
-
-class Peak:
-    """`with Peak(args) as peak`: afterwards `peak.bytes` is the peak memory that the block allocated in addition."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.cuda, self.bytes = args.device == "cuda", 0
-
-    def __enter__(self) -> "Peak":
-        import torch
-
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-            self.profiler.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        import torch
-
-        if self.cuda:
-            torch.cuda.synchronize()
-            self.bytes = torch.cuda.max_memory_allocated() - self.before
-            return
-        self.profiler.__exit__(*error)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "trace.json"
-            self.profiler.export_chrome_trace(str(path))
-            events = json.loads(path.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
-        live = 0
-        for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
-            live += event["args"]["Bytes"]
-            self.bytes = max(self.bytes, live)
-
-
 def full_logits(args: argparse.Namespace) -> Row:
     """Returns the peak of a step of dpo with chunked logits over the peak with all logits of the same trees."""
     policy = Policy(
@@ -324,21 +273,6 @@ def against_trl(args: argparse.Namespace, vocabulary: int, layers: int, *, memor
         return ratio("dpo_vs_trl", seconds, args.dpo_pairs, counts)
     counts |= {"ours, peak MiB": mib(peaks["ours"]), "TRL, peak MiB": mib(peaks["TRL"])}
     return Row("memory_vs_trl", "x", [a / b for a, b in zip(peaks["ours"], peaks["TRL"], strict=True)], counts)
-
-
-class NoPeak:
-    """Replaces `Peak` where time is measured, because the profiler costs time."""
-
-    bytes = 0
-
-    def __init__(self, args: Any = None):
-        pass
-
-    def __enter__(self) -> "NoPeak":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        pass
 
 
 def padded(args: argparse.Namespace, groups: list[list[Sequence]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from evolve_ray.errors import UserError
 
+SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_SHOWN = 20
 BLOCK_ROWS = 4096  # rows that are in memory as dicts at the same time
 
@@ -156,7 +157,7 @@ def text_of(record: dict, column: str, where: str, faults: list[str], *, empty: 
     if not empty and not value.strip():
         faults.append(f"{where}: column {column!r} is empty")
         return None
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if SURROGATE.search(value):
         faults.append(f"{where}: column {column!r} contains half of a surrogate pair, which is not valid Unicode text")
         return None
     return value

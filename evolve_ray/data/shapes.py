@@ -202,7 +202,7 @@ def whole_prompt(
     elif column != DEFAULT or not before:
         faults.append(f"{where}: {without_prompt(record, column)}")
         return None
-    shape.column = shape.column or (chosen_name if before else column)
+    shape.column = shape.column or (chosen_name if own is None else column)
     if own is not None and not before:
         return own
     if own is not None and before[0]["role"] == "assistant":  # the answer goes on after the prompt

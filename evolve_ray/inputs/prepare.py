@@ -114,8 +114,11 @@ def reward_model_need(config: Config, rendering: Rendering) -> gate.Need:
     )  # fmt: skip
 
 
-def settle_rendering(config: Config, run: Run, models: list[Path]) -> Rendering:
-    """How this run renders conversations. A template that prints the date prints the day on which the run began."""
+def settle_rendering(config: Config, run: Run | None, models: list[Path]) -> Rendering:
+    """How this run renders conversations. A template that prints the date prints the day on which the run began.
+
+    Without a run that day is today.
+    """
     chat_template = ""
     if config.model.chat_template:
         try:
@@ -127,7 +130,8 @@ def settle_rendering(config: Config, run: Run, models: list[Path]) -> Rendering:
     for name in config.model.template_arguments:
         if name in RESERVED:
             raise UserError(f"model.template_arguments.{name}: is set by evolve-ray itself; remove it")
-    day = began(run) if CLOCK in chat_template or any(map(asks_date, models)) else ""
+    today = date.today().isoformat
+    day = (began(run) if run else today()) if CLOCK in chat_template or any(map(asks_date, models)) else ""
     return Rendering(chat_template, config.model.template_arguments, day, config.thinking)
 
 

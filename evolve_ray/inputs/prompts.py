@@ -42,13 +42,12 @@ class Prompter:
 
         if config.evaluation.splits:
             context.held_out = attempt(self.held_out)
+        # After a fault in the held-out prompts it is unknown which rows overlap with them, so the other files are only checked.
         for name in ("activation", "offline"):
             part = getattr(config, name)
             if part and not faults:
                 context.triples[name] = attempt(self.triples, name, part)
-            elif (
-                part
-            ):  # a fault in the held-out prompts: the rows that overlap with them are unknown, so the file is only checked
+            elif part:
                 attempt(reader.triples, name, part, self.held_prompts())
         attempt(self.training) if not faults else attempt(reader.training, self.held_prompts())
         if faults:

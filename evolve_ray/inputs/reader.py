@@ -17,6 +17,7 @@ from evolve_ray.data.prompts import HeldOut, drop_held_out, drop_repeated, read_
 from evolve_ray.data.read import BLOCK_ROWS, MAX_SHOWN
 from evolve_ray.data.shapes import Shape
 from evolve_ray.errors import UserError, first_line
+from evolve_ray.models.same_tokens import bare
 from evolve_ray.refine.template import Template
 from evolve_ray.score.verifiers import gold_check
 from evolve_ray.store import rows
@@ -149,7 +150,7 @@ class DataReader:
 
     def same_tokens(self, first: str, second: str) -> bool:
         """Whether two answers are trained as the same tokens: equal texts, or texts that the tokenizer makes equal."""
-        return first == second or self.chat.text_ids(first) == self.chat.text_ids(second)
+        return bare(first) == bare(second) and self.chat.text_ids(first) == self.chat.text_ids(second)
 
     def training(self, held_prompts: HeldOut) -> tuple[pa.Table, list[dict]]:
         """(the usable training prompts as one table, which needs far less memory than dicts; the rejected rows)."""

@@ -8,11 +8,12 @@ from evolve_ray.store.files import sha256_file
 from evolve_ray.store.manifest import read_manifest
 from evolve_ray.store.rows import digest
 
-CONTENT = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+WITHOUT_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt")
+CONTENT = ("*.safetensors", *WITHOUT_WEIGHTS)
 
 
-def resolve(path: str, field: str) -> Path:
-    """The local folder of a model: a folder stays what it is, a hub name is downloaded to the hub's cache.
+def resolve(path: str, field: str, files: tuple[str, ...] = CONTENT) -> Path:
+    """The local folder of a model: a folder stays what it is, the `files` of a hub name are downloaded to the hub's cache.
 
     Raises UserError, which names `field`, if there is no such model.
     """
@@ -24,7 +25,7 @@ def resolve(path: str, field: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=list(CONTENT)))
+        return Path(snapshot_download(path, allow_patterns=list(files)))
     except Exception as error:  # the hub client raises many types, all of them about this name
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{field}: {path}: is not a folder, and the hub cannot provide it: {reason}") from None

@@ -54,9 +54,13 @@ class ShardDispatcher:
         if "error" not in result:
             index, begun = self.free.get(), now()
             try:
-                result = {"begun": begun} | result | self.process(index, shard)
+                processed = self.process(index, shard)
             finally:
                 self.free.put(index)
+            if "stats" in processed:
+                times = {"begun": begun, "ended": now()}
+                processed["steps"] = result.get("steps", {}) | {self.stage: times | seconds_of(processed["stats"])}
+            result |= processed
         return {"shard": [shard], "result": [json.dumps(result)]}
 
     def process(self, index: int, shard: int) -> dict:
@@ -77,6 +81,11 @@ class ShardDispatcher:
                 f"Ray dashboard, then submit the same command again: {first_line(error)}"
             )
             return {"error": pack(ResourceError(message))}
+
+
+def seconds_of(stats: dict[str, Any]) -> dict[str, float]:
+    """The counts of a shard that are seconds: how long an engine or a scorer worked, or started."""
+    return {name: value for name, value in stats.items() if name.endswith("_seconds")}
 
 
 def commit_shard(actor: Any, index: int, shard: int, pool: PoolOptions, stage: str, spec: Any) -> dict:
@@ -120,7 +129,7 @@ def dispatcher_stall_s(steps: list[Step]) -> float:
     return 1.5 * max(START_S, *(step.pool.stall_s for step in steps))
 
 
-def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[int, str, dict], None]) -> None:
+def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[int, dict], None]) -> None:
     """Processes all shards that are not committed in every step; starts a new pipeline if a shard dispatcher dies.
 
     `on_shard` is called as in `stream`. ResourceError if shard dispatchers die more than `MAX_RESTARTS` times.
@@ -145,8 +154,12 @@ def run(pools: Pools, steps: list[Step], num_shards: int, on_shard: Callable[[in
                 ) from None
 
 
-def stream(pools: Pools, steps: list[Step], todo: list[dict], on_shard: Callable[[int, str, dict], None]) -> None:
-    """Runs one Ray Data pipeline; calls `on_shard` with each finished shard, its start time, and the counts of the last step."""
+def stream(pools: Pools, steps: list[Step], todo: list[dict], on_shard: Callable[[int, dict], None]) -> None:
+    """Runs one Ray Data pipeline; calls `on_shard` with each finished shard.
+
+    Its second argument has the `stats` of the last step, and by the name of the stage the `steps`: when each began and ended
+    (`begun`, `ended`), and how many seconds its actor worked (`engine_seconds`, ...).
+    """
     import ray
     from ray.util.annotations import RayDeprecationWarning
 
@@ -175,4 +188,4 @@ def stream(pools: Pools, steps: list[Step], todo: list[dict], on_shard: Callable
         result = json.loads(batch["result"][0])
         if "error" in result:
             raise unpack(result["error"])
-        on_shard(int(batch["shard"][0]), result["begun"], result["stats"])
+        on_shard(int(batch["shard"][0]), result)

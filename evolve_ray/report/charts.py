@@ -109,6 +109,25 @@ def forest(name: str, alt: str, groups: list[Series], *, x: str = "") -> str:
     return draw(name, alt, 0.75 + 0.11 * len(rows) + 0.16 * len(groups), paint)
 
 
+def stacks(name: str, alt: str, labels: list[str], parts: list[Series], *, x: str = "") -> str:
+    """Draws one bar for each label, from its parts side by side: `parts` have a point for each label, with its length as mean."""
+
+    def paint(axes: Any) -> None:
+        ends = [0.0] * len(labels)
+        for part in parts:
+            lengths = [point.mean for point in part.points]
+            axes.barh(range(len(labels)), lengths, left=ends, height=0.62, color=PLACEHOLDERS[part.color])
+            ends = [end + length for end, length in zip(ends, lengths, strict=True)]
+        axes.set_yticks(range(len(labels)), [short(label) for label in labels])
+        axes.set_ylim(len(labels) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel(x)
+        axes.grid(axis="x", color=PLACEHOLDERS["grid"], linewidth=0.6)
+
+    return draw(name, alt, 0.6 + 0.26 * len(labels), paint)
+
+
 def moves(name: str, alt: str, rows: list[Move], *, better: str, worse: str) -> str:
     """Draws bars to the right for prompts that became better, to the left for those that became worse, with their counts."""
 

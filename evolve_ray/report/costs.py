@@ -4,6 +4,7 @@ from typing import Any
 
 from evolve_ray.report import charts
 from evolve_ray.report.charts import Point, Series
+from evolve_ray.report.clock import PARTS, TITLES
 from evolve_ray.report.markup import details, figure, panels, section, table
 from evolve_ray.report.views import (
     MODEL_AXIS,
@@ -237,7 +238,7 @@ STAGE = {
 def ledger(report: dict[str, Any], rejected: list[tuple]) -> str:
     """Rows, tokens and seconds of every stage, and the reasons why rows were rejected."""
     book = report.get("ledger") or {"stages": report["stages"], "iterations": []}
-    parts = []
+    parts = [times] if (times := clock(book.get("clock", []))) else []
     if book["iterations"]:
         lines = [
             ["all" if row is book["total"] else row["iteration"], *row_of(row)[2:]]
@@ -246,7 +247,7 @@ def ledger(report: dict[str, Any], rejected: list[tuple]) -> str:
         parts.append("<h3>By iteration</h3>" + table_of(["iteration", *list(STAGE.values())[2:]], lines))
     if book["stages"]:
         stages = table_of(list(STAGE.values()), [row_of(row) for row in book["stages"]])
-        parts.append(details("By stage", stages) if parts else stages)
+        parts.append(details("By stage", stages) if book["iterations"] else stages)
     if rejected:
         rest = len(rejected) - MAX_REASONS
         lines = [[number, stage, reason, f"{count:,}"] for number, stage, reason, count in rejected[:MAX_REASONS]]
@@ -257,6 +258,29 @@ def ledger(report: dict[str, Any], rejected: list[tuple]) -> str:
         'stage "generations". Engine seconds are summed over all engines.'
     )
     return section("ledger", "What it cost", text, *parts)
+
+
+def clock(iterations: list[dict[str, Any]]) -> str:
+    """Where the wall-clock time of each iteration went, as a drawing and a table; empty without times."""
+    if not iterations:
+        return ""
+    labels = [f"iteration {row['iteration']}" for row in iterations]
+    series = [
+        Series(TITLES[name], color, "s", [as_point(place, row[name]) for place, row in enumerate(iterations)])
+        for name, color in zip(PARTS, COLORS, strict=True)
+    ]
+    alt = f"Wall-clock seconds of each iteration, split into {', '.join(TITLES.values())}"
+    svg = charts.stacks("clock", alt, labels, series, x="wall-clock seconds")
+    lines = [
+        [label, f"{row['seconds']:,.1f}", *(f"{row[name]:,.1f} ({row[name] / max(row['seconds'], 1e-9):.0%})" for name in PARTS)]
+        for label, row in zip(labels, iterations, strict=True)
+    ]
+    header = ["iteration", "seconds", *TITLES.values()]
+    text = (
+        "<p>Wall-clock seconds. Engines and scorers work side by side: scoring counts only after the last draft, waiting is one "
+        "that has nothing left to do. Starts are processes, imports, Ray and the loading of models.</p>"
+    )
+    return "<h3>Where the time went</h3>" + text + svg + charts.key(series) + table(header, lines)
 
 
 def row_of(row: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from evolve_ray.report.clock import clock
 from evolve_ray.store.manifest import Manifest, read_manifest
 from evolve_ray.store.rows import read_jsonl
 from evolve_ray.store.run import Run
@@ -30,7 +31,8 @@ def committed_stages(run: Run) -> Iterator[tuple[int, Manifest]]:
 
 
 def ledger(run: Run, actors: int) -> dict[str, Any]:
-    """`{"stages": a line per committed stage, "iterations": totals by iteration, "total": totals of the run}`.
+    """`{"stages": a line per committed stage, "iterations": totals by iteration, "total": totals of the run, "clock": where
+    the wall-clock time of each iteration went (`clock.py`)}`.
 
     `seconds` is wall time over all attempts. Drafts and scores come from one pipeline, whose wall time is in the line of the
     drafts; the wall time of a reference is in the line of its training.
@@ -40,13 +42,14 @@ def ledger(run: Run, actors: int) -> dict[str, Any]:
     training's reference and updates, without the start of its workers and without reading and writing files.
     Null: the stage has no such figure.
     """
-    seconds = wall_seconds(read_jsonl(run.root / "events.jsonl"))
+    events = read_jsonl(run.root / "events.jsonl")
+    seconds = wall_seconds(events)
     lines = [line(number, manifest, seconds, actors) for number, manifest in committed_stages(run)]
     iterations = [
         {"iteration": number, **totals([row for row in lines if row["iteration"] == number])}
         for number in dict.fromkeys(row["iteration"] for row in lines)
     ]
-    return {"stages": lines, "iterations": iterations, "total": totals(lines)}
+    return {"stages": lines, "iterations": iterations, "total": totals(lines), "clock": clock(events, lines, actors)}
 
 
 def line(iteration: int, manifest: Manifest, seconds: dict[tuple[int, str], float], actors: int) -> dict[str, Any]:

@@ -146,10 +146,10 @@ def run_steps(context: Context, label: str, iteration: int | None, steps: list[d
     """Runs a pipeline; writes an event and prints a line for each finished shard."""
     done = 0
 
-    def on_shard(shard: int, begun: str, stats: dict) -> None:
+    def on_shard(shard: int, result: dict) -> None:
         nonlocal done
         done += 1
-        context.run.event("shard", stage=label, iteration=iteration, shard=shard, num_shards=num_shards, begun=begun)
+        context.run.event("shard", stage=label, iteration=iteration, shard=shard, num_shards=num_shards, steps=result["steps"])
         context.say(f"    {done} of {num_shards} shards")
 
     advice = "the shard dispatcher hangs or found no place on a node; see the Ray dashboard, then submit the same command again"

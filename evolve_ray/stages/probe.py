@@ -53,8 +53,12 @@ def run_probe(context: Context, stage: Stage, iteration: int, models: dict[str, 
     job = GenerationJob(iteration, "probe", models["policy"], prompts, config.strategy, plain, "probe", {})
     engines = context.pools.open(engine_pool(config.engine))
     probe_prompts = shards.read_slice(prompts.path("prompts.parquet"), 0, config.probe.prompts)
+    # Before the engines are asked, so that it starts while they answer.
+    probers, spec = weight_probe.open_prober(context.pools, config.probe, config.model.dtype)
     samples = call_all(engines, generate_spec(context, job, stage), "probe", probe_prompts)
-    figures = weight_probe.compare(context.pools, config.probe, config.model.dtype, folders(models), samples)
+    call_all(probers, spec, "ready")
+    context.run.event("prober_ready", stage="probe", iteration=iteration)
+    figures = weight_probe.compare(probers, spec, folders(models), samples)
     if not figures["mean_difference"] <= config.probe.tolerance:
         raise IntegrityError(
             f"probe of iteration {iteration}: the engines' log-probabilities differ from the checkpoint's by "

@@ -7,7 +7,7 @@ or an old prefix cache would make a difference. The same forwards under earlier 
 from typing import Any
 
 from evolve_ray.config import options
-from evolve_ray.pools.actors import PoolOptions, Pools, call_all
+from evolve_ray.pools.actors import Actors, PoolOptions, Pools, call_all
 
 VERSION = 1
 
@@ -17,6 +17,11 @@ class Prober:
 
     def __init__(self, spec: tuple[str, str]):
         self.spec = spec
+
+    def ready(self) -> None:
+        """Imports what the forwards need."""
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
 
     def token_logps(self, folder: str, samples: list[dict]) -> list[list[float]]:
         """For each sample the log-probability of each response token under the model in `folder`, in nats."""
@@ -37,16 +42,27 @@ class Prober:
         return logps
 
 
-def compare(pools: Pools, probe: options.Probe, dtype: str, models: dict[str, str], samples: list[list[dict]]) -> dict[str, Any]:
+Spec = tuple[str, str]  # device, dtype
+
+
+def open_prober(pools: Pools, probe: options.Probe, dtype: str) -> tuple[Actors, Spec]:
+    """Starts the probing actor without waiting for it; returns it with its spec."""
+    actors = pools.open(PoolOptions("probers", Prober, 1, probe.cpus, probe.gpus, restarts=3))
+    spec = ("cuda" if probe.gpus else "cpu", dtype)
+    for actor in actors:
+        actor.call.remote(spec, "ready")
+    return actors, spec
+
+
+def compare(actors: Actors, spec: Spec, models: dict[str, str], samples: list[list[dict]]) -> dict[str, Any]:
     """The figures of one probe. `samples` holds the samples of each engine, drawn from the policy at temperature 1.
 
     `mean_difference` and `max_difference` (nats a token) compare engine and checkpoint. `kl_iteration` and `kl_initial` estimate
     KL(policy || model) in nats a response: the mean of log policy - log model over samples of the policy.
     """
-    actors = pools.open(PoolOptions("probers", Prober, 1, probe.cpus, probe.gpus, restarts=3))
     flat = [sample for part in samples for sample in part]
-    spec = ("cuda" if probe.gpus else "cpu", dtype)
-    logps = {name: call_all(actors, spec, "token_logps", folder, flat)[0] for name, folder in models.items()}
+    by_folder = {folder: call_all(actors, spec, "token_logps", folder, flat)[0] for folder in dict.fromkeys(models.values())}
+    logps = {name: by_folder[folder] for name, folder in models.items()}
     differences = [
         abs(engine - plain)
         for sample, policy_logps in zip(flat, logps["policy"], strict=True)

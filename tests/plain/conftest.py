@@ -1,5 +1,7 @@
 """What several plain tests share: a recipe on disk, and tiny models and tokenizers made on the spot."""
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = make_tokenizer(256)
     LlamaForCausalLM(llama_config(LlamaConfig, len(tokenizer))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def allow_systems(model: Path, folder: Path) -> Path:
+    """A copy of a model of the tiny world whose chat template writes a system prompt as a turn of its own."""
+    shutil.copytree(model, folder)
+    template = folder / "chat_template.jinja"
+    written = template.read_text()
+    changed = re.sub(r"\{%- if message.role not in.*?endif -%\}\n", "", written, flags=re.S)
+    changed = changed.replace("~ message.role ~", "~ (message.role if message.role == 'assistant' else 'user') ~")
+    assert changed != written
+    template.write_text(changed)
     return folder
 
 

@@ -32,8 +32,8 @@ WRITTEN = Path(__file__).parent / "stage_keys.json"
 CASES = {
     **{name: (name, ()) for name in ("tiny", "tiny_iterative_dpo", "tiny_parallel", "tiny_rule", "tiny_reward_model")},
     # In 0.1.0 these recipes had the instruct model, and took the triples from a file of the user's.
-    **{name: (name, ("model.path=meta-llama/Llama-3.1-8B-Instruct", "activation.path=triples.jsonl", "activation.split=train",
-              "activation.limit=0", 'model.chat_template=""'))
+    **{name: (name, ("model.path=meta-llama/Llama-3.1-8B-Instruct", "model.chat_template=''", "activation.limit=0",
+                     "activation.path=triples.jsonl", "activation.split=train"))
        for name in ("llama31_8b", "llama31_8b_4nodes")},
     "best of, stopped": ("tiny", ("strategy.name=best_of",)),
     "verifier asked": ("tiny", ("strategy.stop_right=true",)),

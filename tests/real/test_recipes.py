@@ -57,9 +57,9 @@ def test_the_recipe_of_the_paper_runs_scaled_down(refreshed, place):
     world = next(place.glob("toy-world-*"))
     reward_model = next(place.glob("toy-reward-model-*")) / "reward_model"
     scaled = [
-        f"model.path={world / 'base'}", 'model.chat_template=""', "model.context_tokens=256",
+        f"model.path={world / 'base'}", "model.chat_template=''", "model.context_tokens=256",
         f"prompts.path={world / 'train.jsonl'}",
-        "prompts.per_iteration=48", f"activation.path={world / 'triples.jsonl'}",
+        "prompts.per_iteration=48", f"activation.path={world / 'triples.jsonl'}", "activation.limit=0",
         f"evaluation.splits.heldout={world / 'heldout.jsonl'}",
         f"scorer.model={reward_model}", "scorer.max_tokens=128", "scorer.actors=1", "scorer.gpus_per_actor=0",
         "scorer.cpus_per_actor=0.1", "template.name=tiny", "sampling.max_tokens=24", "trainer.workers=2", "trainer.use_gpu=false",

@@ -38,6 +38,10 @@ def save_model(folder, special, plain, template):
     with torch.no_grad():
         # One direction that every token has in the embedding, so that some tokens are likely after any other.
         model.model.embed_tokens.weight[:, 0] = 3.0
+        model.lm_head.weight[:, 0] = -1.0
+        for token in range(len(tokenizer) + 4):
+            if tokenizer.decode([token]).isascii():
+                model.lm_head.weight[token, 0] = 0.2 if token < len(tokenizer) else -0.1
         for token in (*special[1:], *plain):
             model.lm_head.weight[tokenizer.convert_tokens_to_ids(token), 0] = {"<think>": 0.1, "</think>": 0.5}.get(token, 0.3)
     model.save_pretrained(folder)

@@ -193,6 +193,14 @@ def test_only_whole_chains_count(tmp_path):
     assert source == str(tmp_path / "question.jsonl")
 
 
+def test_a_system_prompt_is_not_judged_and_a_conversation_is_refused_by_row():
+    system, user = {"role": "system", "content": "s"}, {"role": "user", "content": "q"}
+    row = {"prompt": (system, user), "file": "f.jsonl", "line": 3}
+    assert answers.one_turn(row) == answers.one_turn({**row, "prompt": "q"}) == "q"
+    with pytest.raises(UserError, match=r"f\.jsonl:3: is a conversation of several turns"):
+        answers.one_turn({**row, "prompt": (user, {"role": "assistant", "content": "a"}, user)})
+
+
 def test_json_list_is_read_as_prompts(place):
     found, _ = read_prompts(str(place / "reference.json"), prompt_column="instruction")
     assert [(row["prompt"], row["line"]) for row in found] == [(prompt, n) for n, prompt in enumerate(PROMPTS, 1)]

@@ -92,6 +92,16 @@ def test_a_chain_of_several_kinds_is_shown_once():
     assert sum(totals.values()) == 3
 
 
+def test_a_conversation_is_shown_turn_by_turn_and_opens_with_its_last_one():
+    shown = chain(("a", 0.1, None), ("b", 0.2, None)) | {"kinds": ["better"]}
+    roles = ("system", "user", "assistant", "user")
+    shown["prompt"]["prompt"] = tuple({"role": role, "content": f"<{n}>"} for n, role in enumerate(roles))
+    page = render([{"model": "m", "num_chains": 1, "totals": dict.fromkeys(KINDS, 1), "chains": [shown]}])
+    labels = [f'<p class="label">prompt: {role}</p><pre dir="auto">&lt;{n}&gt;</pre>' for n, role in enumerate(roles)]
+    assert "".join(labels) in page
+    assert "&lt;3&gt;</summary>" in page
+
+
 def test_first_and_last_iteration_are_collected(tmp_path):
     level = {"held": chains([[0, 1], [1, 0]] * 20)}
     run = make_run(tmp_path, {"base": level, "iteration 1": level, "iteration 2": level, "iteration 3": level})

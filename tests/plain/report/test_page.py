@@ -285,12 +285,16 @@ def test_cost_drift_compute_and_decisions_are_shown_where_a_report_has_them(foun
     }
     more = {
         "models": [*found["models"][:-1], last], "checkpoint": "/run/iteration-02/checkpoint", "compute": [compute],
-        "ledger": {"stages": [line], "iterations": [{"iteration": 1, **total}], "total": total},
+        "ledger": {"stages": [line], "iterations": [{"iteration": 1, **total}], "total": total, "clock": [
+            {"iteration": 1, "seconds": 50.0, "engines": 20.0, "scoring": 1.0, "updates": 10.0, "starts": 12.0, "waiting": 3.0,
+             "rest": 4.0}]},
     }  # fmt: skip
     shown = Tree(page.render({**found, **more}, [(1, "pairs", "too long", 1234)], [])).text
     for part in (
         "4,321",
         "12.5",
+        "Where the time went",
+        "12.0 (24%)",
         "1,234",
         "too long",
         "91.3",

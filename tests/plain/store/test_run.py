@@ -198,3 +198,14 @@ def test_time_of_a_stage_is_an_event_only_when_it_ended_well(tmp_path):
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().split("\n")[:-1]]
     kinds = [(event["event"], event["iteration"]) for event in events]
     assert kinds == [("stage_start", 1), ("stage_start", 2), ("stage_end", 2)]
+
+
+def test_inputs_and_what_was_put_aside_are_no_results(tmp_path):
+    run = Run(tmp_path)
+    for folder in ("iteration-00/held_out", "iteration-01/prompts", "iteration-01/.superseded-scores-1"):
+        (tmp_path / f"{folder}.work").mkdir(parents=True)
+        commit(tmp_path / f"{folder}.work", tmp_path / folder, stage="s", key="k")
+    assert not run.has_results()
+    (tmp_path / "w").mkdir()
+    commit(tmp_path / "w", tmp_path / "iteration-01" / ".generations-abc", stage="shard", key="k")
+    assert run.has_results()

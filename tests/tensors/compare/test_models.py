@@ -76,9 +76,9 @@ def no_ray(monkeypatch):
     def run(pools, steps, num_shards, on_shard):
         for shard in range(num_shards):
             for step in steps:
-                stats = pools.open(step.pool)[0].call(step.spec, "commit_shard", shard)
+                pools.open(step.pool)[0].call(step.spec, "commit_shard", shard)
             log["shards"] += 1
-            on_shard(shard, "", stats)
+            on_shard(shard, {"steps": {}})
 
     monkeypatch.setattr("evolve_ray.pools.dispatch.run", run)
     monkeypatch.setattr(Pools, "open", open_here)

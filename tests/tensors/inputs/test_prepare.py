@@ -154,7 +154,7 @@ def test_prompt_beyond_the_context_is_rejected_with_its_reason_where_the_loss_is
 
 def test_longest_prompt_that_fits_leaves_room_for_its_refinement(prepare):
     context = prepare([*TEXTS[:3], "x" * 27])
-    chat = Prompter(context, {}).chat
+    chat = Prompter(context, {}).reader.chat
     longest = max((row for number in (1, 2) for row in committed(context, number)), key=lambda row: row["num_tokens"])
     assert longest["num_tokens"] == 30
     ask = chat.context_ids(context.template.refinement(longest["prompt"], "y" * 10))
@@ -183,7 +183,7 @@ def asks_alike(tiny_model, tmp_path):
 
 
 def test_prompt_that_asks_the_model_the_same_as_a_held_out_one_is_not_trained_on(prepare, asks_alike, triples):
-    disguised = ["What is 2+2? ", "WHAT is 2+2?", "what is \uff12+2?", "one"]
+    disguised = ["What is 2+2? ", "\uff37hat is 2+2?", "What is \uff12+2?", "one"]
     given = triples("activation", *disguised)
     context = prepare([*disguised, *TEXTS[1:]], asks_alike, given, held=["What is 2+2?", "other"])
     trained = {row["prompt"] for number in (1, 2) for row in committed(context, number)}
@@ -193,8 +193,14 @@ def test_prompt_that_asks_the_model_the_same_as_a_held_out_one_is_not_trained_on
 
 
 def test_prompt_that_asks_the_model_the_same_as_an_earlier_one_counts_once(prepare, asks_alike):
-    context = prepare(["Two", *TEXTS, "three "], asks_alike, held=["held", "HELD ", "other"])
-    assert {row["prompt"] for number in (1, 2) for row in committed(context, number)} <= {"Two", "one", "three", "four", "five"}
+    context = prepare(["\uff54wo", *TEXTS, "three "], asks_alike, held=["held", "\uff48eld ", "other"])
+    assert {row["prompt"] for number in (1, 2) for row in committed(context, number)} <= {
+        "\uff54wo",
+        "one",
+        "three",
+        "four",
+        "five",
+    }
     assert rejected(context, 1) == [(3, "asks the model the same as line 1"), (7, "asks the model the same as line 4")]
     assert [row["prompt"] for row in rows.read_table(context.held_out.path("prompts.parquet"))] == ["held", "other"]
     assert context.held_out.stats["num_rejected"] == 1
@@ -246,9 +252,8 @@ def test_triples_without_an_evaluation_prompt_among_them_are_the_same_pairs_with
 
 
 def test_triples_that_are_all_on_held_out_prompts_are_refused(prepare, triples):
-    with pytest.raises(
-        UserError, match=r"offline\.jsonl: none of 2 preference triples can be used \(is on a prompt of evaluation split"
-    ):
+    said = r"offline\.jsonl: none of 2 preference triples can be used: is on a prompt of evaluation split 'held' \(2\)"
+    with pytest.raises(UserError, match=said):
         prepare(TEXTS, triples("offline", "three", "other"), held=["three", "other"])
 
 

@@ -40,6 +40,15 @@ def test_a_batch_has_the_scores_of_its_rows_alone(folders, name):
     assert len({round(score, 4) for score in alone}) == len(RESPONSES)
 
 
+def test_a_conversation_is_scored_with_all_its_turns(folders):
+    model = RewardModel(Scorer(max_tokens=128), str(folders["LlamaConfig"]))
+    turns = tuple({"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c")))
+    whole, last = model([turns, "c"], [None, None], ["d", "d"])
+    ids = model.chat.context_ids((*turns, {"role": "assistant", "content": "d"}), generate=False)
+    assert whole == pytest.approx(model.model(input_ids=torch.tensor([ids])).logits[0].item(), abs=1e-5)
+    assert whole != pytest.approx(last, abs=1e-3)
+
+
 def test_the_score_is_the_output_that_the_option_names(tmp_path):
     folder = zoo.save_classifier("LlamaConfig", tmp_path / "two", num_labels=2)
     first, second = (

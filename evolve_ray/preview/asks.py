@@ -1,0 +1,82 @@
+"""What the model is asked in each round, found by running the recipe's strategy with placeholders for the responses."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from evolve_ray.config.options import Config
+from evolve_ray.config.plugs import find_plug
+from evolve_ray.preview.tokens import shown
+from evolve_ray.refine.asks import Ask, Draft, Given, Judge, Messages, Skip, Strategy, Verify
+from evolve_ray.refine.strategies import ALL_STRATEGIES
+from evolve_ray.refine.template import Template
+from evolve_ray.store.turns import Prompt
+
+PLACEHOLDER = re.compile(r"\[response \d+ of round \d+\]")
+
+
+@dataclass(frozen=True)
+class Round:
+    """How long the asks of one round are: tokens beside those of the first ask and of the responses in view; their number."""
+
+    number: int
+    kind: str
+    extra_tokens: int
+    responses_in_view: int
+
+
+def run_strategy(config: Config, template: Template, prompt: Prompt) -> list[Ask]:
+    """All asks of the strategy for a prompt, in their order; every response is a placeholder, and every score is 0."""
+    strategy: Strategy = find_plug(ALL_STRATEGIES, config.strategy.name, "strategy.name")(prompt, template, config.strategy)
+    asks: list[Ask] = []
+    value: Any = None
+    while True:
+        try:
+            request = strategy.send(value)
+        except StopIteration:
+            return asks
+        if isinstance(request, Judge):
+            value = [0.0] * len(request.drafts)
+        elif isinstance(request, Verify):
+            value = 0.0
+        elif isinstance(request, Skip):
+            value = None
+        elif isinstance(request, Given):
+            value = placeholder(Ask((), 0, 1))
+        else:
+            batch = request if isinstance(request, list) else [request]
+            asks += batch
+            drafts = [placeholder(ask) for ask in batch]
+            value = drafts if isinstance(request, list) else drafts[0]
+
+
+def placeholder(ask: Ask) -> Draft:
+    text = f"[response {ask.sample + 1} of round {ask.round}]"
+    return Draft(f"{ask.sample}-{ask.round}-{ask.kind}", text, ask.sample, ask.round, ask.parent_id, "stop")
+
+
+def show_asks(config: Config, template: Template, chat: Any, prompt: Prompt) -> list[dict[str, Any]]:
+    """The asks of a prompt as text and ids; asks with the same messages (independent samples) are one entry with a count."""
+    entries: list[dict[str, Any]] = []
+    last: Messages = ()
+    for ask in run_strategy(config, template, prompt):
+        if entries and ask.messages == last:
+            entries[-1]["count"] += 1
+            continue
+        last = ask.messages
+        entry = {"round": ask.round, "kind": ask.kind, "count": 1, "messages": list(ask.messages)}
+        entries.append({**entry, **shown(chat, chat.context_ids(ask.messages))})
+    return entries
+
+
+def round_lengths(config: Config, template: Template, chat: Any, prompt: Prompt) -> list[Round]:
+    """The lengths of the asks of each round, relative to the first ask of the same prompt."""
+    first = len(chat.context_ids(template.direct(prompt)))
+    rounds: dict[tuple[int, str], Round] = {}
+    for ask in run_strategy(config, template, prompt):
+        in_view = sum(len(PLACEHOLDER.findall(message["content"])) for message in ask.messages)
+        empty = tuple({**message, "content": PLACEHOLDER.sub("", message["content"])} for message in ask.messages)
+        entry = Round(ask.round, ask.kind, len(chat.context_ids(empty)) - first, in_view)
+        previous = rounds.get((ask.round, ask.kind), entry)
+        rounds[ask.round, ask.kind] = max(previous, entry, key=lambda part: (part.responses_in_view, part.extra_tokens))
+    return list(rounds.values())
