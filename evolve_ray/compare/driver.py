@@ -12,7 +12,11 @@ from evolve_ray.compare.models import Plan
 from evolve_ray.config.load import load, load_stored
 from evolve_ray.config.options import Config
 from evolve_ray.config.resolve import resolved
+<<<<<<< HEAD
 from evolve_ray.errors import UserError, run_command
+=======
+from evolve_ray.errors import IntegrityError, UserError, failure, run_command
+>>>>>>> h_plugs
 from evolve_ray.models import checkpoints
 from evolve_ray.pools.session import start_ray, stop_ray
 from evolve_ray.store.files import sha256_file
@@ -144,7 +148,7 @@ def run(plan: Plan, root: Path, *, rerun_changed: bool) -> int:
             with progress.shown(folder, say):
                 evaluation = compare(plan, folder, lambda: start_ray(plan.config), rerun_changed=rerun_changed, changed=changed)
         except BaseException as error:
-            folder.event("driver_failed", error=f"{type(error).__name__}: {error}"[:2000])
+            folder.event("driver_failed", **failure(error))
             raise
         finally:
             stop_ray()
