@@ -125,7 +125,7 @@ def test_whole_number_serves_as_a_number(recipe):
 
 def test_unknown_choice_is_refused_with_the_nearest(recipe):
     path = recipe('[training]\nobjective = "dpoo"\n')
-    known = "one of sft, dpo, ipo, srpo, evolve, reward or module:Name; did you mean 'dpo'?"
+    known = "one of sft, dpo, ipo, srpo, evolve, policy_gradient, reward or module:Name; did you mean 'dpo'?"
     assert refusal(path) == f":12: training.objective: is 'dpoo', but must be {known}"
 
 
