@@ -296,7 +296,7 @@ def test_verifier_that_cannot_be_made_is_refused_before_anything_starts(recipe):
 
 
 def test_adapters_without_their_package_are_refused_before_anything_starts(recipe, monkeypatch):
-    monkeypatch.setattr(inputs.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"trainer\.lora_rank: needs the package peft; pip install -e '\.\[lora\]'"):
         inputs.check_plugs(load(recipe(), ["trainer.lora_rank=8"]))
 
