@@ -12,11 +12,7 @@ from evolve_ray.compare.models import Plan
 from evolve_ray.config.load import load, load_stored
 from evolve_ray.config.options import Config
 from evolve_ray.config.resolve import resolved
-<<<<<<< HEAD
-from evolve_ray.errors import UserError, run_command
-=======
-from evolve_ray.errors import IntegrityError, UserError, failure, run_command
->>>>>>> h_plugs
+from evolve_ray.errors import UserError, failure, run_command
 from evolve_ray.models import checkpoints
 from evolve_ray.pools.session import start_ray, stop_ray
 from evolve_ray.store.files import sha256_file
