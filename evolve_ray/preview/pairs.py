@@ -27,7 +27,7 @@ def show_pairs(
         table = name.partition(".")[0]
         own = triples.get(table) or []
         pair = own[0] if own else any_triple or (placeholder_pair(prompt) if prompt else None)
-        objective = objectives.find(training)
+        objective = objectives.find(training, name)
         if pair is None or objective.scores:
             continue
         sequences = pair_sequences(chat, template, pair, objective.needs)
