@@ -16,7 +16,8 @@ KUBERNETES = "1.33"
 
 
 def pod_templates(document: dict) -> list[dict]:
-    spec = document["spec"].get("rayClusterSpec", document["spec"])
+    spec = document["spec"]
+    spec = spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
     return [group["template"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
 
 

@@ -1,5 +1,5 @@
-"""Shows the panels of the Grafana dashboard without Grafana, with data from Prometheus:
-`python cluster/panels.py http://127.0.0.1:9090 [--minutes 30] [--picture panels.png]`.
+"""Shows the panels of a Grafana dashboard without Grafana, with data from Prometheus:
+`python cluster/panels.py http://127.0.0.1:9090 [--minutes 30] [--picture panels.png] [--dashboard evolve-ray-serve]`.
 
 Prints the number of series of every panel, and draws them; the exit code is 1 if a panel has no series.
 """
@@ -13,8 +13,22 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
+GRAFANA = Path(__file__).parent / "grafana"
+DASHBOARDS = sorted(path.stem for path in GRAFANA.glob("*.json"))
 STEPS = 120  # points per curve
-LABELS = ("stage", "state", "kind", "pool", "figure", "model", "split", "round")  # labels that distinguish the curves of a panel
+LABELS = (
+    "stage",
+    "state",
+    "kind",
+    "pool",
+    "figure",
+    "model",
+    "split",
+    "round",
+    "status",
+    "reason",
+    "effect",
+)  # labels that distinguish the curves of a panel
 MAX_LEGEND = 8  # curves that a legend lists
 VARIABLES = {"$run": ".*", "$SessionName": ".*", "$window": "1m"}  # values that Grafana uses at the start
 
@@ -61,8 +75,9 @@ def main() -> int:
     parser.add_argument("prometheus", help="the address of Prometheus, such as http://127.0.0.1:9090")
     parser.add_argument("--minutes", type=float, default=30, help="how many minutes to show, up to now (default: 30)")
     parser.add_argument("--picture", type=Path, help="the PNG file to draw the panels to")
+    parser.add_argument("--dashboard", choices=DASHBOARDS, default="evolve-ray", help="a file of cluster/grafana")
     args = parser.parse_args()
-    dashboard = json.loads((Path(__file__).parent / "grafana/evolve-ray.json").read_bytes())
+    dashboard = json.loads((GRAFANA / f"{args.dashboard}.json").read_bytes())
     panels = []
     for panel in dashboard["panels"]:
         try:

@@ -14,7 +14,7 @@ from typing import Any
 from evolve_ray.config import describe
 from evolve_ray.config.load import load
 from evolve_ray.config.options import Config
-from evolve_ray.errors import EvolveError, run_command
+from evolve_ray.errors import failure, run_command
 from evolve_ray.plan.sizing import Cluster, cluster_of_ray
 from evolve_ray.pools.session import join_ray, start_ray, stop_ray
 from evolve_ray.store.places import places
@@ -147,8 +147,7 @@ def run(
                 result = iterate.iterate(context)
             trackers.close(failed=False)
         except BaseException as error:
-            log = {"traceback": error.log} if isinstance(error, EvolveError) and error.log else {}
-            directory.event("driver_failed", error=f"{type(error).__name__}: {error}"[:2000], **log)
+            directory.event("driver_failed", **failure(error))
             trackers.close(failed=True)
             raise
         finally:

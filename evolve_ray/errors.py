@@ -74,6 +74,12 @@ def unpack(packed: dict[str, str]) -> EvolveError:
     return error
 
 
+def failure(error: BaseException) -> dict[str, str]:
+    """What the event `driver_failed` says of an error; with the traceback of a plug if it has one."""
+    log = error.log if isinstance(error, EvolveError) else ""
+    return {"error": f"{type(error).__name__}: {error}"[:2000]} | ({"traceback": log} if log else {})
+
+
 def is_full_disk(error: BaseException) -> bool:
     """Whether a disk refused a write, also if a library raised its own error for that."""
     return (isinstance(error, OSError) and error.errno in DISK_ERRNOS) or any(text in str(error) for text in DISK_MESSAGES)

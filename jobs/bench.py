@@ -1,6 +1,6 @@
-"""Measures the speed of this package: `python jobs/bench.py train|generate|loop|gpu|iteration|scale [--json FILE]`.
+"""Measures the speed of this package: `python jobs/bench.py train|generate|loop|serve|gpu|iteration|scale [--json FILE]`.
 
-If two variants are compared, they run in turns in one process, so that other load on the machine affects both. Sizes are options;
+If two variants are compared, they run in turns, so that other load on the machine affects both. Sizes are options;
 see --help.
 """
 

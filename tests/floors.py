@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "evolve_ray"
 # From the top down.
 FLOORS = (
-    ("driver", "audit", "bench", "benchmarks", "compare", "preview", "study"),
+    ("driver", "audit", "bench", "benchmarks", "compare", "preview", "serve", "study"),
     ("iterate",),
     ("stages",),
     ("inputs",),

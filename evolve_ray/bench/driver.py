@@ -8,6 +8,7 @@ from pathlib import Path
 
 from evolve_ray.bench.table import Row, as_json, as_text
 from evolve_ray.errors import run_command
+from evolve_ray.pools.session import wait_asleep
 from evolve_ray.store.files import write_atomic
 
 COMMANDS = {
@@ -17,6 +18,7 @@ COMMANDS = {
     "gpu": "one page about a GPU: an iteration, training steps and reloads at real sizes",
     "iteration": "share of an iteration outside of engines and training",
     "scale": "cost by size, and several engines side by side, without a model",
+    "serve": "the endpoint against `vllm serve`, and against a client that refines by itself",
 }
 
 
@@ -31,6 +33,7 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
 
     def command() -> int:
+        wait_asleep()
         rows: list[Row] = importlib.import_module(f"evolve_ray.bench.{args.command}").rows(args)
         print(as_text(rows))
         if args.json:

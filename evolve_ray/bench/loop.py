@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evolve_ray.bench.busy import busy_processes
 from evolve_ray.bench.generate import CPU_ARGUMENTS, CPU_ENV, LETTERS
-from evolve_ray.bench.load import busy_processes
 from evolve_ray.bench.table import Row
 from evolve_ray.errors import ResourceError, UserError
 from evolve_ray.generate.spec import Completion, GenerateSpec
@@ -70,6 +70,7 @@ class FixedLengths(VllmEngine):
 
     def use(self, spec: GenerateSpec, chat: Chat) -> None:
         super().use(spec, chat)
+        self.end_id = chat.end_id
         sampling, letters, longest = self.sampling, chat.text_ids(LETTERS), spec.sampling.max_tokens
 
         def fixed(seed: int, logps: bool) -> Any:
@@ -81,7 +82,15 @@ class FixedLengths(VllmEngine):
         self.sampling = fixed
 
     def step(self) -> list[Completion]:
-        return [dataclasses.replace(completion, finish_reason="stop") for completion in super().step()]
+        return [
+            dataclasses.replace(
+                completion,
+                finish_reason="stop",
+                # As if the model had written its end token; the probe asks for log-probabilities, and this token has none.
+                token_ids=completion.token_ids if completion.logps else (*completion.token_ids, self.end_id),
+            )
+            for completion in super().step()
+        ]
 
 
 def length(seed: int, longest: int) -> int:

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from evolve_ray.bench.load import busy_processes
+from evolve_ray.bench.busy import busy_processes
 from evolve_ray.bench.table import Row
 from evolve_ray.bench.watches import NoPeak, Peak, Seconds, Watch
 from evolve_ray.config import options as options_of

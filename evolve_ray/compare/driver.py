@@ -9,10 +9,10 @@ from pathlib import Path
 
 from evolve_ray.compare import skill_probes as probing
 from evolve_ray.compare.models import Plan
-from evolve_ray.config.load import from_json, load
+from evolve_ray.config.load import load, load_stored
 from evolve_ray.config.options import Config
 from evolve_ray.config.resolve import resolved
-from evolve_ray.errors import IntegrityError, UserError, run_command
+from evolve_ray.errors import UserError, failure, run_command
 from evolve_ray.models import checkpoints
 from evolve_ray.pools.session import start_ray, stop_ray
 from evolve_ray.store.files import sha256_file
@@ -99,14 +99,7 @@ def configuration(first: str, recipe: str | None, data: dict[str, str], override
     if recipe:
         config = load(recipe, overrides)
     elif first and checkpoints.is_run(run):
-        path = run / "config.json"
-        try:
-            values = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise UserError(f"{path}: is missing; give the recipe with --recipe") from None
-        except ValueError:
-            raise IntegrityError(f"{path}: is damaged; give the recipe with --recipe") from None
-        config = from_json(values, str(path), overrides)
+        config = load_stored(run, overrides)
     else:
         raise UserError(f"--recipe: is missing, and the first MODEL ({first}) is not a run that has one; give --recipe FILE")
     if not config.evaluation.splits:
@@ -151,7 +144,7 @@ def run(plan: Plan, root: Path, *, rerun_changed: bool) -> int:
             with progress.shown(folder, say):
                 evaluation = compare(plan, folder, lambda: start_ray(plan.config), rerun_changed=rerun_changed, changed=changed)
         except BaseException as error:
-            folder.event("driver_failed", error=f"{type(error).__name__}: {error}"[:2000])
+            folder.event("driver_failed", **failure(error))
             raise
         finally:
             stop_ray()

@@ -1,12 +1,13 @@
 """Reads a recipe (TOML) or a stored configuration (JSON) into a `Config`, with `key=value` overrides."""
 
+import json
 import tomllib
 from pathlib import Path
 
 from evolve_ray.config.constraints import check_together
 from evolve_ray.config.options import Config
 from evolve_ray.config.parse import Reader, parse_value, set_value
-from evolve_ray.errors import UserError
+from evolve_ray.errors import IntegrityError, UserError
 
 OPTIONAL = ("toy", "activation", "offline", "verifier", "refresh")  # tables that `TABLE=none` on the command line removes
 
@@ -54,3 +55,15 @@ def build(tree: dict, where: str, text: str, overrides: list[str] | tuple[str, .
 def from_json(tree: dict, where: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The configuration from the JSON that `resolved` wrote, in which absent tables are null."""
     return build({name: value for name, value in tree.items() if value is not None}, where, "", overrides)
+
+
+def load_stored(run: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The configuration that a run directory stores. Raises UserError if there is none, IntegrityError if it is damaged."""
+    path = run / "config.json"
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing; give the recipe with --recipe") from None
+    except ValueError:
+        raise IntegrityError(f"{path}: is damaged; give the recipe with --recipe") from None
+    return from_json(values, str(path), overrides)

@@ -10,6 +10,7 @@ from evolve_ray.config.data_options import Model, Prompts, Template, Thinking, T
 from evolve_ray.config.draft_options import Engine, Sampling, Scorer, Selection, Strategy, Verifier
 from evolve_ray.config.option import option, section
 from evolve_ray.config.run_options import Controller, Evaluation, Probe, RayOptions, Trackers
+from evolve_ray.config.serve_options import Serve
 from evolve_ray.config.training_options import Preferences, Refresh, Trainer, Training
 
 
@@ -40,6 +41,7 @@ class Config:
     probe: Probe = section(Probe)
     controller: Controller = section(Controller)
     trackers: Trackers = field(default_factory=Trackers, metadata={"runtime": True})
+    serve: Serve = field(default_factory=Serve, metadata={"runtime": True})
     ray: RayOptions = section(RayOptions)
 
 

@@ -8,9 +8,10 @@ from typing import Any
 from evolve_ray.errors import ResourceError, UserError, first_line
 from evolve_ray.generate.spec import Completion, GenerateSpec
 from evolve_ray.models.chat import Chat
+from evolve_ray.pools.session import THREADS_ENV
 
 # The engine core runs inside the process of the actor, which calls each step: so the schedule is reproducible.
-ENGINE_ENV = {
+ENGINE_ENV = THREADS_ENV | {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",

@@ -22,6 +22,7 @@ from evolve_ray.store.files import write_atomic
 from evolve_ray.store.run import Run
 from evolve_ray.toy.parts import toy_parts
 
+BEGAN = "began.json"
 RESERVED = ("messages", "conversation", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message", "tools",
             "documents", CLOCK)  # fmt: skip
 
@@ -119,20 +120,25 @@ def settle_rendering(config: Config, run: Run | None, models: list[Path]) -> Ren
 
     Without a run that day is today.
     """
-    chat_template = ""
-    if config.model.chat_template:
-        try:
-            chat_template = Path(config.model.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"model.chat_template: {config.model.chat_template}: cannot be read: {first_line(error)}") from None
-        if not chat_template.strip():
-            raise UserError(f"model.chat_template: {config.model.chat_template}: is empty")
+    chat_template = read_chat_template(config)
     for name in config.model.template_arguments:
         if name in RESERVED:
             raise UserError(f"model.template_arguments.{name}: is set by evolve-ray itself; remove it")
     today = date.today().isoformat
     day = (began(run) if run else today()) if CLOCK in chat_template or any(map(asks_date, models)) else ""
     return Rendering(chat_template, config.model.template_arguments, day, config.thinking)
+
+
+def read_chat_template(config: Config) -> str:
+    """The text of `model.chat_template`; "" if the model's own template is used."""
+    file = config.model.chat_template
+    try:
+        text = Path(file).read_text(encoding="utf-8") if file else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"model.chat_template: {file}: cannot be read: {first_line(error)}") from None
+    if file and not text.strip():
+        raise UserError(f"model.chat_template: {file}: is empty")
+    return text
 
 
 def asks_date(folder: Path) -> bool:
@@ -143,7 +149,7 @@ def asks_date(folder: Path) -> bool:
 
 def began(run: Run) -> str:
     """The day on which the run began, YYYY-MM-DD; it is stored when it is first asked for."""
-    path = run.root / "began.json"
+    path = run.root / BEGAN
     if not path.exists():
         write_atomic(path, json.dumps({"day": date.today().isoformat()}).encode())
     return json.loads(path.read_bytes())["day"]

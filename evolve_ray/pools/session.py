@@ -14,6 +14,10 @@ from evolve_ray.errors import ResourceError, first_line, is_lost_process, on_sig
 from evolve_ray.watch.cluster import HeadWatch, RayletWatch
 from evolve_ray.watch.metrics import Follower
 
+# A thread that waits for the others of its process sleeps. By default it spins: on a busy machine it holds the core that the
+# thread it waits for needs, and many small kernels then take ten times as long.
+THREADS_ENV = {"OMP_WAIT_POLICY": "PASSIVE"}
+
 
 def start_ray(config: Config, follower: Follower | None = None, *, loud: bool = False) -> None:
     """Joins the cluster at RAY_ADDRESS, which Ray sets for a submitted job, or starts a local Ray that ends with the driver."""
@@ -24,6 +28,7 @@ def start_ray(config: Config, follower: Follower | None = None, *, loud: bool = 
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    wait_asleep()  # the processes of a local Ray inherit this environment
     # A worker group that loads torch on a busy machine needs more than Ray's default of 30 s.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     # Ray Train sees the end of a training up to two intervals after its last step; the default is 2 s.
@@ -41,6 +46,12 @@ def start_ray(config: Config, follower: Follower | None = None, *, loud: bool = 
     if follower:
         follower.run.event("ray_joined", address=ray.get_runtime_context().gcs_address)
         follower.start()
+
+
+def wait_asleep() -> None:
+    """Sets `THREADS_ENV` for this process, if torch is not imported yet, and for those that it starts."""
+    for name, value in THREADS_ENV.items():
+        os.environ.setdefault(name, value)
 
 
 def import_ray_for_loopback() -> None:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from evolve_ray.config.options import Config
-from evolve_ray.config.plugs import find_plug
+from evolve_ray.config.plugs import blame, find_plug, with_args
 from evolve_ray.preview.tokens import shown
-from evolve_ray.refine.asks import Ask, Draft, Given, Judge, Messages, Skip, Strategy, Verify
+from evolve_ray.refine.asks import Ask, Draft, Given, Judge, Messages, Skip, Strategy, Verdict, Verify
 from evolve_ray.refine.strategies import ALL_STRATEGIES
 from evolve_ray.refine.template import Template
 from evolve_ray.store.turns import Prompt
@@ -27,18 +27,22 @@ class Round:
 
 def run_strategy(config: Config, template: Template, prompt: Prompt) -> list[Ask]:
     """All asks of the strategy for a prompt, in their order; every response is a placeholder, and every score is 0."""
-    strategy: Strategy = find_plug(ALL_STRATEGIES, config.strategy.name, "strategy.name")(prompt, template, config.strategy)
+    name = config.strategy.name
+    start = with_args("strategy.args", name, find_plug(ALL_STRATEGIES, name, "strategy.name"), config.strategy.args)
     asks: list[Ask] = []
     value: Any = None
+    with blame("strategy.name", name):
+        strategy: Strategy = start(prompt, template, config.strategy)
     while True:
-        try:
-            request = strategy.send(value)
-        except StopIteration:
-            return asks
+        with blame("strategy.name", name):
+            try:
+                request = strategy.send(value)
+            except StopIteration:
+                return asks
         if isinstance(request, Judge):
             value = [0.0] * len(request.drafts)
         elif isinstance(request, Verify):
-            value = 0.0
+            value = Verdict(0.0, "[what the verifier says]")
         elif isinstance(request, Skip):
             value = None
         elif isinstance(request, Given):

@@ -102,6 +102,10 @@ def pipeline_parts(shards: list[dict[str, dict[str, Any]]], start: Any, end: Any
     tail = seconds_between(generated, done)
     score_seconds = [step["score_seconds"] for step in scored if time_of(step, "ended") > generated]
     scoring = min(sum(score_seconds), tail)
+    if scored:  # the first shard to be scored also waits for the process of its scorer
+        first = min(scored, key=lambda step: time_of(step, "begun"))
+        loading = seconds_between(time_of(first, "begun"), time_of(first, "ended")) - first["score_seconds"]
+        starts += max(0.0, min(loading, tail - scoring))
     whole = seconds_between(start, end)
     after = seconds_between(done, end)
     waiting = max(0.0, whole - starts - engines - commits - scoring - after)

@@ -11,6 +11,7 @@ from evolve_ray.config.options import Config
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import ResourceError, UserError
 from evolve_ray.models import folders
+from evolve_ray.pools.session import THREADS_ENV
 from evolve_ray.score.combined import reward_model_names
 from evolve_ray.store import rows
 from evolve_ray.store.run import Run, Stage
@@ -51,6 +52,7 @@ def make_toy(run: Run, part: str, options: dict, say: Callable[[str], None], key
         say(f"  tiny world: making its {part.replace('_', ' ')} (kept at {stage.final})")
         source_root = str(Path(__file__).parents[2])
         environment = {
+            **THREADS_ENV,
             **os.environ,
             "DS_ACCELERATOR": "cpu",
             "PYTHONPATH": os.pathsep.join(filter(None, [source_root, os.environ.get("PYTHONPATH")])),

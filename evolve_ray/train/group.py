@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evolve_ray.errors import EvolveError, NumericsError, ResourceError, first_line, is_full_disk, is_full_memory, pack, unpack
+from evolve_ray.pools.session import THREADS_ENV
 from evolve_ray.store.files import disk_error, write_atomic
 from evolve_ray.store.manifest import Manifest
 from evolve_ray.train.spec import TrainSpec
@@ -65,7 +66,7 @@ def torch_trainer(spec: TrainSpec, storage: Path, error_file: Path) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    env = {"DS_ACCELERATOR": "cuda" if spec.trainer.use_gpu else "cpu"}
+    env = THREADS_ENV | {"DS_ACCELERATOR": "cuda" if spec.trainer.use_gpu else "cpu"}
     env |= {name: str(value) for name, value in spec.trainer.env.items()}
     return TorchTrainer(
         worker,

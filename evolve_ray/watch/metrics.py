@@ -35,7 +35,18 @@ METRICS = {
     "evolve_rows": ("counter", "rows that actors committed or rejected", ("pool", "kind")),
     "evolve_tokens": ("counter", "tokens: generated, prompt, cached (prompt tokens from the cache)", ("kind",)),
     "evolve_actor_seconds": ("counter", "seconds of an actor: busy in a call, idle between calls", ("pool", "state")),
+    # Those of the endpoint. A replica also shows them at its own /metrics.
+    "evolve_serve_requests": ("counter", "requests that ended, direct or refined, by HTTP status", ("kind", "status")),
+    "evolve_serve_running_rounds": ("gauge", "rounds that are in the engine, running or waiting", ()),
+    "evolve_serve_first_token_seconds": ("histogram", "seconds until the engine wrote the first token of a round", ("round",)),
+    "evolve_serve_request_seconds": ("histogram", "seconds of a whole request", ("kind",)),
+    "evolve_serve_round_tokens": ("counter", "tokens of rounds: generated, prompt, cached", ("round", "kind")),
+    "evolve_serve_round_seconds": ("counter", "seconds that rounds took, summed", ("round",)),
+    "evolve_serve_aborted_rounds": ("counter", "rounds that were ended in the engine: the client left, or time was over", ()),
+    "evolve_serve_stopped": ("counter", "refined requests by the reason why their rounds ended", ("reason",)),
+    "evolve_serve_effect": ("counter", "scored requests: the answer against the first draft", ("effect",)),
 }
+BOUNDARIES = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0]  # of histograms, in seconds
 EVENT_FIELDS = ("time", "event", "iteration", "num_steps", "num_pairs")  # of a training event; the others are figures
 EVALUATIONS = {"base_evaluation": "base", "evaluation": ""}
 
@@ -52,8 +63,11 @@ class Metrics:
             from ray.util import metrics  # here, so that Ray is not loaded by a process that does not use it
 
             kind, description, tags = METRICS[name]
-            metric_class = metrics.Gauge if kind == "gauge" else metrics.Counter
-            self._metrics[name] = metric_class(name, description=description, tag_keys=tags)
+            if kind == "histogram":
+                self._metrics[name] = metrics.Histogram(name, description=description, boundaries=BOUNDARIES, tag_keys=tags)
+            else:
+                metric_class = metrics.Gauge if kind == "gauge" else metrics.Counter
+                self._metrics[name] = metric_class(name, description=description, tag_keys=tags)
         return self._metrics[name]
 
     @staticmethod
@@ -80,6 +94,11 @@ class Metrics:
         """Adds to a counter."""
         if value > 0 and self._in_ray():
             self._metric(name).inc(value, tags=tags)
+
+    def observe(self, name: str, value: float, **tags: str) -> None:
+        """Adds a value to a histogram."""
+        if self._in_ray():
+            self._metric(name).observe(value, tags=tags)
 
 
 class Follower:

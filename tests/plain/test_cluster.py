@@ -13,6 +13,7 @@ import tomllib
 import pytest
 import yaml
 
+from evolve_ray.serve.deploy import NODE_ENV
 from tests.plain.processes import ROOT
 
 CLUSTER = ROOT / "cluster"
@@ -29,6 +30,10 @@ JOB_SPEC = {
 }  # fmt: skip
 
 
+SERVICE_SPEC = {"excludeHeadPodFromServeSvc": bool, "serveConfigV2": str, "rayClusterConfig": dict}
+KINDS = {"rayjob": "RayJob", "raycluster": "RayCluster", "rayservice": "RayService"}
+
+
 def read(path):
     return yaml.safe_load(path.read_text())
 
@@ -38,7 +43,8 @@ def held_to(found, allowed):
 
 
 def cluster_of(document):
-    return document["spec"].get("rayClusterSpec", document["spec"])
+    spec = document["spec"]
+    return spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
 
 
 def pinned(name):
@@ -50,10 +56,12 @@ def pinned(name):
 def test_manifest_has_the_fields_of_kuberay(path):
     document = read(path)
     assert document["apiVersion"] == "ray.io/v1"
-    assert document["kind"] == ("RayJob" if path.name.startswith("rayjob") else "RayCluster")
+    assert document["kind"] == KINDS[path.name.partition("-")[0]]
     if document["kind"] == "RayJob":
         held_to(document["spec"], JOB_SPEC)
         assert document["spec"]["submissionMode"] in ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
+    if document["kind"] == "RayService":
+        held_to(document["spec"], SERVICE_SPEC)
     cluster = cluster_of(document)
     held_to(cluster, CLUSTER_SPEC)
     held_to(cluster["headGroupSpec"], GROUP)
@@ -91,6 +99,19 @@ def test_job_runs_a_shipped_recipe_into_the_shared_folder(path):
     assert (ROOT / words[2].removeprefix("/opt/evolve-ray/")).is_file()
     assert words[3] == "--run"
     assert words[4].startswith("/shared/")
+
+
+def test_service_serves_what_the_configuration_of_serve_says_and_its_nodes_are_prepared_for_it():
+    document = read(CLUSTER / "kuberay" / "rayservice-gpu.yaml")
+    assert yaml.safe_load(document["spec"]["serveConfigV2"]) == read(CLUSTER / "serve.yaml")
+    cluster = cluster_of(document)
+    for pod in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        container = pod["template"]["spec"]["containers"][0]
+        env = {part["name"]: part.get("value") for part in container["env"]}
+        assert NODE_ENV.items() <= env.items()
+        assert {"name": "serve", "containerPort": 8000} in container["ports"]
+        keys = read(CLUSTER / "serve.yaml")["applications"][0]["args"]["api_key_env"]
+        assert all(env[name] is None for name in keys), "from a secret"
 
 
 @pytest.mark.parametrize("path", LAUNCHER, ids=lambda path: path.name)

@@ -18,6 +18,7 @@ from evolve_ray.compare import driver as evaluate
 from evolve_ray.config.load import build
 from evolve_ray.preview import driver as preview
 from evolve_ray.report import runs as report
+from evolve_ray.serve import driver as serve
 from evolve_ray.study import driver as study
 from evolve_ray.watch import status
 from tests import floors
@@ -27,7 +28,7 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md",
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 COMMANDS = {
     "bench": bench.main, "benchmark": benchmark.main, "evaluate": evaluate.main, "explain": explain.main,
-    "preview": preview.main, "report": report.main, "status": status.main,
+    "preview": preview.main, "report": report.main, "serve": serve.main, "status": status.main,
     "study": lambda arguments: study.main(arguments, ROOT / "jobs"), "verify": verify.main,
 }  # fmt: skip
 FOLDERS = ("evolve_ray", "jobs", "tests", "cluster", "docs", ".ci")

@@ -109,7 +109,7 @@ def test_ray_train_gets_a_gpu_a_worker_nccl_and_the_environment(caught, tmp_path
     }  # fmt: skip
     assert caught["RunConfig"]["worker_runtime_env"]["env_vars"] == {
         "DS_ACCELERATOR": "cuda", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "NCCL_DEBUG": "WARN",
-        "NCCL_SOCKET_IFNAME": "eth0",
+        "NCCL_SOCKET_IFNAME": "eth0", "OMP_WAIT_POLICY": "PASSIVE",
     }  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def test_without_gpus_it_is_gloo_on_the_cpu(caught, tmp_path):
     torch_trainer(train_spec(config, tmp_path), tmp_path, tmp_path / "error.json")
     assert caught["TorchConfig"] == {"backend": "gloo"}
     assert caught["ScalingConfig"]["resources_per_worker"] == {"CPU": 0.4}
-    assert caught["RunConfig"]["worker_runtime_env"]["env_vars"] == {"DS_ACCELERATOR": "cpu"}
+    assert caught["RunConfig"]["worker_runtime_env"]["env_vars"] == {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @pytest.mark.parametrize(("nodes", "accumulation"), [(1, 8), (4, 2)])

@@ -43,7 +43,7 @@ HOLDERS = {
     "Verifier": {"verifier"}, "Selection": {"selection", "options"}, "Training": {"training"}, "Trainer": {"trainer"},
     "Preferences": {"part", "activation", "offline"}, "Evaluation": {"evaluation", "part"}, "RayOptions": {"ray"},
     "Toy": {"toy"}, "Refresh": {"refresh", "part"}, "Probe": {"probe"}, "Controller": {"controller", "options"},
-    "Trackers": {"trackers"},
+    "Trackers": {"trackers"}, "Serve": {"serve", "limits"},
 }  # fmt: skip
 # Options that nothing reads by that way, and why.
 UNREAD = dict.fromkeys(("Toy.hidden", "Toy.layers", "Toy.heads"), "toy/__main__.py hands it to build_base by its name")

@@ -12,8 +12,11 @@ import pytest
 
 from evolve_ray.config.load import load
 from evolve_ray.generate.worker import engine_pool
+from evolve_ray.report.clock import PARTS, by_driver, seconds_between, time_of
+from evolve_ray.report.ledger import ledger
 from evolve_ray.store import rows
 from evolve_ray.store.manifest import read_manifest
+from evolve_ray.store.run import Run
 from tests.real.conftest import ROOT, SMALL, start
 
 
@@ -51,6 +54,14 @@ def test_the_report_has_every_model_split_and_round_with_intervals(small):
                     moved = figures["against_first"]
                     assert moved["improved"] + moved["degraded"] + moved["unchanged"] == figures["n"]
     assert {"checkpoint", "generations", "pairs"} <= {line["stage"] for line in report["stages"]}
+
+
+def test_the_clock_of_the_ledger_sums_to_the_wall_clock_and_saw_every_part(small):
+    zero, one = ledger(Run(small.run), 2)["clock"]
+    wall = sum(seconds_between(time_of(part[0]), time_of(part[-1])) for part in by_driver(small.events()))
+    assert zero["seconds"] + one["seconds"] == pytest.approx(wall, abs=0.1)
+    assert all(row[name] > 0 for row in (zero, one) for name in ("engines", "updates", "starts", "rest"))
+    assert all(sum(row[name] for name in PARTS) == pytest.approx(row["seconds"], abs=0.01) for row in (zero, one))
 
 
 def test_before_the_first_update_the_dpo_loss_is_ln_2_and_every_implicit_reward_is_zero(small):

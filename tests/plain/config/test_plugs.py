@@ -8,7 +8,7 @@ import pytest
 
 from evolve_ray.config import plugs
 from evolve_ray.config.option import option
-from evolve_ray.errors import NumericsError, UserError, pack, unpack
+from evolve_ray.errors import NumericsError, UserError, failure, pack, unpack
 
 
 @pytest.fixture
@@ -61,6 +61,8 @@ def test_an_error_inside_a_plug_names_plug_row_and_the_line_of_its_own_file(modu
         "events.jsonl"
     )
     assert "in score" in raised.value.log
+    assert failure(raised.value) == {"error": f"UserError: {raised.value}", "traceback": raised.value.log}
+    assert failure(ValueError("x")) == {"error": "ValueError: x"}
     for copy in (unpack(pack(raised.value)), pickle.loads(pickle.dumps(raised.value))):
         assert (str(copy), copy.log) == (str(raised.value), raised.value.log)
 

@@ -51,8 +51,9 @@ def test_parts_are_those_of_the_events_and_sum_to_the_wall_clock():
         "engines": 15.5,
         "scoring": 1.5,
         "updates": 18.0,
-        "starts": 26.5,  # 10 of the driver, 4 of the pipeline, 6 of the engines, 6 of the worker group, 0.5 of the prober
-        "waiting": 4.5,
+        # 10 of the driver, 4 of the pipeline, 6 of the engines, 0.5 of the scorer, 6 of the worker group, 0.5 of the prober
+        "starts": 27.0,
+        "waiting": 4.0,
         "rest": 7.0,
     }
     assert first["seconds"] == 73.0

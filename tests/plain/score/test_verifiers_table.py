@@ -194,9 +194,9 @@ def test_stage_keys_name_the_grading_where_it_changed_and_only_there():
     older = {"name": "exact", "pattern": "", "tolerance": 1e-9}
     assert verifier_key(None) is None
     assert verifier_key(config.Verifier(name="exact")) == older
-    plug = f"{__name__}:Careful"
-    key_of_plug = verifier_key(config.Verifier(name=plug))
-    assert key_of_plug.pop("plugs").keys() == {plug}
-    assert key_of_plug == {**older, "name": plug}
+    own = verifier_key(config.Verifier(name=f"{__name__}:Careful"))
+    assert own is not None
+    assert own.pop("plugs").keys() == {f"{__name__}:Careful"}, "the source of a verifier of one's own"
+    assert own == {**older, "name": f"{__name__}:Careful"}
     for name in verifiers.GRADING:
         assert verifier_key(config.Verifier(name=name)) == {**older, "name": name, "grading": 2}

@@ -11,7 +11,7 @@ from evolve_ray.store.run import Run, Stage
 from evolve_ray.watch.metrics import METRICS, Follower, Metrics
 from tests.plain.processes import ROOT
 
-DASHBOARD = json.loads((ROOT / "cluster/grafana/evolve-ray.json").read_text())
+DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "cluster/grafana").glob("*.json")}
 
 
 class Told(dict):
@@ -151,24 +151,29 @@ def test_outside_of_ray_nothing_is_made():
 
 
 def queries():
-    return [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+    return [target["expr"] for board in DASHBOARDS.values() for panel in board["panels"] for target in panel["targets"]]
 
 
-def test_dashboard_asks_for_metrics_and_tags_that_exist():
+SUFFIX = {"counter": "_total", "histogram": "_bucket", "gauge": ""}  # of a metric at the port of Ray
+
+
+def test_dashboards_ask_for_metrics_and_tags_that_exist():
     for query in queries():
-        for name, tags in re.findall(r"ray_(evolve_\w+?)(?:_total)?\{([^}]*)\}", query):
-            known = {*METRICS[name][2], "SessionName"}
-            assert set(re.findall(r"(\w+)(?:=~|!=|=)", tags)) <= known, query
-        assert all(f"ray_{name}_total" in query or METRICS[name][0] == "gauge" for name in METRICS if f"ray_{name}" in query)
+        for name, suffix, tags in re.findall(r"ray_(evolve_\w+?)(_total|_bucket|)\{([^}]*)\}", query):
+            assert suffix == SUFFIX[METRICS[name][0]], query
+            assert set(re.findall(r"(\w+)(?:=~|!=|=)", tags)) <= {*METRICS[name][2], "SessionName"}, query
         for grouped in re.findall(r"by \(([^)]*)\)", query):
-            name = re.search(r"ray_(evolve_\w+?)_total", query).group(1)
-            assert set(re.split(r",\s*", grouped)) <= set(METRICS[name][2])
+            name = re.search(r"ray_(evolve_\w+?)(?:_total|_bucket)", query).group(1)
+            assert set(re.split(r",\s*", grouped)) <= {*METRICS[name][2], "le"}, query
 
 
-def test_dashboard_shows_every_metric_and_names_no_data_source():
+def test_dashboards_show_every_metric_and_name_no_data_source():
     text = " ".join(queries())
     assert [name for name in METRICS if f"ray_{name}" not in text] == []
-    assert {panel["datasource"] for panel in DASHBOARD["panels"]} == {"${datasource}"}
-    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
-    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in DASHBOARD["panels"]]
-    assert len(set(places)) == len(places)
+    assert len({board["uid"] for board in DASHBOARDS.values()}) == len(DASHBOARDS) == 2
+    for board in DASHBOARDS.values():
+        panels = board["panels"]
+        assert {panel["datasource"] for panel in panels} == {"${datasource}"}
+        assert len({panel["id"] for panel in panels}) == len(panels)
+        places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels]
+        assert len(set(places)) == len(places)
