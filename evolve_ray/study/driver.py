@@ -149,7 +149,8 @@ def same_stages(config: Config, other: Config) -> list[str]:
 
     def parts(config: Config, names: tuple[str, ...]) -> list[Any]:
         tree = resolved(config, runtime=False)
-        fitting = tree["fitting prompts"] = [texts_in_view(config.strategy), config.prompts.max_rejected_fraction]
+        prompts = config.prompts
+        fitting = tree["fitting prompts"] = [texts_in_view(config.strategy), prompts.max_rejected_fraction, prompts.system]
         tree["held out"] = [getattr(config.evaluation, name) for name in HELD_OUT] + [config.sampling.max_tokens, *fitting]
         return [tree[name] for name in names]
 
