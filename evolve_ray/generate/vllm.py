@@ -40,7 +40,7 @@ class VllmEngine:
             )
         except TypeError as error:
             raise UserError(f"engine.args: vLLM does not accept them: {first_line(error)}") from None
-        exit_with_engine_core(getattr(self.llm.llm_engine.engine_core, "resources", None))
+        exit_with_engine_processes(self.llm.llm_engine.engine_core)
         self.last_counts = dict.fromkeys(SPECULATION_METRICS, 0)
         self.use(spec, chat)
 
@@ -104,19 +104,22 @@ class VllmEngine:
         return {name: counts[name] - last_counts[name] for name in SPECULATION_METRICS}
 
 
-def exit_with_engine_core(resources: Any) -> None:
-    """Ends this process when vLLM notices that the process of its engine core is dead.
+def exit_with_engine_processes(engine_core: Any) -> None:
+    """Ends this process when vLLM notices that a process of its engine is dead; `engine_core` is vLLM's client of its core.
 
-    vLLM's client would wait for ever for the answer to a running step. There is such a process only if `engine.env` asks for it;
-    otherwise `resources` is None, and nothing is done.
+    There are two kinds: the process of the engine core, if `engine.env` asks for it, for whose answer the client would wait for
+    ever; and the processes that hold a part of the model each (`tensor_parallel_size`), without which each step only raises an
+    error.
     """
+    resources = getattr(engine_core, "resources", None)
+    executor = getattr(getattr(engine_core, "engine_core", None), "model_executor", None)
 
     def watch() -> None:
-        while not resources.engine_dead:
+        while not getattr(resources, "engine_dead", False) and not getattr(executor, "is_failed", False):
             time.sleep(0.5)
         os._exit(1)
 
-    if resources is not None:
+    if resources is not None or hasattr(executor, "is_failed"):
         threading.Thread(target=watch, daemon=True).start()
 
 

@@ -369,11 +369,19 @@ def test_an_engine_that_speculates_counts_its_guesses_since_the_last_call():
     assert engine.counts() == {}
 
 
-def test_a_process_ends_with_the_second_one_of_its_engine():
+@pytest.mark.parametrize(
+    ("core", "dies"),
+    [
+        ("N(resources=N(engine_dead=False))", "core.resources.engine_dead"),
+        ("N(engine_core=N(model_executor=N(is_failed=False)))", "core.engine_core.model_executor.is_failed"),
+    ],
+)
+def test_a_process_ends_with_the_others_of_its_engine(core, dies):
     code = (
-        "import time\nfrom types import SimpleNamespace\nfrom evolve_ray.generate.vllm import exit_with_engine_core\n"
-        "exit_with_engine_core(None)\nresources = SimpleNamespace(engine_dead=False)\nexit_with_engine_core(resources)\n"
-        "time.sleep(1)\nprint('alive', flush=True)\nresources.engine_dead = True\ntime.sleep(60)"
+        "import time\nfrom types import SimpleNamespace as N\n"
+        "from evolve_ray.generate.vllm import exit_with_engine_processes\n"
+        f"exit_with_engine_processes(N(engine_core=N(model_executor=N())))\ncore = {core}\nexit_with_engine_processes(core)\n"
+        f"time.sleep(1)\nprint('alive', flush=True)\n{dies} = True\ntime.sleep(60)"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert (ended.returncode, ended.stdout) == (1, "alive\n")
