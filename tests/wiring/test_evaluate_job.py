@@ -6,14 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from safetensors.numpy import save_file
 
 from evolve_ray.store import rows
 from evolve_ray.store.run import Run
-from evolve_ray.toy.tokenizer import make_tokenizer
+from tests.tensors import zoo
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,9 +21,7 @@ def place(tmp_path_factory):
     """Two models of one shape, prompts with answers, and a recipe."""
     root = tmp_path_factory.mktemp("evaluate")
     for number, name in enumerate(("before", "after")):
-        make_tokenizer().save_pretrained(root / name)
-        (root / name / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 256}')
-        save_file({"weight": np.full(1, float(number))}, root / name / "model.safetensors")
+        zoo.save("llama_dropout", root / name, seed=number)
     rows.write_jsonl(
         root / "held.jsonl", [{"prompt": f"question {n}", "answer": ("aab", "bba", "aba")[n % 3]} for n in range(20)]
     )
