@@ -81,7 +81,7 @@ def train_pairs(
 ) -> dict:
     """Two ranks on 17 pairs: a ragged last batch. The reference of a `poisoned` pair is committed beforehand, with a NaN."""
     pairs = tmp_path / "pairs.parquet"
-    rows.write_table(pairs, table, rows.PAIR)
+    rows.write_table(pairs, table, rows.PAIR, rows.PAIR_DETAILS)
     command = [sys.executable, "-c", SCRIPT, str(model), reference or str(model), str(pairs), str(tmp_path / out), *overrides]
     environment = {**os.environ, "CC": "/bin/false", "CXX": "/bin/false"}  # DeepSpeed compiles nothing
     environment["TEST_POISONED_PAIR"] = poisoned
