@@ -1,7 +1,6 @@
 """A run with its checked inputs, and what all stages share: progress lines, timing, deadlines, rejected rows."""
 
 import contextlib
-import json
 import os
 import signal
 import threading
@@ -19,7 +18,7 @@ from evolve_ray.refine.template import Template
 from evolve_ray.store import rows
 from evolve_ray.store.files import blocks, write_atomic
 from evolve_ray.store.manifest import Manifest
-from evolve_ray.store.run import Run, Stage
+from evolve_ray.store.run import Run, Stage, new_events
 from evolve_ray.watch.trackers import Trackers
 
 
@@ -95,11 +94,7 @@ class Context:
 
         def follow(file: Any) -> None:
             while not done.wait(1.0):
-                while raw := file.readline():
-                    if not raw.endswith(b"\n"):  # another process is still writing this line
-                        file.seek(-len(raw), os.SEEK_CUR)
-                        break
-                    event = json.loads(raw)
+                for event in new_events(file):
                     if event["event"] == kind:
                         self.say(line(event))
 

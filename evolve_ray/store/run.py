@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from evolve_ray.errors import LockedError, UserError
 from evolve_ray.store.files import report_disk_errors
@@ -152,6 +152,15 @@ class Run:
         self.event("stage_start", stage=stage, iteration=iteration)
         yield
         self.event("stage_end", stage=stage, iteration=iteration, seconds=round(time.monotonic() - start, 3))
+
+
+def new_events(file: IO[bytes]) -> Iterator[dict[str, Any]]:
+    """The events that were appended to an open events.jsonl since the last call; a line that is still being written waits."""
+    while raw := file.readline():
+        if not raw.endswith(b"\n"):
+            file.seek(-len(raw), os.SEEK_CUR)
+            return
+        yield json.loads(raw)
 
 
 def submission_id() -> str | None:

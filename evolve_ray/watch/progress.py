@@ -1,14 +1,13 @@
 """What a running stage has done, from the events of its run: a live line on a terminal, one line a minute in a log."""
 
 import contextlib
-import json
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from evolve_ray.store.run import Run
+from evolve_ray.store.run import Run, new_events
 
 TICK_S = 0.5
 LOG_EVERY_S = 60.0
@@ -99,11 +98,8 @@ def shown(run: Run, say: Callable[[str], None]) -> Iterator[None]:
         def follow(file: Any) -> None:
             while True:
                 ended = done.wait(TICK_S)
-                while raw := file.readline():
-                    if not raw.endswith(b"\n"):  # another process is still writing this line
-                        file.seek(-len(raw), 1)
-                        break
-                    state.apply(json.loads(raw))
+                for event in new_events(file):
+                    state.apply(event)
                 show()
                 if ended:
                     return

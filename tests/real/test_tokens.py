@@ -4,9 +4,7 @@ import json
 
 import pytest
 
-from evolve_ray.config.options import Thinking
 from evolve_ray.models.chat import Chat
-from evolve_ray.refine.rendering import Rendering
 from evolve_ray.refine.template import load_template
 from evolve_ray.store import rows
 from evolve_ray.train.logprobs import pair_sequences
@@ -103,4 +101,3 @@ def test_every_token_of_the_engine_is_trained_as_it_was_written(name, tmp_path):
         assert not {row["draft_id"] for row in thoughtless} & {pair[f"{s}_id"] for pair in pairs for s in ("chosen", "rejected")}
         manifest = json.loads((run / "iteration-01" / "generations" / "MANIFEST.json").read_text())
         assert manifest["stats"]["num_thinking_tokens"] > 0
-    assert Rendering(thinking=Thinking()).key == []

@@ -1,12 +1,12 @@
 """Traits of templates and tokenizers that people bring, each by a small template of our own: what is asked, read and trained."""
 
+import dataclasses
 import re
 
 import pytest
 
 from evolve_ray.config.options import Thinking
 from evolve_ray.models.chat import Chat
-from evolve_ray.models.thinking import NO_ANSWER
 from evolve_ray.refine.rendering import Rendering
 from evolve_ray.refine.template import load_template
 from evolve_ray.store.rows import PAIR
@@ -120,9 +120,7 @@ def test_tokens_of_the_engine_are_the_tokens_that_are_trained(chat):
     sequence = pair_sequences(talk, template, row, ("chosen",))["chosen"]
     assert sequence.context == tuple(talk.context_ids(template.direct("sum")))
     assert sequence.response == tuple(written)
-    only = Rendering(thinking=Thinking(train="answer"))
-    template = load_template("tiny", "conversation")
-    object.__setattr__(template, "rendering", only)
+    template = dataclasses.replace(template, rendering=Rendering(thinking=Thinking(train="answer")))
     answer = pair_sequences(talk, template, row, ("chosen",))["chosen"]
     assert answer.context + answer.response == sequence.context + sequence.response
     assert shown(talk, list(answer.response)).strip() == "4"
@@ -176,7 +174,6 @@ def test_a_token_beyond_the_tokenizer_and_half_a_character_are_faults(chat):
     half = ids(talk, "\N{GRINNING FACE}")[:2]
     assert talk.fault(half, shown(talk, half)) == "has a part of a character"
     assert talk.fault(ids(talk, "4"), "4") == ""
-    assert NO_ANSWER.startswith("its thinking")
 
 
 def chat_text(chat, messages):
