@@ -8,12 +8,14 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: install
 	@$(BIN)/python jobs/iterate.py jobs/recipes/tiny.toml
 
-test: check test-fast
+# What needs no Ray runs on all cores; tests with a Ray of their own come one by one.
+test: check
+	@$(BIN)/python -m pytest -n auto --dist loadfile tests/plain tests/tensors
 	@$(BIN)/python -m pytest tests/wiring tests/browser tests/real
 
-# What needs no Ray runs on all cores; tests with a Ray of their own come one by one.
+# The part for every edit, below two minutes: without Ray, and without what is marked slow.
 test-fast: install
-	@$(BIN)/python -m pytest -n auto tests/plain tests/tensors
+	@$(BIN)/python -m pytest -n auto --dist loadfile -m 'not long and not slow' tests/plain tests/tensors
 
 # What would take the tests over twenty minutes: controllers, shipped recipes, foreign models, hanging actors, object stores.
 test-long: install

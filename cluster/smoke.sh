@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Two Ray nodes on this machine with a token, a job submitted from a clean clone, the second node killed while it generates and
-# replaced by another; the job must succeed with the pairs of an undisturbed run on this machine alone. Where Prometheus is
+# replaced by another; the job must succeed with the pairs of an undisturbed run on this machine alone. Then both nodes serve what
+# came out, by cluster/serve.yaml with keys. Where Prometheus is
 # installed it scrapes the nodes, and every panel of the Grafana dashboard is asked of it. Under ten minutes on two cores.
 # `make cluster-smoke`, or: cluster/smoke.sh [FOLDER]
 set -euo pipefail
@@ -21,7 +22,7 @@ export RAY_scheduler_spread_threshold=0.1 # Ray fills half of a node before it t
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$place/token"
 (umask 077 && head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH")
 # Below 10002, where the ports of Ray's workers begin.
-gcs=9579 dashboard=9581 scraper=9586
+gcs=9579 dashboard=9581 scraper=9586 endpoint=9588
 address=http://127.0.0.1:$dashboard
 pids=()
 # A process and everything below it.
@@ -45,6 +46,12 @@ await() {
   done
   return 1
 }
+
+# What docs/serving.md asks of every node.
+export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=evolve_ray.serve.guard:middlewares RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP=0
+export RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=60 RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S=30
+EVOLVE_RAY_KEYS=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')
+export EVOLVE_RAY_KEYS
 
 # Name of the log, then the options of `ray start`. Each node has a folder of its own for its session, as on machines of their own:
 # in a shared one a node that leaves deletes the working directory of the job that runs on the other.
@@ -97,6 +104,28 @@ ray job status --address "$address" smoke | grep -q -i succeeded || fail "Ray do
 if command -v prometheus >/dev/null; then
   python cluster/panels.py http://127.0.0.1:$scraper --picture "$place/panels.png" || fail "a panel of the dashboard is empty"
 fi
+
+sed -e "s#/shared/runs/NAME.*#$place/run#" -e "s#port: .*#port: $endpoint#" -e "s#serve.max_replicas=8#serve.max_replicas=0#" \
+  cluster/serve.yaml >"$place/serve.yaml"
+serve deploy --address "$address" "$place/serve.yaml" >"$place/serve.log" 2>&1 || fail "serve deploy failed, see $place/serve.log"
+ask() { # Key, then the body.
+  curl -s -o "$place/reply.json" -w '%{http_code}' -H "Authorization: Bearer $1" -H 'Content-Type: application/json' \
+    -d "$2" "http://127.0.0.1:$endpoint/v1/chat/completions"
+}
+body='{"messages": [{"role": "user", "content": "sort:hbca"}], "seed": 7, "refine": {"rounds": 2}}'
+answered() { [ "$(ask "$EVOLVE_RAY_KEYS" "$body")" = 200 ]; }
+await 180 answered || fail "no refined answer: $(cat "$place/reply.json")"
+grep -q '"rounds"' "$place/reply.json" || fail "the reply has no rounds: $(cat "$place/reply.json")"
+[ "$(ask wrong "$body")" = 401 ] || fail "the endpoint answers without a key"
+replica_nodes() {
+  ray list actors --address "$address" --filter state=ALIVE --format json --limit 1000 |
+    python -c 'import json, sys; print(len({actor["node_id"] for actor in json.load(sys.stdin) if "replica" in (actor["name"] or "").lower() and "scorer" not in actor["name"]}))'
+}
+two_replicas() { [ "$(replica_nodes)" = 2 ]; }
+await 60 two_replicas || fail "the replicas are on $(replica_nodes) nodes, not on two"
+echo "serve deploy: two nodes serve the run with keys"
+serve shutdown --address "$address" --yes >>"$place/serve.log" 2>&1
+
 finish
 pids=()
 python jobs/verify.py "$place/run"

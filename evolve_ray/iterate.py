@@ -9,7 +9,7 @@ from typing import Any
 from evolve_ray.inputs.context import Context, Policy
 from evolve_ray.stages.drafting import draft_and_score
 from evolve_ray.stages.evaluation import evaluate
-from evolve_ray.stages.measures import decide, measure_drift
+from evolve_ray.stages.measures import decide, measure_drift, with_options
 from evolve_ray.stages.pairs import select
 from evolve_ray.stages.probe import probe
 from evolve_ray.stages.record import Record
@@ -20,7 +20,7 @@ def iterate(context: Context) -> dict[str, Any]:
     """Runs the activation, then iterations until the controller stops the run or all are done; returns the report.
 
     A roll-back ends the run with the policy of the iteration before. The iteration that was rolled back stays on disk and in
-    the report, marked `rolled_back`.
+    the report, marked `rolled_back`. Options that a decision changes hold from the next iteration on.
     """
     config, policy, record = context.config, context.policy, Record(context)
     record.add(evaluate(context, 0, policy, "base", folder="base_evaluation"))
@@ -32,7 +32,7 @@ def iterate(context: Context) -> dict[str, Any]:
     for iteration in range(1, config.iterations + 1):
         drafts, scores, reward_models = draft_and_score(context, iteration, policy, reward_models)
         pairs = select(context, iteration, drafts, scores)
-        previous, policy = policy, train(context, iteration, policy, pairs, config.training, "checkpoint")
+        previous, policy = policy, train(context, iteration, policy, pairs, context.config.training, "checkpoint")
         # Before the evaluation: engines that hold the wrong weights must not evaluate.
         figures = probe(context, iteration, policy, previous)
         model = evaluate(context, iteration, policy, f"iteration {iteration}") | {"probe": figures}
@@ -42,6 +42,7 @@ def iterate(context: Context) -> dict[str, Any]:
         record.add(model)
         if model["decision"]["action"] != "continue":
             break
+        context.config = with_options(context.config, model["decision"].get("options", {}), f"iteration {iteration}")
     return record.finish()
 
 

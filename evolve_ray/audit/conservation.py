@@ -106,6 +106,7 @@ def check_pairs(manifest: Manifest, inputs: Inputs) -> Iterator[str]:
     yield from duplicates((row["pair_id"] for row in table), "pairs")
     stats = manifest.stats
     used = {row[member] for row in table for member in ("chosen_id", "rejected_id")} - {None}
+    used |= {turn["draft_id"] for row in table for turn in row.get("turns") or ()} - {None}
     number = len(used) if "num_used" in stats else len(table)
     if stats["num_in"] != number + len(rejected):
         yield f"{stats['num_in']} rows were read, but {number} are used and {len(rejected)} rejected"
@@ -121,8 +122,14 @@ def check_pairs(manifest: Manifest, inputs: Inputs) -> Iterator[str]:
                     yield f"the {side} response of pair {row['pair_id']} is not the draft {row[f'{side}_id']}"
                 elif row.get(f"{side}_token_ids") != draft.get("token_ids"):
                     yield f"the {side} tokens of pair {row['pair_id']} are not those of the draft {row[f'{side}_id']}"
+                elif side == "chosen" and row.get("chosen_logps") != draft.get("logps"):
+                    yield f"the log-probabilities of pair {row['pair_id']} are not those of the draft {row['chosen_id']}"
                 elif row[f"{side}_score"] is not None and row[f"{side}_score"] != score.get(row[f"{side}_id"]):
                     yield f"the {side} score of pair {row['pair_id']} is not the score of the draft {row[f'{side}_id']}"
+            for turn in row.get("turns") or ():
+                draft = drafts.get(turn["draft_id"], {"text": ""} if turn["draft_id"] is None else {})
+                if any(turn[name] != draft.get(name) for name in ("text", "token_ids")):
+                    yield f"the turn {turn['name']} of pair {row['pair_id']} is not the draft {turn['draft_id']}"
             if prompt.get(row["prompt_id"]) != row["prompt"]:
                 yield f"the prompt of pair {row['pair_id']} is not the prompt {row['prompt_id']}"
         yield from check_order([row["prompt_id"] for row in table], list(prompt))

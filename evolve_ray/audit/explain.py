@@ -24,6 +24,7 @@ from evolve_ray.store.turns import as_text
 # Folder of pairs -> the folder of the scores that selected them; None for pairs that were read from a file.
 PAIRS = {"pairs": "scores", "reward_pairs": "labels", "activation_pairs": None, "offline_pairs": None}
 TRAINED = ("activation", "checkpoint", "reward_model")  # the stages that train on a table of pairs
+NO_REASON = "no reason is recorded"
 SHOWN = 5  # ids that a message lists
 
 
@@ -66,7 +67,8 @@ def explain(run: Path, wanted: str) -> dict[str, Any]:
             manifests[name] = committed(pairs.folder.parent / name)
             check_input(pairs, "scores" if name == scores_name else name, manifests[name])
         explanation |= drafts_of(config, pair, manifests, scores_name)
-        explanation["models"] = {hash_: model_path(run, hash_) for hash_ in sorted({d["model"] for d in explanation["drafts"]})}
+        hashes = sorted({draft["model"] for draft in explanation["drafts"] if draft["model"]})  # a composed draft has none
+        explanation["models"] = {hash_: model_path(run, hash_) for hash_ in hashes}
     explanation["reference"] = reference(pairs, pair, manifests)
     for name in TRAINED:
         trained = read_manifest(pairs.folder.parent / name)
@@ -161,7 +163,7 @@ def drafts_of(config: Config, pair: dict, manifests: dict[str, Manifest], scores
         row = score_of.get(draft["draft_id"], {})
         draft |= {"score": row.get("score"), "correct": row.get("correct")}
         recorded = filter(None, (reasons.get(draft["draft_id"]), unscored.get(draft["draft_id"])))
-        draft["fate"] = fate(draft, pair, prompt_pairs, "; ".join(recorded) or "no reason is recorded")
+        draft["fate"] = fate(draft, pair, prompt_pairs, "; ".join(recorded) or NO_REASON)
     for member in ("chosen", "rejected"):
         if pair[member] not in [draft["text"] for draft in drafts if draft["draft_id"] == pair[f"{member}_id"]]:
             raise IntegrityError(f"{pairs.folder}: the {member} draft {pair[f'{member}_id']} is not in {name}; delete the pairs")
@@ -176,9 +178,13 @@ def fate(draft: dict, pair: dict, prompt_pairs: list[dict], reason: str) -> str:
         for other in prompt_pairs:
             if draft["draft_id"] == other[f"{member}_id"]:
                 return f"{member} of pair {other['pair_id']}"
+    for row in (pair, *prompt_pairs):
+        for turn in row.get("turns") or ():
+            if draft["draft_id"] == turn["draft_id"]:
+                return f"turn {turn['name']} of pair {row['pair_id']}"
     if draft["kind"] == "skipped":
         return f"skipped: the draft before it is {draft['finish_reason']}"
-    return "critique" if draft["kind"] != "answer" else f"not used: {reason}"
+    return draft["kind"] if draft["kind"] != "answer" and reason == NO_REASON else f"not used: {reason}"
 
 
 def model_path(run: Path, hash_: str) -> str:
@@ -232,8 +238,9 @@ def text(explanation: dict[str, Any]) -> str:
         for draft in explanation["drafts"]:
             score = "no score" if draft["score"] is None else f"score {draft['score']:.4g}"
             correct = "" if draft["correct"] is None else f", verifier {draft['correct']:g}"
+            kind = "" if draft["kind"] in ("answer", "skipped") else f", {draft['kind']}"
             lines.append(
-                f"  sample {draft['sample']} round {draft['round']}: {score}{correct}, {draft['num_tokens']} tokens, "
+                f"  sample {draft['sample']} round {draft['round']}{kind}: {score}{correct}, {draft['num_tokens']} tokens, "
                 f"{draft['finish_reason']}, seed {draft['seed']}, draft {draft['draft_id']}: {draft['fate']}"
             )
             lines.append(indented(draft["text"], 6))
@@ -242,6 +249,7 @@ def text(explanation: dict[str, Any]) -> str:
         lines += [f"read from {source.get('path')} (split {source.get('split')}), trained with {source.get('objective')}"]
         for part in ("prompt", "chosen", "rejected"):
             lines += [part, indented(as_text(pair[part]))]
+    lines += ["context, in place of the prompt", indented(as_text(pair["context"]))] if pair.get("context") else []
     lines += [f"model {hash_[:16]} at {path}" for hash_, path in explanation.get("models", {}).items()]
     verifier = f", verifier {explanation['verifier']['name']}" if explanation["verifier"] else ""
     scorer = explanation["scorer"]

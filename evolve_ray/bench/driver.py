@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -21,6 +22,9 @@ COMMANDS = {
     "serve": "the endpoint against `vllm serve`, and against a client that refines by itself",
 }
 
+# Against what torch, transformers and TRL write beside the rows.
+QUIET = {"KINETO_LOG_LEVEL": "99", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code; a known error is one sentence on stderr."""
@@ -34,6 +38,8 @@ def main(arguments: list[str]) -> int:
 
     def command() -> int:
         wait_asleep()
+        device = getattr(args, "device", None)
+        os.environ.update(QUIET | ({"DS_ACCELERATOR": device} if device else {}) | os.environ)
         rows: list[Row] = importlib.import_module(f"evolve_ray.bench.{args.command}").rows(args)
         print(as_text(rows))
         if args.json:

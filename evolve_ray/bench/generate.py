@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evolve_ray.bench import table
 from evolve_ray.bench.table import Row
 from evolve_ray.config import options as options_of
 from evolve_ray.errors import UserError
@@ -180,7 +181,7 @@ class Bench:
         """Returns `repeats` turns of each side, after a warm-up turn. The order of sides changes, and flat is never first."""
         sides = {"chains": self.chains, "barriers": self.barriers, "flat": self.flat}
         turns_by_side: dict[str, list[Turn]] = {name: [] for name in sides}
-        for repeat in range(self.args.repeats + 1):
+        for repeat in table.turns("generate", self.args.repeats + 1):
             self.set_lengths(repeat)
             for name in ORDERS[repeat % len(ORDERS)]:
                 turns_by_side[name].append(self.turn(sides[name]))

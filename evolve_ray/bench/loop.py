@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evolve_ray.bench import table
 from evolve_ray.bench.busy import busy_processes
 from evolve_ray.bench.generate import CPU_ARGUMENTS, CPU_ENV, LETTERS
 from evolve_ray.bench.table import Row
@@ -120,7 +121,7 @@ def rows(args: argparse.Namespace) -> list[Row]:
         result = []
         for name in args.only:
             turns: dict[str, list[Turn]] = {"ours": [], "script": []}
-            for repeat in range(args.repeats):
+            for repeat in table.turns(name, args.repeats):
                 for side in list(turns)[:: -1 if repeat % 2 else 1]:
                     turns[side].append((our_turn if side == "ours" else script_turn)(folder, args, NAMES[name]))
                     print(f"{name}: {side}: {summary(turns[side][-1])}", file=sys.stderr, flush=True)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evolve_ray.bench.table import Row
+from evolve_ray.bench.table import Row, turns
 from evolve_ray.config.load import build
 from evolve_ray.config.options import Config
 from evolve_ray.config.resolve import resolved
@@ -221,7 +221,7 @@ def growth_rows(args: argparse.Namespace, root: Path) -> list[Row]:
     one_run(root, recipe(root, args, 4 * args.shard, **engine), pools)  # starts Ray and the actors, imports modules
     start_mib = resident_mib()
     costs: list[list[RunCost]] = []
-    for _ in range(args.repeats):
+    for _ in turns("scale: growth", args.repeats):
         costs.append([one_run(root, recipe(root, args, size, **engine), pools) for size in args.sizes])
         for cost in costs[-1]:
             cost.peak_mib -= start_mib
@@ -256,7 +256,7 @@ def actor_rows(args: argparse.Namespace, root: Path) -> list[Row]:
         engine = {"actors": number, "shard_prompts": size, "args": {"service_s": service_s}}
         pools = Pools()
         one_run(root, recipe(root, args, 2 * number * size, **engine), pools)
-        for _ in range(args.repeats):
+        for _ in turns(f"scale: {number} engines", args.repeats):
             costs[number].append(one_run(root, recipe(root, args, number * args.shards_each * size, **engine), pools))
         for name in ("engines", "scorers"):
             pools.close(name)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evolve_ray.bench import load, servers
+from evolve_ray.bench import load, servers, table
 from evolve_ray.bench.generate import CPU_ARGUMENTS, CPU_ENV, LETTERS, random_model
 from evolve_ray.bench.load import Answer, Body, Reply
 from evolve_ray.bench.table import Row
@@ -129,7 +129,7 @@ class Bench:
         try:
             ours.wait()
             if self.args.replicas > 1:
-                for repeat in range(self.args.repeats):
+                for repeat in table.turns("serve", self.args.repeats):
                     self.turn("refine", "ours", ours, repeat)
                 return [hits_row(counts_of(ours.url), self.args.replicas)]
             theirs = servers.vllm(self.model, servers.free_port(), self.folder, self.engine_args, self.engine_env)
@@ -143,7 +143,7 @@ class Bench:
     def turns(self, sides: dict[str, servers.Server]) -> dict[tuple[str, str], list[Turn]]:
         """The turns of each kind and side after one to warm up; the side that goes first changes."""
         found: dict[tuple[str, str], list[Turn]] = {(kind, side): [] for kind in KINDS for side in SIDES}
-        for repeat in range(self.args.repeats + 1):
+        for repeat in table.turns("serve", self.args.repeats + 1):
             for kind in KINDS:
                 for side in SIDES if repeat % 2 else reversed(SIDES):
                     found[kind, side].append(self.turn(kind, side, sides[side], repeat))

@@ -1,8 +1,12 @@
 """Rows of a benchmark: a figure with its range, and counts that explain it."""
 
 import statistics
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from evolve_ray.watch.progress import each
 
 
 @dataclass(frozen=True)
@@ -13,6 +17,11 @@ class Row:
     unit: str
     values: list[float]
     counts: dict[str, Any] = field(default_factory=dict)
+
+
+def turns(name: str, number: int) -> Iterator[int]:
+    """The numbers of the turns of a measurement; its progress is shown on a terminal, in a log on stderr."""
+    return each(range(number), number, name, "turns", lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def as_json(row: Row) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from evolve_ray.bench.busy import busy_processes
-from evolve_ray.bench.table import Row
+from evolve_ray.bench.table import Row, turns
 from evolve_ray.bench.watches import NoPeak, Peak, Seconds, Watch
 from evolve_ray.config import options as options_of
 from evolve_ray.errors import UserError
@@ -184,7 +184,7 @@ def in_turns(
     """
     work = {side: step() for side, step in sides.items()}
     seconds: dict[str, list[Seconds]] = {side: [] for side in sides}
-    for _ in range(args.repeats):
+    for _ in turns(name, args.repeats):
         for side, step in sides.items():
             with Watch(args) as watch:
                 step()
@@ -219,7 +219,7 @@ def full_logits(args: argparse.Namespace) -> Row:
     groups = [group for _, group in preferences(args, args.dpo_pairs)]
     peaks: dict[bool, list[int]] = {True: [], False: []}
     policy.by_trees(groups)
-    for _ in range(max(1, min(2, args.repeats))):
+    for _ in turns("memory_vs_full_logits", max(1, min(2, args.repeats))):
         for chunked, peaks_of_side in peaks.items():
             with Peak(args) as peak:
                 work = policy.by_trees(groups, chunked=chunked)

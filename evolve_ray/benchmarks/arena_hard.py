@@ -22,6 +22,7 @@ from evolve_ray.evaluate import intervals
 from evolve_ray.refine.template import fill
 from evolve_ray.store.files import write_atomic
 from evolve_ray.store.rows import digest
+from evolve_ray.watch import progress
 
 SYSTEM = """\
 You compare two answers to the same prompt, one by assistant A and one by assistant B, and say which is better.
@@ -250,7 +251,7 @@ def judge_answers(answers: Answers, questions: dict[str, dict], baseline: dict[s
     with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(judge.concurrency) as pool:
         futures: list[Future] = [pool.submit(play, uid) for uid in todo]
         try:
-            for future in as_completed(futures):
+            for future in progress.each(as_completed(futures), len(futures), answers.name, "questions", say):
                 if future.cancelled():
                     continue
                 if future.exception():

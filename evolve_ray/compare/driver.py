@@ -9,10 +9,12 @@ from pathlib import Path
 
 from evolve_ray.compare import skill_probes as probing
 from evolve_ray.compare.models import Plan
+from evolve_ray.compare.strategies import read_strategies
 from evolve_ray.config.load import load, load_stored
 from evolve_ray.config.options import Config
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import UserError, failure, run_command
+from evolve_ray.evaluate.final_answers import PICKS
 from evolve_ray.models import checkpoints
 from evolve_ray.pools.session import start_ray, stop_ray
 from evolve_ray.store.files import sha256_file
@@ -43,6 +45,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--draft-column", help="the column with drafts for the probe foreign (default: draft, if the data has it)"
     )
+    parser.add_argument(
+        "--strategy", action="append", default=[], metavar="NAME[,OPTION=VALUE...][,pick=PICK]",
+        help="also measure the final answer of a strategy on the same prompts, for example parallel,samples=8,pick=vote; several "
+             "--strategy are lines of one table (default options: the recipe's)")  # fmt: skip
+    parser.add_argument("--pick", choices=tuple(PICKS), help="the answer that counts: that of the last round, the vote of all, "
+                        "the best by the scorer, or what the strategy returned last (default: last)")  # fmt: skip
     parser.add_argument("--out", "--run", dest="out", metavar="DIR", help="the output folder (default: runs/evaluation-DIGEST)")
     parser.add_argument("--rerun-changed", action="store_true", help="recompute the stages whose options or inputs changed")
     return parser.parse_intermixed_args(arguments)
@@ -58,7 +66,7 @@ def main(arguments: list[str]) -> int:
         probes = choose_probes(args.probes)
         models = checkpoints.find_all(model_names)
         foreign = None if args.foreign is None else checkpoints.find(args.foreign)
-        plan = Plan(config, models, probes, foreign, args.draft_column)
+        plan = Plan(config, models, probes, foreign, args.draft_column, read_strategies(args.strategy, args.pick, config))
         return run(plan, run_folder(args.out or default_folder(plan)), rerun_changed=args.rerun_changed)
 
     return run_command(command, shlex.join(["python", "jobs/evaluate.py", *arguments]))
@@ -124,6 +132,7 @@ def default_folder(plan: Plan) -> str:
     files = [sha256_file(Path(path)) if Path(path).is_file() else path for path in config.evaluation.splits.values()]
     identity = [resolved(config, runtime=False), files, [(model.name, model.hash) for model in plan.models]]
     identity += [plan.probes, plan.foreign.hash if plan.foreign else None, plan.draft_column]
+    identity += [[part.label, resolved(part.strategy), part.pick] for part in plan.measured]
     run = plan.models[0].run
     return str((run.resolve().parent if run else Path("runs")) / f"evaluation-{digest(identity)[:12]}")
 

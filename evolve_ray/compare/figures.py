@@ -7,8 +7,10 @@ from rapidfuzz.distance import Levenshtein
 
 from evolve_ray.compare import skill_probes
 from evolve_ray.compare.skill_probes import Chains, Same
+from evolve_ray.compare.strategies import Measured
 from evolve_ray.evaluate import intervals
 from evolve_ray.evaluate.figures import by_prompt, differences, distinct, is_right, summarise, whole_chains
+from evolve_ray.evaluate.final_answers import final_answers
 
 Rows = tuple[list[dict], list[dict]]  # drafts, scores
 
@@ -79,6 +81,16 @@ def gain(chain: dict[int, dict], rounds: int) -> dict[str, float]:
     if first["correct"] is not None:
         figures["exact_match"] = float(is_right(last) - is_right(first))
     return figures
+
+
+def add_strategies(
+    splits: dict[str, Any], prompts: list[dict], chain: Rows, parts: dict[str, Rows], measured: tuple[Measured, ...], same: Same
+) -> None:  # fmt: skip
+    """Adds `strategies` to each split: the final answers of every measured strategy, in their order."""
+    for part in measured:
+        names = {"name": part.label, "pick": part.pick}
+        for split, figures in final_answers(list(splits), prompts, chain, parts[part.name], **names, same=same).items():
+            splits[split].setdefault("strategies", []).append(figures)
 
 
 def model_differences(chains: dict[str, dict[str, Chains]]) -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from evolve_ray.compare.figures import Rows, add_probes, model_differences, model_figures
+from evolve_ray.compare.figures import Rows, add_probes, add_strategies, model_differences, model_figures
+from evolve_ray.compare.strategies import Measured, is_chain
 from evolve_ray.config.options import Config, Strategy
 from evolve_ray.config.resolve import resolved
 from evolve_ray.data.read import has_column
@@ -46,6 +47,7 @@ class Plan:
     probes: tuple[str, ...]
     foreign: Named | None
     draft_column: str | None
+    measured: tuple[Measured, ...] = ()
 
 
 def compare(plan: Plan, folder: Run, start_ray: Callable[[], None], *, rerun_changed: bool, changed: str = "") -> dict[str, Any]:
@@ -75,10 +77,12 @@ def compare(plan: Plan, folder: Run, start_ray: Callable[[], None], *, rerun_cha
     chains: dict[str, dict] = {}
     parts: dict[str, dict] = {}
     for model in plan.models:
-        tables = runner.run_all(model, prompts_with_drafts, plan.probes)
+        tables = runner.run_all(model, prompts_with_drafts, plan.probes, plan.measured)
         usage = {part: {name: drafts.stats[name] for name in USAGE} for part, (drafts, _) in tables.items()}
         rows_by_part = {part: read_both(*manifests) for part, manifests in tables.items()}
-        splits, chains[model.name] = model_figures(table, rows_by_part.pop("chain"))
+        chain_rows = rows_by_part.pop("chain")
+        splits, chains[model.name] = model_figures(table, chain_rows)
+        add_strategies(splits, table, chain_rows, rows_by_part, plan.measured, same_answer(config.verifier))
         parts[model.name] = rows_by_part
         models.append({"name": model.name, "given": model.given, "model": model.hash, "path": str(model.folder),
                        "splits": splits, "usage": usage})  # fmt: skip
@@ -139,7 +143,8 @@ def with_drafts(context: Context, name: str, table: list[dict], texts: dict[str,
     )
     manifest = stage.committed()
     if manifest is None:
-        with_draft = [{**row, "draft": texts[row["prompt_id"]]} for row in table if row["prompt_id"] in texts]
+        known = [{name: row[name] for name in rows.PROMPT.names} for row in table if row["prompt_id"] in texts]
+        with_draft = [{**row, "draft": texts[row["prompt_id"]]} for row in known]
         rejected = [rows.reject(row, name, "has no draft to refine") for row in table if row["prompt_id"] not in texts]
         if not with_draft:
             raise UserError(
@@ -161,7 +166,7 @@ class ModelRunner:
         self.shape: str | None = None
 
     def run_all(
-        self, model: Named, prompts_with_drafts: dict[str, Manifest], probe_names: tuple[str, ...]
+        self, model: Named, prompts_with_drafts: dict[str, Manifest], probe_names: tuple[str, ...], measured: tuple[Measured, ...]
     ) -> dict[str, tuple[Manifest, Manifest]]:
         """Returns drafts and scores of the chain, of one refinement of each prepared draft, and of the sampling probes."""
         config = self.context.config
@@ -177,6 +182,12 @@ class ModelRunner:
         if "longer" in probe_names:
             strategy = Strategy(name="chain", rounds=1)
             tables["longer"] = self.run_part(model, "longer", self.held_out, strategy, max_tokens=self.longer_tokens())
+        for part in measured:
+            if is_chain(part.strategy, config.evaluation.rounds):
+                tables[part.name] = tables["chain"]
+            elif part.name not in tables:
+                folder = f"strategy-{rows.digest(resolved(part.strategy))[:12]}"
+                tables[part.name] = self.run_part(model, folder, self.held_out, part.strategy)
         return tables
 
     def longer_tokens(self) -> int:
@@ -207,6 +218,7 @@ class ModelRunner:
             context.config.sampling,
             temperature=context.config.evaluation.temperature,
             max_tokens=max_tokens or context.config.sampling.max_tokens,
+            logps=False,
         )
         policy = Policy(model.folder, model.hash)
         job = generations.GenerationJob(

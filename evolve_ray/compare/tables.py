@@ -8,6 +8,7 @@ from evolve_ray.config.run_options import MIN_PROMPTS
 from evolve_ray.report import costs
 from evolve_ray.report.ledger import compute
 from evolve_ray.report.markup import cell, document, escape, section, table
+from evolve_ray.report.strategies import TITLE, strategy_rows
 from evolve_ray.report.tables import aligned, table_rows
 from evolve_ray.store.files import write_atomic
 from evolve_ray.store.run import Run
@@ -32,6 +33,7 @@ def tables(evaluation: dict[str, Any]) -> list[Table]:
         ),
         ("Paired differences on the same prompts", *difference_rows(evaluation)),
         ("From the first round to the last", *change_rows(evaluation)),
+        (TITLE, *strategy_rows(evaluation["models"])),
         ("Probes", ["split", "probe", "model", "measure", "first", "second", "difference", "n"], probe_rows(evaluation)),
     ]
     return [part for part in all_tables if part[2]]

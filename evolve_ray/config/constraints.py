@@ -9,7 +9,10 @@ from evolve_ray.config.parse import Reader, describe, pattern_fault
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 SECRET = re.compile(r"(?i)(^|_)(token|secret|password|passwd|credentials?|api_?key|access_?key)(_|$)")
 # Options that the objective does not use.
-IGNORED = {"sft": ("label_smoothing",), "policy_gradient": ("label_smoothing",), "reward": ("nll", "length_normalised")}
+IGNORED: dict[str, tuple[str, ...]] = {
+    "reward": ("nll", "length_normalised"),
+    **dict.fromkeys(("sft", "policy_gradient", "turns_dpo", "turns_sft"), ("label_smoothing",)),
+}
 
 
 def check_together(config: Config, reader: Reader) -> None:
@@ -24,6 +27,13 @@ def check_together(config: Config, reader: Reader) -> None:
         reader.fail("scorer.members", "must be set when scorer.name is 'mean' or 'minimum', and only then")
     if "verifier" in (config.scorer.name, *config.scorer.members) and config.verifier is None:
         reader.fail("verifier", "must be set when the verifier is the scorer; add a [verifier] table")
+    if config.scorer.name == "strategy":
+        if config.strategy.name != "self_judge" and ":" not in config.strategy.name:
+            fault = f"is 'strategy', but strategy {config.strategy.name!r} gives no scores; use self_judge, or one of your own"
+            reader.fail("scorer.name", fault)
+        if config.evaluation.splits and config.verifier is None:
+            fault = "must be set when scorer.name is 'strategy': chains of an evaluation are scored by the verifier"
+            reader.fail("verifier", f"{fault}; add a [verifier] table")
     if config.verifier is not None and bool(config.verifier.pattern) != (config.verifier.name == "regex"):
         reader.fail("verifier.pattern", "must be set when verifier.name is 'regex', and only then")
     if config.refresh is not None:
@@ -38,10 +48,23 @@ def check_together(config: Config, reader: Reader) -> None:
             )
         if training.objective == "policy_gradient" and training.reference != "iteration":
             reader.fail(f"{name}.reference", "must be 'iteration' with objective 'policy_gradient': it wrote the answers")
+        truncates = training.objective == "policy_gradient" and training.objective_args.get("mismatch") == "truncate"
+        if truncates and not config.sampling.logps:
+            reader.fail(f"{name}.objective_args.mismatch", "needs the engine's log-probabilities; set sampling.logps = true")
         for objective, ignored in IGNORED.items():
             for field_name in ignored if training.objective == objective else ():
                 if getattr(training, field_name):
                     reader.fail(f"{name}.{field_name}", f"has no effect with objective {objective!r}; remove it")
+    check_rows_of_turns(config, reader)
+    strategy = config.strategy
+    width = {"chain": 1, "few_shot": 1, "feedback": 1, "critique": strategy.critiques}.get(strategy.name, strategy.samples)
+    alone = width == 1 and ":" not in strategy.name
+    if config.selection.name == "advantages" and alone and config.selection.args.get("baseline") != "none":
+        reader.fail(
+            "selection.args.baseline",
+            f"strategy {strategy.name!r} gives one answer a round, so each is its own baseline and every advantage is 0; use "
+            "strategy 'parallel' or 'chains' with several samples, or baseline 'none'",
+        )
     if config.verifier is not None and not config.prompts.answer_column:
         reader.fail("prompts.answer_column", "must name the column with the answers that [verifier] checks")
     if config.verifier is not None and config.evaluation.splits and not config.evaluation.answer_column:
@@ -49,6 +72,9 @@ def check_together(config: Config, reader: Reader) -> None:
     for table, part in (("prompts", config.prompts), ("evaluation", config.evaluation)):
         if part.answer_pattern and (fault := pattern_fault(part.answer_pattern, bool(part.answer_column))):
             reader.fail(f"{table}.answer_pattern", f"{part.answer_pattern!r} {fault}")
+        for column in part.columns:
+            if not isinstance(column, str) or not column:
+                reader.fail(f"{table}.columns", f"holds {describe(column)}, but each must be the name of a column")
     for name, path in config.evaluation.splits.items():
         if not isinstance(path, str):
             reader.fail(f"evaluation.splits.{name}", f"is {describe(path)}, but must be a string: a file or dataset")
@@ -106,3 +132,18 @@ def check_together(config: Config, reader: Reader) -> None:
         for path in paths:
             if path.startswith("toy:"):
                 reader.fail("toy", f"{path!r} is part of the tiny world; add a [toy] table to the recipe")
+
+
+def check_rows_of_turns(config: Config, reader: Reader) -> None:
+    """Fails if a selection makes rows of turns that the objective would not learn as they are."""
+    selection, training = config.selection, config.training
+    alone = selection.name == "reflections" and selection.args.get("form") == "alone" and ":" not in training.objective
+    if alone and (training.objective != "sft" or training.refine_weight):
+        reader.fail(
+            "selection.args.form", "is 'alone', whose rows prefer nothing; set training.objective 'sft' with refine_weight 0"
+        )
+    turns = [table.get("turns", 2) for table in (selection.args, training.objective_args)]
+    if (selection.name, training.objective) == ("trajectories", "turns_dpo") and turns[0] != turns[1]:
+        reader.fail("selection.args.turns", f"is {turns[0]}, but training.objective_args.turns is {turns[1]}; set both alike")
+    if selection.whole and ":" not in selection.whole:
+        reader.fail("selection.whole", f"is {selection.whole!r}, but must be 'module:Name'")

@@ -66,6 +66,8 @@ class Source:
         "regular expression: the first group of its last match in the answer column is the answer; empty: the whole column", ""
     )
     id_column: str = option("column with your own ids; empty: ids are content hashes", "")
+    draft_column: str = option("column with a first draft, for a strategy that refines given drafts; empty: none", "", later=True)
+    columns: list = option("further columns, which a strategy of your own sees in the prompt's row", [], later=True)
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,27 @@ class Strategy:
     """
 
     name: str = option(
-        "`chain`: each draft refines the one before; `parallel`: independent samples; `few_shot`: a draft sees several earlier "
-        "ones; `critique`: a draft follows a critique of the one before; `best_of`: a round refines the best of several samples; "
-        "`feedback`: a draft follows the verifier's words on the one before, until it is right",
+        "`chain`: each draft refines the one before; `parallel`: independent samples; `chains`: independent chains; "
+        "`few_shot`: a draft sees several earlier ones; `critique`: a draft follows a critique of the one before; "
+        "`best_of`: a round refines the best of several samples; "
+        "`feedback`: a draft follows the verifier's words on the one before, until it is right; `self_judge`: independent "
+        "samples, each rated by the model itself",
         "chain",
-        choices=("chain", "parallel", "few_shot", "critique", "best_of", "feedback"),
+        choices=("chain", "parallel", "chains", "few_shot", "critique", "best_of", "feedback", "self_judge"),
         plug=True,
     )
     rounds: int = option("rounds of drafts for each prompt", 4, unit="rounds", low=1)
-    samples: int = option("for `parallel` and each round of `best_of`: independent samples", 4, low=1)
+    samples: int = option("for `parallel`, `chains`, `self_judge` and each round of `best_of`: independent samples", 4, low=1)
+    critiques: int = option("for `critique`: critiques of the first draft, each with its own revision", 1, low=1, later=True)
     shots: int = option("for `few_shot`: earlier drafts that a draft sees", 3, low=1)
     show: str = option("for `few_shot`: which earlier drafts a draft sees", "last", choices=("last", "best"))
     stop_unchanged: bool = option("for `chain`, in training data: stop when a refinement is equal to its draft", False)
     stop_right: bool = option("for `chain`, in training data: stop when the verifier gives a draft the full score (1.0)", False)
-    args: dict = option("options of a strategy of your own; it gets them as `args`", {}, later=True)
+    args: dict = option(
+        "for `self_judge`: `votes`, `low`, `high`, `temperature`, `max_tokens`; for a strategy of your own: its options",
+        {},
+        later=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,9 @@ class Sampling:
     temperature: float = option("sampling temperature; 0: greedy", 1.0, low=0.0)
     top_p: float = option("top-p of nucleus sampling; 1: off", 1.0, above=0.0, high=1.0)
     max_tokens: int = option("longest response; a longer one is cut and counted", 1024, unit="tokens", low=1)
+    logps: bool = option(
+        "whether drafts keep the engine's log-probability of each token, for `mismatch` of `policy_gradient`", False, later=True
+    )
 
 
 @dataclass(frozen=True)
@@ -79,9 +89,10 @@ class Scorer:
     """How a response is scored."""
 
     name: str = option(
-        "a reward model, the verifier, the mean or minimum of several, or `judge`: a language model behind an OpenAI server",
+        "a reward model, the verifier, the mean or minimum of several, `judge`: a language model, `vote`: the share of a "
+        "prompt's drafts with the same answer, or `strategy`: the scores that the strategy gives (in evaluations the verifier's)",
         "reward_model",
-        choices=("reward_model", "verifier", "mean", "minimum", "judge"),
+        choices=("reward_model", "verifier", "mean", "minimum", "judge", "vote", "strategy"),
         plug=True,
     )
     model: str = option("the reward model: a folder or name of a sequence classifier, or `toy:reward_model`", "")
@@ -117,7 +128,8 @@ class Scorer:
         runtime=True,
     )
     args: dict = option(
-        "for `judge`: its options, listed in docs/recipes.md; for a scorer of your own: its options, as `args` of its making",
+        "for `judge`: its options, listed in docs/recipes.md; for `vote`: `reward`; for a scorer of your own: its options, as "
+        "`args` of its making",
         {},
         later=True,
     )
@@ -151,9 +163,22 @@ class Selection:
 
     name: str = option(
         "`reward_model`: the draft with the higher score is chosen; `rule`: the last round is chosen, the first rejected; "
-        "`random`: two random drafts; `advantages`: every answer alone, with its advantage, for `policy_gradient`",
+        "`random`: two random drafts; `advantages`: every answer alone, with its advantage, for `policy_gradient`; "
+        "`turn_advantages`: so with every response, critiques too, after what its own ask showed; `reflections`: critiques of "
+        "wrong drafts, by the revisions that used them; `trajectories`: whole lines of turns, for `turns_dpo`; `accepted`: every "
+        "draft alone that is good enough, for `sft`; `tiers`: the shortest of the best over the longest of the worst",
         "reward_model",
-        choices=("reward_model", "rule", "random", "advantages"),
+        choices=(
+            "reward_model",
+            "rule",
+            "random",
+            "advantages",
+            "turn_advantages",
+            "reflections",
+            "trajectories",
+            "accepted",
+            "tiers",
+        ),
         plug=True,
     )
     pairing: str = option(
@@ -175,6 +200,15 @@ class Selection:
     max_repetition: float = option(
         "for `rule`: no pair if more than this share of the 4-grams of the last round is repeated", 0.3, low=0.0, high=1.0
     )
+    top_share: float = option(
+        "share of an iteration's rows that is kept: those whose scores differ most; 1: all", 1.0, above=0.0, high=1.0, later=True
+    )
+    whole: str = option("`module:Name`: a function of your own that keeps or weights rows of the whole iteration", "", later=True)
+    whole_args: dict = option("options of that function; it gets them as `args`", {}, later=True)
     args: dict = option(
-        "for `advantages`: `baseline` and `bonus`; for a selection of your own: its options, as `args`", {}, later=True
+        "for `advantages`: `baseline`, `bonus`, `rewarded`, `keep_zero`; for `turn_advantages`: `baseline` and `bonus`; for "
+        "`reflections`: `form` and `right`; for `trajectories`: `turns`; for `accepted`: `floor`, `keep`, `pattern`; for "
+        "`tiers`: `rho`; for a selection of your own: its options, as `args`",
+        {},
+        later=True,
     )

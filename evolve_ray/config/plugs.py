@@ -169,6 +169,14 @@ def check_call(
         return
 
 
+def takes(call: Callable, name: str) -> bool:
+    """Whether `call` has a parameter of this name."""
+    try:
+        return name in inspect.signature(call).parameters
+    except (TypeError, ValueError):
+        return False
+
+
 def line_of(call: Any) -> str:
     """`see file.py:LINE` of a function or class, for a message."""
     try:

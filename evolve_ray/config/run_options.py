@@ -16,6 +16,8 @@ class Evaluation:
     prompt_column: str = option("column with the prompt", "prompt")
     answer_column: str = option("column with the gold answer; empty: there is none", "")
     answer_pattern: str = option("like `prompts.answer_pattern`", "")
+    draft_column: str = option("like `prompts.draft_column`; empty: none", "", later=True)
+    columns: list = option("like `prompts.columns`", [], later=True)
     split: str = option("split of a `datasets` name or folder", "train")
     rounds: int = option("rounds of the chain", 4, unit="rounds", low=1)
     temperature: float = option("sampling temperature", 1.0, low=0.0)
@@ -23,9 +25,9 @@ class Evaluation:
     parallel: int = option("independent samples per prompt in addition to the chain, for best of n; 0: none", 0, low=0)
     pick: str = option(
         "also run the recipe's strategy on the held-out prompts and report its final answer: that of the `last` round, the "
-        "`best` by the scorer, or the `vote` of all answers; empty: only the chain",
+        "`best` by the scorer, the `vote` of all answers, or what the strategy `returned` last; empty: only the chain",
         "",
-        choices=("", "last", "best", "vote"),
+        choices=("", "last", "best", "vote", "returned"),
         later=True,
     )
 

@@ -12,7 +12,7 @@ class Training:
     objective: str = option(
         "the loss; `reward` is only for [refresh]",
         "evolve",
-        choices=("sft", "dpo", "ipo", "srpo", "evolve", "policy_gradient", "reward"),
+        choices=("sft", "dpo", "ipo", "srpo", "evolve", "policy_gradient", "turns_dpo", "turns_sft", "reward"),
         plug=True,
     )
     alpha: float = option("weight of the refinement term of `evolve`; 0 is DPO, 1 is SRPO", 0.5, low=0.0, high=1.0)
@@ -37,7 +37,9 @@ class Training:
     weight_decay: float = option("weight decay of AdamW", 0.0, low=0.0)
     gradient_clip: float = option("largest norm of the gradient", 1.0, above=0.0)
     objective_args: dict = option(
-        "for `policy_gradient`: `clip_low`, `clip_high`, `kl`; for one of your own: its options, as `args` of the loss",
+        "for `policy_gradient`: `level`, `clip_low`, `clip_high`, `length`, `length_constant`, `kl`, `kl_to`, `kl_refined`, "
+        "`mismatch`, `mismatch_cap`; for `turns_dpo`: `turns`; for `turns_sft`: `weights`; for one of your own: its options, as "
+        "`args` of the loss",
         {},
         later=True,
     )

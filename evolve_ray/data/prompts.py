@@ -4,10 +4,11 @@ All faults of an input are collected (the first 20 are shown) before anything st
 and the others are rejected. Also here: the order and the slices in which a run takes its prompts, and the rows it leaves out.
 """
 
+import difflib
 import re
 import unicodedata
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ import pyarrow.compute as pc
 from evolve_ray.data.read import answer_of, faults_error, read_records, text_of
 from evolve_ray.data.shapes import Shape, read_prompt
 from evolve_ray.errors import UserError
-from evolve_ray.store.rows import content_id, derive_seed, reject
+from evolve_ray.store.rows import canonical, content_id, derive_seed, reject
 from evolve_ray.store.turns import Prompt, as_text
 
 
@@ -35,6 +36,7 @@ def scan_prompts(
     answer_pattern: str = "",
     id_column: str = "",
     draft_column: str = "",
+    columns: Sequence[str] = (),
     source_split: str = "train",
     split: str = "train",
     system: str = "",
@@ -46,7 +48,8 @@ def scan_prompts(
 
     A prompt without a system prompt gets `system`; `shape` counts what the prompts are. `gold_fault` and `prompt_fault` return
     what is wrong with a gold answer and with a prompt, "" if nothing is. With `draft_column` a row also has the text of that
-    column as `draft`; the first of several duplicates counts. Raises UserError at the end of the file, with all faults.
+    column as `draft`, with `columns` the JSON of those as `columns`; the first of several duplicates counts. Raises UserError at
+    the end of the file, with all faults.
     """
     faults: list[str] = []
     shape = Shape() if shape is None else shape
@@ -66,7 +69,8 @@ def scan_prompts(
             answer = None
         draft = text_of(record, draft_column, where, faults) if draft_column else None
         user_id = text_of(record, id_column, where, faults) if id_column else None
-        cells = ((answer_column, answer), (id_column, user_id), (draft_column, draft))
+        further = cells_of(record, columns, where, faults) if columns else None
+        cells = ((answer_column, answer), (id_column, user_id), (draft_column, draft), (columns, further))
         if prompt is None or any(column and text is None for column, text in cells):
             continue
         text_id = content_id("prompt", prompt, answer)
@@ -80,11 +84,29 @@ def scan_prompts(
         line_of[prompt_id] = line
         if user_id:
             text_id_of[prompt_id] = text_id
-        yield {**row, "draft": draft} if draft_column else row
+        more = {"draft": draft} if draft_column else {}
+        yield row | more | ({"columns": further} if columns else {})
     if faults:
         raise faults_error(path, faults)
     if not line_of:
         raise UserError(f"{path}: contains no prompts; use a file with at least one row")
+
+
+def cells_of(record: dict, columns: Sequence[str], where: str, faults: list[str]) -> str | None:
+    """The JSON of some columns of a row; None with a fault for each that it lacks, or that JSON cannot hold."""
+    cells, before = {}, len(faults)
+    for column in columns:
+        if column not in record:
+            nearest = difflib.get_close_matches(column, record, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"its columns are: {', '.join(record) or 'none'}"
+            faults.append(f"{where}: has no column {column!r}; {hint}")
+            continue
+        try:
+            canonical(record[column])
+        except (TypeError, ValueError) as error:
+            faults.append(f"{where}: column {column!r} cannot be written as JSON: {error}; convert it to a text or number")
+        cells[column] = record[column]
+    return None if len(faults) > before else canonical(cells).decode("utf-8", "surrogatepass")
 
 
 def fresh_order(prompt_ids: pa.ChunkedArray, *, seed: int) -> pa.Array:

@@ -9,8 +9,9 @@ difference in forty that is significantly above 0, and one in forty below. Nothi
 `options.min_prompts` prompts.
 """
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from evolve_ray.config.options import Controller
@@ -22,10 +23,20 @@ Models = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Decision:
-    """One of `ACTIONS`, and the reason: a sentence with the numbers."""
+    """One of `ACTIONS`, and the reason: a sentence with the numbers.
+
+    `options` are options of the recipe by their dotted names, which the iterations after this one have in place of the present.
+    """
 
     action: str
     reason: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def in_words(decision: dict[str, Any]) -> str:
+    """The reason of a stored decision, and the options that it changes."""
+    changes = ", ".join(f"{name} = {json.dumps(value)}" for name, value in decision.get("options", {}).items())
+    return decision["reason"] + (f"; from now on {changes}" if changes else "")
 
 
 def fixed(models: Models, options: Controller) -> Decision:

@@ -14,9 +14,12 @@ from typing import Any
 
 from evolve_ray.config.plugs import blame, is_own, short
 from evolve_ray.errors import UserError
+from evolve_ray.generate.draft_rows import draft_of, mark_returned, row_of_prompt
+from evolve_ray.generate.requests import check_request
 from evolve_ray.generate.scorer_requests import ScorerRequests
 from evolve_ray.generate.spec import Completion, Engine
-from evolve_ray.refine.asks import Ask, Draft, Given, Judge, Skip, Strategy, Verdict, Verify
+from evolve_ray.refine.asked import stores_messages
+from evolve_ray.refine.asks import Ask, Draft, Given, Judge, LogProb, Made, Score, Skip, Strategy, Verdict, Verify
 from evolve_ray.store import rows
 
 
@@ -45,8 +48,8 @@ class Place:
     again: tuple[int, ...]
 
 
-DONE = object()
-REQUESTS = ((Ask, Judge, Verify, Skip, Given), (Ask,))  # what a strategy may yield alone, and in a list
+DONE, LATER = object(), object()
+READ = {"max_tokens": 1, "prompt_logprobs": 0}  # the sampling of a text whose log-probability is asked
 
 
 class Drive:
@@ -60,40 +63,44 @@ class Drive:
         """`encode` turns an ask into token ids; `scorer` serves strategies that ask for scores."""
         self.engine, self.encode, self.spec, self.scorer = engine, encode, spec, scorer
         self.beat: Callable[[], None] = lambda: None  # called after every finished response
+        # The token ids of a response, with its end token if it is finished; for prefixes and given texts.
+        self.response_ids: Callable[[str, bool], list[int]] = lambda text, finished: []
+        self.gives_row = False  # whether the strategy takes the prompt's row
         self.verify: Callable[[dict, str], float] | None = None  # the verifier's value of (prompt, response)
         self.read: Callable[[Completion], dict] = lambda completion: {}  # what a row says of a response beside its text
         self.pending: dict[str, tuple[Chain, Ask, Place]] = {}  # by request id
         self.queue: list[tuple[int, int, str, list[int], int]] = []  # a heap: round, arrival, request id, prompt ids, seed
+        self.reading: dict[str, tuple[Chain, int]] = {}  # by request id: texts whose log-probability is asked; context tokens
         self.arrivals, self.num_submitted = itertools.count(), 0
         self.waiting_for_scores: dict[int, Chain] = {}
         names = ("num_asks", "num_answers", "num_steps", "num_judged", "num_prompt_tokens", "num_cached_tokens", "num_tokens")
         self.stats = dict.fromkeys(names, 0)
 
-    def run(self, prompts: list[dict], start: Callable[[str], Strategy]) -> tuple[list[dict], list[dict], dict]:
+    def run(self, prompts: list[dict], start: Callable[..., Strategy]) -> tuple[list[dict], list[dict], dict]:
         """Runs `start(prompt)` for each prompt; returns (generation rows in canonical order, rejected rows, counts)."""
         chains = [Chain(prompt, self.start(prompt, start)) for prompt in prompts]
         for chain in chains:
             self.advance(chain, None)
-        while self.pending or self.waiting_for_scores:
-            if self.pending:
+        while self.pending or self.reading or self.waiting_for_scores:
+            if self.pending or self.reading:
                 self.submit_queued()
                 self.stats["num_steps"] += 1
                 for completion in self.engine.step():
                     self.receive(completion)
             if self.waiting_for_scores:
                 assert self.scorer is not None
-                for key, scores in self.scorer.finished(wait=not self.pending):
+                for key, scores in self.scorer.finished(wait=not self.pending and not self.reading):
                     self.advance(self.waiting_for_scores.pop(key), scores)
         generated = [row for chain in chains if not chain.problem for row in in_order(chain)]
         rejected = [rows.reject(chain.prompt, "generations", chain.problem) for chain in chains if chain.problem]
         self.stats["num_answers"] = sum(row["kind"] == "answer" for row in generated)
         return generated, rejected, self.stats
 
-    def start(self, prompt: dict, start: Callable[[str], Strategy]) -> Strategy:
+    def start(self, prompt: dict, start: Callable[..., Strategy]) -> Strategy:
         """The strategy of a prompt. Raises UserError if it is no generator."""
         name = self.spec.strategy.name
         with blame("strategy.name", name, f"prompt {prompt['prompt_id']}"):
-            strategy = start(prompt["prompt"])
+            strategy = start(prompt["prompt"], **({"row": row_of_prompt(prompt)} if self.gives_row else {}))
         if not hasattr(strategy, "send"):
             raise UserError(f"strategy.name: {name!r} returned {short(repr(strategy))}, but must be a generator that yields asks")
         return strategy
@@ -104,49 +111,22 @@ class Drive:
         with blame("strategy.name", name, f"prompt {prompt_id}"):
             try:
                 request = chain.strategy.send(value)
-            except StopIteration:
+            except StopIteration as end:
+                if is_own(name):
+                    mark_returned(chain.rows, end.value)
                 return DONE
-        asks = request if isinstance(request, list) else [request]
-        for ask in asks:
-            if not isinstance(ask, REQUESTS[isinstance(request, list)]):
-                kinds = ", ".join(kind.__name__ for kind in REQUESTS[0])
-                raise UserError(
-                    f"strategy.name: {name!r}, prompt {prompt_id}: yielded {short(repr(ask))}, but must yield one of {kinds}, "
-                    "or a list of Ask"
-                )
-            if isinstance(ask, Ask) and not are_messages(ask.messages):
-                raise UserError(
-                    f"strategy.name: {name!r}, prompt {prompt_id}: yielded an Ask with messages {short(repr(ask.messages))}; "
-                    "each message must be a dict with the texts 'role' and 'content'"
-                )
+        check_request(name, prompt_id, chain.strategy, request)
         return request
 
     def advance(self, chain: Chain, value: Any) -> None:
         """Sends a strategy what it waits for, and starts its next request."""
         spec = self.spec
         request = self.next_request(chain, value)
-        while request == []:
-            request = self.next_request(chain, [])
+        while (value := self.at_once(chain, request)) is not LATER:
+            request = self.next_request(chain, value)
         if request is DONE:
             if not chain.rows:
                 chain.problem = f"strategy {spec.strategy.name} returned without a draft"
-            return
-        if isinstance(request, Given):
-            row = given_row(chain.prompt, spec)
-            chain.rows.append(row)
-            self.advance(chain, Draft(row["draft_id"], row["text"], 0, 1, None, row["finish_reason"]))
-            return
-        if isinstance(request, Verify):
-            if self.verify is None:
-                raise UserError(
-                    f"strategy.name: {spec.strategy.name!r} asks the verifier, but there is none; add a [verifier] table"
-                )
-            value = self.verify(chain.prompt, request.draft.text)
-            self.advance(chain, value if isinstance(value, Verdict) else Verdict(value))
-            return
-        if isinstance(request, Skip):
-            self.skip(chain, request)
-            self.advance(chain, None)
             return
         if isinstance(request, Judge):
             if self.scorer is None:
@@ -158,14 +138,19 @@ class Drive:
             self.waiting_for_scores[key] = chain
             self.scorer.ask(key, chain.prompt, [draft.text for draft in request.drafts])
             return
+        if isinstance(request, LogProb):
+            self.ask_logprob(chain, request)
+            return
         chain.expects_list = isinstance(request, list)
         asks = request if isinstance(request, list) else [request]
-        encoded = [self.encode(ask) for ask in asks]
+        encoded = [self.encode(ask) + self.prefix_ids(ask) for ask in asks]
         for ask, ids in zip(asks, encoded, strict=True):
-            if len(ids) + spec.sampling.max_tokens > spec.context_tokens:
+            max_tokens = ask.max_tokens or spec.sampling.max_tokens
+            if len(ids) + max_tokens > spec.context_tokens:
                 chain.problem = (
-                    f"ask of round {ask.round} has {len(ids)} tokens; with sampling.max_tokens "
-                    f"{spec.sampling.max_tokens} that is beyond model.context_tokens {spec.context_tokens}"
+                    f"ask of round {ask.round} has {len(ids)} tokens; with {'its' if ask.max_tokens else 'sampling.'}"
+                    f"{' ' if ask.max_tokens else ''}max_tokens {max_tokens} that is beyond model.context_tokens "
+                    f"{spec.context_tokens}"
                 )
                 chain.strategy.close()
                 return
@@ -183,38 +168,122 @@ class Drive:
             self.pending[request_id] = (chain, ask, Place(position, seed, number, again))
             heapq.heappush(self.queue, (ask.round, next(self.arrivals), request_id, ids, seed))
 
+    def ask_logprob(self, chain: Chain, request: LogProb) -> None:
+        """Queues a text whose log-probability a strategy asks for."""
+        context = self.encode(Ask(request.messages, 0, 1))
+        ids = [*context, *self.response_ids(request.text, request.finished)]
+        if len(ids) >= self.spec.context_tokens:
+            chain.problem = f"a LogProb has {len(ids)} tokens; model.context_tokens is {self.spec.context_tokens}"
+            chain.strategy.close()
+            return
+        arrival = next(self.arrivals)
+        request_id = f"{chain.prompt['prompt_id']}/logprob/{arrival}"
+        self.reading[request_id] = (chain, len(context))
+        heapq.heappush(self.queue, (0, arrival, request_id, ids, 0))
+
+    def receive_logprob(self, completion: Completion) -> None:
+        """The strategy continues with the log-probability of its text."""
+        chain, num_context = self.reading.pop(completion.request_id)
+        if not completion.prompt_logps:
+            name = self.spec.engine.name
+            raise UserError(f"engine.name: {name!r} gives no log-probabilities of a text, which the strategy asks for; use vllm")
+        self.stats["num_read_tokens"] = self.stats.get("num_read_tokens", 0) + completion.num_prompt_tokens
+        self.advance(chain, float(sum(completion.prompt_logps[num_context - 1 :])))
+
+    def at_once(self, chain: Chain, request: Any) -> Any:
+        """The answer to a request that needs neither engine nor scorer; LATER for any other."""
+        if request == []:
+            return []
+        if isinstance(request, Given):
+            row = given_row(chain.prompt, self.spec)
+            chain.rows.append(row)
+            return draft_of(row)
+        if isinstance(request, Verify):
+            if self.verify is None:
+                raise UserError(
+                    f"strategy.name: {self.spec.strategy.name!r} asks the verifier, but there is none; add a [verifier] table"
+                )
+            value = self.verify(chain.prompt, request.draft.text)
+            return value if isinstance(value, Verdict) else Verdict(value)
+        if isinstance(request, Skip):
+            return self.skip(chain, request)
+        if isinstance(request, Score):
+            self.row_of(chain, request.draft)["strategy_score"] = float(request.value)
+            return None
+        if isinstance(request, Made):
+            row = self.made_row(chain, request)
+            chain.rows.append(row)
+            return draft_of(row)
+        return LATER
+
     def submit_queued(self) -> None:
         """Submits queued requests up to `engine.max_num_seqs`."""
         while self.queue and self.num_submitted < self.spec.engine.max_num_seqs:
             _, _, request_id, ids, seed = heapq.heappop(self.queue)
-            self.engine.submit(request_id, ids, seed)
+            sampling = READ if request_id in self.reading else self.pending[request_id][1].sampling
+            own: dict[str, Any] = {"sampling": sampling} if sampling else {}
+            own |= {"logps": True} if self.spec.sampling.logps and request_id not in self.reading else {}
+            self.engine.submit(request_id, ids, seed, **own)
             self.num_submitted += 1
 
     def skip(self, chain: Chain, request: Skip) -> None:
         """Adds a row for each skipped round. A skipped round saves about as many tokens as its draft has."""
-        last_row = next(row for row in chain.rows if row["draft_id"] == request.draft.draft_id)
+        last_row = self.row_of(chain, request.draft)
         chain.rows += [skipped_row(last_row, number, request.reason) for number in request.rounds]
         for name, amount in (("num_skipped", 1), ("num_saved_tokens", last_row["num_tokens"])):
             self.stats[name] = self.stats.get(name, 0) + amount * len(request.rounds)
+
+    def row_of(self, chain: Chain, draft: Draft) -> dict:
+        """The row of a draft that the engine wrote for this prompt, or that came with it."""
+        for row in chain.rows:
+            if row["draft_id"] == draft.draft_id:
+                return row
+        raise UserError(
+            f"strategy.name: {self.spec.strategy.name!r}, prompt {chain.prompt['prompt_id']}: names draft {draft.draft_id!r}, "
+            "which is no draft of this prompt; hand in a text of your own with Made"
+        )
+
+    def made_row(self, chain: Chain, request: Made) -> dict:
+        """The row of a draft that the strategy composed: no model wrote it as a whole."""
+        ask = Ask((), request.sample, request.round, request.parent_id, request.kind)
+        place = (request.sample, request.round, request.kind)
+        again = (chain.num_asked[place],) if chain.num_asked[place] else ()
+        chain.num_asked[place] += 1
+        parts = [self.row_of(chain, part)["draft_id"] for part in request.parts]
+        row = draft_row(Completion("", request.text, 0, 0, 0, "stop"), chain.prompt, ask, None, None, again)
+        chain.order[row["draft_id"]] = chain.num_asked.total()
+        self.stats["num_made"] = self.stats.get("num_made", 0) + 1
+        return row | ({"parts": parts} if parts else {})
+
+    def prefix_ids(self, ask: Ask) -> list[int]:
+        """The tokens of what the model continues."""
+        return self.response_ids(ask.prefix, False) if ask.prefix else []
 
     def receive(self, completion: Completion) -> None:
         """Turns a finished response into a row and a draft; the strategy continues when all its responses are there."""
         self.beat()
         self.num_submitted -= 1
+        if completion.request_id in self.reading:
+            self.receive_logprob(completion)
+            return
         chain, ask, place = self.pending.pop(completion.request_id)
-        details = self.read(completion)
+        details: dict[str, Any] = {}
+        if ask.prefix:
+            given = self.prefix_ids(ask)
+            ids = (*given, *completion.token_ids) if completion.token_ids else ()
+            completion = dataclasses.replace(completion, text=ask.prefix + completion.text, token_ids=ids)
+            details = {"num_prefix_tokens": len(given)} | ({"token_ids": list(ids)} if ids else {})
+        details |= self.read(completion)
         completion = dataclasses.replace(completion, text=details.pop("text", completion.text))
         row = draft_row(completion, chain.prompt, ask, place.seed, self.spec.model_hash, place.again) | details
-        if is_own(self.spec.strategy.name):  # no template can tell what it asks
+        if stores_messages(self.spec.strategy):
             row["messages"] = list(ask.messages)
         chain.order[row["draft_id"]] = place.number
         for name in ("num_prompt_tokens", "num_cached_tokens", "num_tokens"):
             self.stats[name] += getattr(completion, name)
         self.stats["num_asks"] += 1
         chain.rows.append(row)
-        chain.answers[place.position] = Draft(
-            row["draft_id"], row["text"], ask.sample, ask.round, ask.parent_id, row["finish_reason"]
-        )
+        chain.answers[place.position] = draft_of(row, completion.stopped_at)
         chain.num_pending -= 1
         if chain.num_pending == 0:
             self.advance(chain, list(chain.answers) if chain.expects_list else chain.answers[0])
@@ -226,14 +295,6 @@ def in_order(chain: Chain) -> list[dict]:
         chain.rows,
         key=lambda row: (row["sample"], row["round"], row["kind"] == "answer", chain.order.get(row["draft_id"], 0)),
     )
-
-
-def are_messages(messages: Any) -> bool:
-    """Whether an ask holds chat messages."""
-    if not isinstance(messages, tuple | list) or not messages:
-        return False
-    parts = [(message.get("role"), message.get("content")) for message in messages if isinstance(message, dict)]
-    return len(parts) == len(messages) and all(isinstance(text, str) for part in parts for text in part)
 
 
 def draft_row(

@@ -1,7 +1,8 @@
 """The interface between generation and an inference engine: requests, completions, and the spec of an actor."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from evolve_ray.config import options
 from evolve_ray.generate.scorer_requests import RemoteScorer
@@ -21,6 +22,8 @@ class Completion:
     finish_reason: str  # "stop" or "length"
     token_ids: tuple[int, ...] = ()
     logps: tuple[float, ...] = ()  # log-probability of each token under the model, in nats; only if the request asked for it
+    prompt_logps: tuple[float, ...] = ()  # of each token of the prompt but the first; only if the request asked for it
+    stopped_at: str = ""  # the stop string of the request at which it ended
 
 
 class Engine(Protocol):
@@ -32,8 +35,10 @@ class Engine(Protocol):
     def reload(self, spec: "GenerateSpec", chat: Chat) -> None:
         """Loads the weights of another model of the same shape, and takes its spec."""
 
-    def submit(self, request_id: str, prompt_ids: list[int], seed: int, *, logps: bool = False) -> None:
-        """Adds one request."""
+    def submit(
+        self, request_id: str, prompt_ids: list[int], seed: int, *, logps: bool = False, sampling: Mapping[str, Any] | None = None
+    ) -> None:  # fmt: skip
+        """Adds one request. `sampling` is what its ask sets in place of the spec's; it is passed only if that is something."""
 
     def step(self) -> list[Completion]:
         """Computes one step of all requests; returns those that finished."""

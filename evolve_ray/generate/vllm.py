@@ -3,11 +3,13 @@
 import os
 import threading
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from evolve_ray.errors import ResourceError, UserError, first_line
 from evolve_ray.generate.spec import Completion, GenerateSpec
 from evolve_ray.models.chat import Chat
+from evolve_ray.models.vllm_weights import repack_tied_head
 from evolve_ray.pools.session import THREADS_ENV
 
 # The engine core runs inside the process of the actor, which calls each step: so the schedule is reproducible.
@@ -48,14 +50,13 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        self.sampling = lambda seed, logps: SamplingParams(
+        self.sampling: Callable[..., Any] = lambda seed, logps, own=None: SamplingParams(
             output_kind=RequestOutputKind.FINAL_ONLY,  # otherwise each step detokenises the partial text of every request
-            temperature=spec.sampling.temperature,
             top_p=spec.sampling.top_p,
-            max_tokens=spec.sampling.max_tokens,
             stop_token_ids=chat.stop_ids,
             seed=seed,
             logprobs=0 if logps else None,
+            **{"temperature": spec.sampling.temperature, "max_tokens": spec.sampling.max_tokens, **(own or {})},
         )
 
     def reload(self, spec: GenerateSpec, chat: Chat) -> None:
@@ -69,8 +70,11 @@ class VllmEngine:
             raise ResourceError("engine: vLLM did not reset its prefix cache after new weights; submit the same command again")
         self.use(spec, chat)
 
-    def submit(self, request_id: str, prompt_ids: list[int], seed: int, *, logps: bool = False) -> None:
-        self.llm.llm_engine.add_request(request_id, {"prompt_token_ids": prompt_ids}, self.sampling(seed, logps))
+    def submit(
+        self, request_id: str, prompt_ids: list[int], seed: int, *, logps: bool = False, sampling: Mapping[str, Any] | None = None
+    ) -> None:  # fmt: skip
+        params = self.sampling(seed, logps, **({"own": sampling} if sampling else {}))
+        self.llm.llm_engine.add_request(request_id, {"prompt_token_ids": prompt_ids}, params)
 
     def step(self) -> list[Completion]:
         done = []
@@ -89,6 +93,8 @@ class VllmEngine:
                         finish_reason=result.finish_reason,
                         token_ids=tuple(result.token_ids),
                         logps=tuple(logps),
+                        prompt_logps=prompt_logps(output),
+                        stopped_at=result.stop_reason if isinstance(result.stop_reason, str) else "",
                     )
                 )
         return done
@@ -102,6 +108,12 @@ class VllmEngine:
         counts = {name: values.get(metric, 0) for name, metric in SPECULATION_METRICS.items()}
         last_counts, self.last_counts = self.last_counts, counts
         return {name: counts[name] - last_counts[name] for name in SPECULATION_METRICS}
+
+
+def prompt_logps(output: Any) -> tuple[float, ...]:
+    """The log-probabilities of a prompt's tokens but the first, in nats; () if they were not asked for."""
+    by_place = (output.prompt_logprobs or ())[1:]
+    return tuple(part[token].logprob for token, part in zip(output.prompt_token_ids[1:], by_place, strict=False))
 
 
 def exit_with_engine_processes(engine_core: Any) -> None:
@@ -121,15 +133,3 @@ def exit_with_engine_processes(engine_core: Any) -> None:
 
     if resources is not None or hasattr(executor, "is_failed"):
         threading.Thread(target=watch, daemon=True).start()
-
-
-def repack_tied_head(model: Any) -> None:
-    """Packs the output layer again after a reload on a CPU, where vLLM computes logits from a packed copy of that layer.
-
-    If the layer is tied to the embedding, a checkpoint has no weight for it, and a reload keeps the packed copy of the old model.
-    """
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-    for layer in model.modules():
-        if hasattr(layer, "cpu_linear") and getattr(layer, "weight", None) is not None and layer.weight.numel():
-            dispatch_cpu_unquantized_gemm(layer, remove_weight=False)

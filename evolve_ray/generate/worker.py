@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from evolve_ray.config import options
-from evolve_ray.config.plugs import find_plug, with_args
+from evolve_ray.config.plugs import find_plug, takes, with_args
 from evolve_ray.generate.drive import Drive
 from evolve_ray.generate.spec import Completion, Engine, GenerateSpec
 from evolve_ray.generate.vllm import ENGINE_ENV, VllmEngine
@@ -58,11 +58,13 @@ class Generator(ShardWorker):
         strategy = find_plug(ALL_STRATEGIES, spec.strategy.name, "strategy.name")
         strategy = with_args("strategy.args", spec.strategy.name, strategy, spec.strategy.args)
 
-        def start(prompt: str) -> Strategy:
-            return strategy(prompt, spec.template, spec.strategy)
+        def start(prompt: str, **row: dict) -> Strategy:
+            return strategy(prompt, spec.template, spec.strategy, **row)
 
         drive = Drive(self.engine, self.encode, spec, spec.remote_scorer.open() if spec.remote_scorer else None)
         drive.beat = self.beat
+        drive.response_ids = lambda text, finished: self.chat.response_ids(text, finished=finished)
+        drive.gives_row = takes(strategy, "row")
         drive.read = self.read
         drive.verify = self.verify if spec.verifier else None
         with dead_engine_ends_actor():
@@ -98,6 +100,8 @@ class Generator(ShardWorker):
         finished = completion.finish_reason == "stop"
         if parts.thinking is not None or fault or self.chat.response_ids(completion.text, finished=finished) != ids:
             details["token_ids"] = ids
+        if self.spec.sampling.logps and len(completion.logps) == len(ids):  # a prefix was not sampled
+            details["logps"] = list(completion.logps)
         return details
 
     def encode(self, ask: Ask) -> list[int]:

@@ -46,6 +46,7 @@ class Context:
     template: Template
     policy: Policy
     reward_models: dict[str, Policy] = field(default_factory=dict)  # by their names in the recipe
+    judge: Policy | None = None  # the model of a judge with an engine of its own, if it is none of the policies
     initial: Policy | None = None  # the policy that iteration 1 starts from
     prompts: dict[int, Manifest] = field(default_factory=dict)  # by iteration
     triples: dict[str, Manifest] = field(default_factory=dict)  # by table of the recipe: "activation", "offline"

@@ -25,8 +25,13 @@ def check_plugs(config: Config) -> None:
     )
     for table, name, args, shipped, arguments in functions:
         plug = find_plug(shipped, name, f"{table}.name")
-        check_call(f"{table}.name", name, plug, arguments)
+        extras = {"strategy": ("row",), "selection": ("others",)}.get(table, ())
+        check_call(f"{table}.name", name, plug, arguments, extras=extras)
         with_args(f"{table}.args", name, plug, args)
+    if selection.whole:
+        whole = find_plug({}, selection.whole, "selection.whole")
+        check_call("selection.whole", selection.whole, whole, ("rows", "options"))
+        with_args("selection.whole_args", selection.whole, whole, selection.whole_args)
     if ":" in config.engine.name:
         check_call("engine.name", config.engine.name, find_plug({}, config.engine.name, "engine.name"), ("spec", "chat"))
     check_scorers(config)
@@ -47,7 +52,7 @@ def check_scorers(config: Config) -> None:
     plugs = [
         name for name in (config.scorer.name, *config.scorer.members) if ":" in name and not name.startswith("reward_model=")
     ]
-    if config.scorer.name in JUDGES:
+    if config.scorer.name in (*JUDGES, "vote"):
         build_scorer(config.scorer, {}, None)
     elif config.scorer.args and not plugs:
         raise UserError(f"scorer.args: has no effect with scorer {config.scorer.name!r}; remove it")

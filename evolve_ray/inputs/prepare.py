@@ -16,7 +16,7 @@ from evolve_ray.inputs.prompts import Prompter
 from evolve_ray.models import folders, gate
 from evolve_ray.refine.rendering import CLOCK, Rendering
 from evolve_ray.refine.template import load_template
-from evolve_ray.score.combined import reward_model_field, reward_model_names
+from evolve_ray.score.combined import local_judge, reward_model_field, reward_model_names
 from evolve_ray.store import rows
 from evolve_ray.store.files import write_atomic
 from evolve_ray.store.run import Run
@@ -88,6 +88,11 @@ def begin(
         found.append(check_model(Policy(folder, content), need, run, say))
         # Its scores are those of the day that its template prints, so the day is part of what it is.
         context.reward_models[name] = Policy(folder, rows.digest([content, rendering.day]) if asks_date(folder) else content)
+    name = local_judge(config.scorer)
+    if name and name not in ("policy", "initial"):
+        folder = folders.resolve(toy.get(name, name), "scorer.args.model")
+        context.judge = Policy(folder, folders.content_hash(folder))
+        check_model(context.judge, policy_need(config, rendering.for_reward_model, "scorer.args.model"), run, say)
     context.dropout = any(model.dropout for model in found)
     return context, toy
 

@@ -9,7 +9,7 @@ from evolve_ray.config.resolve import resolved
 from evolve_ray.data.prompts import HeldOut, fresh_order, fresh_slice
 from evolve_ray.data.read import BLOCK_ROWS
 from evolve_ray.errors import UserError
-from evolve_ray.inputs.reader import DataReader
+from evolve_ray.inputs.reader import DataReader, prompt_schema
 from evolve_ray.store import rows
 from evolve_ray.store.files import sha256_file
 from evolve_ray.store.manifest import Manifest
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Options of [evaluation] that decide which prompts are held out; the other options are in the key of the evaluation.
 HELD_OUT = ("splits", "prompt_column", "answer_column", "answer_pattern", "split", "limit")
+LATER = ("draft_column", "columns")  # those that are in the key only where they are set
 
 
 class Prompter:
@@ -64,14 +65,14 @@ class Prompter:
 
     def commit(self, stage: Stage, table: Any, rejected: list[dict], name: str, schema: Any, num_in: int) -> Manifest:
         """Commits a table; prompts are written in row groups, so that an actor reads only the part of its shard."""
-        rows.write_table(stage.start() / name, table, schema, group_rows=BLOCK_ROWS if schema == rows.PROMPT else None)
+        rows.write_table(stage.start() / name, table, schema, group_rows=BLOCK_ROWS if name == "prompts.parquet" else None)
         return stage.commit(rejected, num_in=num_in, num_rows=len(table))
 
     def held_out(self, final: Path | None = None) -> Manifest:
         """The prompts of every evaluation split, committed at `final` (iteration 0's held_out/)."""
         part = self.config.evaluation
         key = {
-            "options": {name: getattr(part, name) for name in HELD_OUT},
+            "options": {name: getattr(part, name) for name in (*HELD_OUT, *(name for name in LATER if getattr(part, name)))},
             "tokens": self.tokens_key(),
             "sources": [self.source_key(p) for p in part.splits.values()],
             **self.system_key(),
@@ -81,7 +82,7 @@ class Prompter:
         if manifest:
             return manifest
         table, rejected, num_in = self.reader.held_out()
-        return self.commit(stage, table, rejected, "prompts.parquet", rows.PROMPT, num_in)
+        return self.commit(stage, table, rejected, "prompts.parquet", prompt_schema(part), num_in)
 
     def triples(self, name: str, part: Preferences) -> Manifest:
         """The preference triples of `[activation]` or `[offline]`, committed as pairs in iteration 0."""
@@ -138,5 +139,5 @@ class Prompter:
                     fresh = fresh_slice(table, order, iteration=number, per_iteration=part.per_iteration)
                     dropped = rejected if number == 1 else []
                     num_in = len(fresh) + len(dropped)
-                    manifests[number] = self.commit(stage, fresh, dropped, "prompts.parquet", rows.PROMPT, num_in)
+                    manifests[number] = self.commit(stage, fresh, dropped, "prompts.parquet", prompt_schema(part), num_in)
         context.prompts = {number: manifest for number, manifest in manifests.items() if manifest}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from evolve_ray.config.options import Config, Preferences, texts_in_view
+from evolve_ray.config.options import Config, Evaluation, Preferences, Prompts, texts_in_view
 from evolve_ray.data import triples as data_triples
 from evolve_ray.data.prompts import HeldOut, drop_held_out, drop_repeated, read_prompts, scan_prompts, with_token_counts
 from evolve_ray.data.read import BLOCK_ROWS, MAX_SHOWN
@@ -86,8 +86,9 @@ class DataReader:
             "few_shot": template.after_several("", [""] * config.strategy.shots),
             "critique": template.revision("", "", ""),
         }.get(config.strategy.name, template.refinement("", ""))
+        asks = [longest_ask, *([template.judgement("", "", 1, 10)] if config.strategy.name == "self_judge" else [])]
         room = config.model.context_tokens - texts_in_view(config.strategy) * config.sampling.max_tokens
-        return room - len(self.chat.context_ids(longest_ask))
+        return room - max(len(self.chat.context_ids(ask)) for ask in asks)
 
     def fitting(self, table: list[dict]) -> tuple[list[dict], list[dict]]:
         """(rows that fit the context, with their `num_tokens`; rejected rows)."""
@@ -113,7 +114,8 @@ class DataReader:
         path = part.splits[split]
         prompts, duplicates = read_prompts(
             self.toy.get(path, path), prompt_column=part.prompt_column, answer_column=part.answer_column,
-            answer_pattern=part.answer_pattern, draft_column=draft_column, source_split=part.split, split=split,
+            answer_pattern=part.answer_pattern, draft_column=draft_column or part.draft_column, columns=part.columns,
+            source_split=part.split, split=split,
             system=self.config.prompts.system, gold_fault=self.gold_fault, prompt_fault=self.prompt_fault, shape=shape,
         )  # fmt: skip
         if not draft_column:
@@ -162,7 +164,8 @@ class DataReader:
         tables: list[pa.Table] = []
         prompts = scan_prompts(
             self.toy.get(part.path, part.path), duplicates, prompt_column=part.prompt_column, answer_column=part.answer_column,
-            answer_pattern=part.answer_pattern, id_column=part.id_column, source_split=part.split, system=part.system,
+            answer_pattern=part.answer_pattern, id_column=part.id_column, draft_column=part.draft_column, columns=part.columns,
+            source_split=part.split, system=part.system,
             gold_fault=self.gold_fault, prompt_fault=self.prompt_fault, shape=shape,
         )  # fmt: skip
         while block := list(itertools.islice(prompts, BLOCK_ROWS)):
@@ -172,11 +175,16 @@ class DataReader:
             usable, beyond = self.fitting(usable)
             overlap += held_out + repeated
             too_long += beyond
-            tables.append(rows.to_table(usable, rows.PROMPT))
+            tables.append(rows.to_table(usable, prompt_schema(part)))
         table = pa.concat_tables(tables, promote_options="default").combine_chunks()
         self.taken_for("prompts", shape)
         self.check_loss(too_long, len(table) + len(too_long), part.path)
         return table, duplicates + overlap + too_long
+
+
+def prompt_schema(part: Prompts | Evaluation) -> pa.Schema:
+    """The columns of the prompts of a table of the recipe."""
+    return rows.prompt_schema(draft=bool(part.draft_column), columns=bool(part.columns))
 
 
 def compares_answers(part: Preferences) -> bool:

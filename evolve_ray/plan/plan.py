@@ -41,8 +41,8 @@ FIRST_STAGES = (
     "checkpoint",
     "evaluation",
 )
-NO_REFERENCE = ("sft", "reward")  # shipped objectives without a reference policy
-WITH_NUMBERS = ("policy_gradient",)  # shipped objectives that need numbers of their pairs
+NO_REFERENCE = ("sft", "turns_sft", "reward")  # shipped objectives without a reference policy
+WITH_NUMBERS = ("policy_gradient", "turns_dpo", "turns_sft")  # shipped objectives that need numbers or turns of their pairs
 STEP_BYTES = 3  # bytes of a stored step, in sizes of the model: the weights and two moments of AdamW
 CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English text, used only to estimate disk
 
@@ -173,8 +173,13 @@ def rows_by_split(config: Config) -> dict[str, int | None]:
 
 def pair_bound(config: Config) -> int:
     """Returns the largest number of pairs that selection can give."""
-    alone = config.selection.name == "advantages"  # a row for each answer
-    return config.prompts.per_iteration * (drafts_per_prompt(config.strategy) if alone else config.selection.max_pairs)
+    rows_per_prompt = {
+        "advantages": drafts_per_prompt(config.strategy),
+        "accepted": drafts_per_prompt(config.strategy),
+        "turn_advantages": responses_per_prompt(config.strategy),
+        "reflections": responses_per_prompt(config.strategy),
+    }.get(config.selection.name, config.selection.max_pairs)
+    return config.prompts.per_iteration * rows_per_prompt
 
 
 def model_bytes(config: Config) -> int | None:

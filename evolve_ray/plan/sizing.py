@@ -57,6 +57,9 @@ def sequences(training: Training) -> tuple[str, ...]:
     names = {
         "sft": ("chosen", "chosen_after_rejected") if training.refine_weight else ("chosen",),
         "srpo": refinements,
+        # Each further turn is about as long as a refinement after its draft.
+        "turns_dpo": direct + refinements[:2] * (training.objective_args.get("turns", 2) - 1),
+        "turns_sft": ("chosen", *refinements[:1] * len(training.objective_args.get("weights", {}))),
         "evolve": direct * (training.alpha < 1) + refinements * (training.alpha > 0),
     }.get(training.objective, direct)
     return ("chosen", *names) if training.nll and "chosen" not in names else names

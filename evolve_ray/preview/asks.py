@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from evolve_ray.config.options import Config
-from evolve_ray.config.plugs import blame, find_plug, with_args
+from evolve_ray.config.plugs import blame, find_plug, takes, with_args
+from evolve_ray.generate.draft_rows import row_of_prompt
 from evolve_ray.preview.tokens import shown
-from evolve_ray.refine.asks import Ask, Draft, Given, Judge, Messages, Skip, Strategy, Verdict, Verify
+from evolve_ray.refine.asks import Ask, Draft, Given, Judge, LogProb, Made, Messages, Score, Skip, Strategy, Verdict, Verify
 from evolve_ray.refine.strategies import ALL_STRATEGIES
 from evolve_ray.refine.template import Template
-from evolve_ray.store.turns import Prompt
 
 PLACEHOLDER = re.compile(r"\[response \d+ of round \d+\]")
 
@@ -25,14 +25,15 @@ class Round:
     responses_in_view: int
 
 
-def run_strategy(config: Config, template: Template, prompt: Prompt) -> list[Ask]:
+def run_strategy(config: Config, template: Template, row: dict) -> list[Ask]:
     """All asks of the strategy for a prompt, in their order; every response is a placeholder, and every score is 0."""
     name = config.strategy.name
     start = with_args("strategy.args", name, find_plug(ALL_STRATEGIES, name, "strategy.name"), config.strategy.args)
     asks: list[Ask] = []
     value: Any = None
+    more = {"row": row_of_prompt(row)} if takes(start, "row") else {}
     with blame("strategy.name", name):
-        strategy: Strategy = start(prompt, template, config.strategy)
+        strategy: Strategy = start(row["prompt"], template, config.strategy, **more)
     while True:
         with blame("strategy.name", name):
             try:
@@ -43,8 +44,13 @@ def run_strategy(config: Config, template: Template, prompt: Prompt) -> list[Ask
             value = [0.0] * len(request.drafts)
         elif isinstance(request, Verify):
             value = Verdict(0.0, "[what the verifier says]")
-        elif isinstance(request, Skip):
+        elif isinstance(request, Skip | Score):
             value = None
+        elif isinstance(request, LogProb):
+            value = 0.0
+        elif isinstance(request, Made):
+            made = request
+            value = Draft(f"{made.sample}-{made.round}-made", made.text, made.sample, made.round, made.parent_id, "stop")
         elif isinstance(request, Given):
             value = placeholder(Ask((), 0, 1))
         else:
@@ -59,25 +65,26 @@ def placeholder(ask: Ask) -> Draft:
     return Draft(f"{ask.sample}-{ask.round}-{ask.kind}", text, ask.sample, ask.round, ask.parent_id, "stop")
 
 
-def show_asks(config: Config, template: Template, chat: Any, prompt: Prompt) -> list[dict[str, Any]]:
+def show_asks(config: Config, template: Template, chat: Any, row: dict) -> list[dict[str, Any]]:
     """The asks of a prompt as text and ids; asks with the same messages (independent samples) are one entry with a count."""
     entries: list[dict[str, Any]] = []
     last: Messages = ()
-    for ask in run_strategy(config, template, prompt):
+    for ask in run_strategy(config, template, row):
         if entries and ask.messages == last:
             entries[-1]["count"] += 1
             continue
         last = ask.messages
         entry = {"round": ask.round, "kind": ask.kind, "count": 1, "messages": list(ask.messages)}
-        entries.append({**entry, **shown(chat, chat.context_ids(ask.messages))})
+        prefix = chat.text_ids(ask.prefix) if ask.prefix else []
+        entries.append({**entry, **shown(chat, [*chat.context_ids(ask.messages), *prefix])})
     return entries
 
 
-def round_lengths(config: Config, template: Template, chat: Any, prompt: Prompt) -> list[Round]:
+def round_lengths(config: Config, template: Template, chat: Any, row: dict) -> list[Round]:
     """The lengths of the asks of each round, relative to the first ask of the same prompt."""
-    first = len(chat.context_ids(template.direct(prompt)))
+    first = len(chat.context_ids(template.direct(row["prompt"])))
     rounds: dict[tuple[int, str], Round] = {}
-    for ask in run_strategy(config, template, prompt):
+    for ask in run_strategy(config, template, row):
         in_view = sum(len(PLACEHOLDER.findall(message["content"])) for message in ask.messages)
         empty = tuple({**message, "content": PLACEHOLDER.sub("", message["content"])} for message in ask.messages)
         entry = Round(ask.round, ask.kind, len(chat.context_ids(empty)) - first, in_view)

@@ -117,7 +117,9 @@ def check_scorer(
     from evolve_ray.score.combined import build_scorer
 
     verifier = build_verifier(config.verifier) if config.verifier else None
-    scorer = build_scorer(config.scorer, {name: str(folder) for name, folder in reward_models.items()}, verifier, day)
+    scorer = build_scorer(
+        config.scorer, {name: str(folder) for name, folder in reward_models.items()}, verifier, day, config.verifier
+    )
     prompts, answers = [pair["prompt"] for pair in pairs], [pair.get("answer") for pair in pairs]
     name = f"scorer {config.scorer.name}"
     sides = {side: call_scorer(name, scorer, prompts, answers, [pair[side] for pair in pairs]) for side in ("chosen", "rejected")}

@@ -136,7 +136,7 @@ class Preview:
     def show_prompt(self, row: dict) -> dict[str, Any]:
         place = {"prompt_id": row["prompt_id"], "place": f"{row['file']}:{row['line']}"}
         text = {"prompt": as_text(row["prompt"]), "answer": row["answer"]}
-        return {**place, **text, "asks": asks.show_asks(self.config, self.template, self.reader.chat, row["prompt"])}
+        return {**place, **text, "asks": asks.show_asks(self.config, self.template, self.reader.chat, row)}
 
     def lengths(self, first_asks: list[int], prompts: list[dict]) -> list[dict[str, Any]]:
         """For each round the tokens of its ask, and with a response of `sampling.max_tokens`; for median and longest prompt."""
@@ -145,7 +145,7 @@ class Preview:
         config = self.config
         median, longest = int(statistics.median(first_asks)), max(first_asks)
         lengths: list[dict[str, Any]] = []
-        for part in asks.round_lengths(config, self.template, self.reader.chat, prompts[0]["prompt"]):
+        for part in asks.round_lengths(config, self.template, self.reader.chat, prompts[0]):
             others = part.extra_tokens + part.responses_in_view * config.sampling.max_tokens
             whole = longest + others + config.sampling.max_tokens
             lengths.append(

@@ -30,7 +30,7 @@ def show_pairs(
         objective = objectives.find(training, name)
         if pair is None or objective.scores:
             continue
-        sequences = pair_sequences(chat, template, pair, objective.needs)
+        sequences = pair_sequences(chat, template, pair, objective.needs)  # a triple has no further turns
         shown_pairs.append(
             {
                 "training": name,

@@ -12,7 +12,10 @@ from evolve_ray.store.turns import Messages
 
 @dataclass(frozen=True)
 class Draft:
-    """One response of the model. `round` counts from 1; `parent_id` is the id of the draft that it refines."""
+    """One response of the model. `round` counts from 1; `parent_id` is the id of the draft that it refines.
+
+    `stopped_at` is the stop string of its ask at which it ended; "" if it ended by itself, or was cut.
+    """
 
     draft_id: str
     text: str
@@ -20,6 +23,7 @@ class Draft:
     round: int
     parent_id: str | None
     finish_reason: str
+    stopped_at: str = ""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,9 @@ class Ask:
     """One request to the model: the chat messages, and the place of the response in the strategy.
 
     A response whose `kind` is not "answer" (a critique) is stored, but neither scored nor trained on.
+
+    `temperature` and `max_tokens` replace the recipe's for this ask. The response ends before the first of the `stop` strings.
+    The model continues `prefix`, a beginning of its response: the draft's text is prefix and continuation.
     """
 
     messages: Messages
@@ -34,6 +41,16 @@ class Ask:
     round: int
     parent_id: str | None = None
     kind: str = "answer"
+    temperature: float | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    prefix: str = ""
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What this ask sets in place of the recipe's sampling: `temperature`, `max_tokens`, `stop`; {} if nothing."""
+        own = {"temperature": self.temperature, "max_tokens": self.max_tokens, "stop": list(self.stop) or None}
+        return {name: value for name, value in own.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -81,4 +98,40 @@ class Given:
     """Uses the text in column `draft` of the prompt's row as round 1; nothing is generated. The strategy receives the draft."""
 
 
-Strategy = Generator[Ask | list[Ask] | Judge | Verify | Skip | Given, Any, list[Draft]]
+@dataclass(frozen=True)
+class Score:
+    """Sets the score of a draft that the strategy judged itself, for `scorer.name = "strategy"`. It receives None."""
+
+    draft: Draft
+    value: float
+
+
+@dataclass(frozen=True)
+class Made:
+    """Hands in a draft that the strategy composed, for example from `parts`, earlier drafts. The strategy receives the draft.
+
+    It becomes a row like every other, but no model wrote it as a whole: it has no model, no seed and no tokens of its own.
+    """
+
+    text: str
+    sample: int
+    round: int
+    parent_id: str | None = None
+    kind: str = "answer"
+    parts: tuple[Draft, ...] = ()
+
+
+@dataclass(frozen=True)
+class LogProb:
+    """One request for the log-probability of `text` as the response to `messages` under the model that writes the drafts.
+
+    The strategy receives a float in nats, the sum over the text's tokens; with `finished` the end token counts too. Nothing is
+    stored.
+    """
+
+    messages: Messages
+    text: str
+    finished: bool = True
+
+
+Strategy = Generator[Ask | list[Ask] | Judge | Verify | Skip | Given | Score | Made | LogProb, Any, list[Draft]]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from evolve_ray.errors import UserError
 from evolve_ray.refine.asks import Messages
+from evolve_ray.refine.ratings import RATING
 from evolve_ray.refine.rendering import Rendering
 from evolve_ray.store.rows import digest
 from evolve_ray.store.turns import Prompt, assistant, earlier_turns, last_turn, user
@@ -24,6 +25,10 @@ FIELDS = {
     "critique_one_message": ("prompt", "draft"),
     "revise_one_message": ("prompt", "draft", "critique"),
 }
+JUDGE = (
+    "prompt",
+    "response",
+)  # the fields of the part `judge`, which is RATING if a file leaves it out; it may use {low}, {high}
 ALWAYS = ("first", "refine", "one_message")  # the parts that every strategy needs
 NEEDED = {  # the further parts that a strategy needs
     "few_shot": ("several",),
@@ -48,6 +53,7 @@ class Template:
     revise: str = ""
     critique_one_message: str = ""
     revise_one_message: str = ""
+    judge: str = ""
     rendering: Rendering = dataclasses.field(default_factory=Rendering)
 
     def direct(self, prompt: Prompt) -> Messages:
@@ -86,13 +92,18 @@ class Template:
             return self.filled(self.revise_one_message, prompt, draft=draft, critique=words)
         return (*self.direct(prompt), assistant(draft), user(f"{words}\n\n{self.refine}".strip()))
 
+    def judgement(self, prompt: Prompt, response: str, low: float, high: float) -> Messages:
+        """The messages that ask for a rating of a response from `low` to `high`."""
+        return self.filled(self.judge or RATING, prompt, response=response, low=f"{low:g}", high=f"{high:g}")
+
     def filled(self, part: str, prompt: Prompt, **values: str) -> Messages:
         """The prompt with its last user turn inside a part of the template; its earlier turns stay as they are."""
         return (*earlier_turns(prompt), user(fill(part, prompt=last_turn(prompt), **values)))
 
     @property
     def hash(self) -> str:
-        return digest([self.layout, *(getattr(self, part) for part in FIELDS), *self.rendering.key])
+        judge = [{"judge": self.judge}] if self.judge else []
+        return digest([self.layout, *(getattr(self, part) for part in FIELDS), *judge, *self.rendering.key])
 
 
 def fill(text: str, **values: str) -> str:
@@ -114,9 +125,10 @@ def load_template(name: str, layout: str, strategy: str = "chain") -> Template:
         raise UserError(f"template.name: no template {name!r}; use one of {', '.join(shipped)}, or a .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not a valid TOML file: {error}") from None
+    fields = FIELDS | {"judge": JUDGE}
     for key in tree:
-        if key not in FIELDS:
-            raise UserError(f"{path}: {key}: is not a part of a template; the parts are {', '.join(FIELDS)}")
+        if key not in fields:
+            raise UserError(f"{path}: {key}: is not a part of a template; the parts are {', '.join(fields)}")
     needed = (*ALWAYS, *NEEDED.get(strategy, ()))
     for key in needed:
         if not isinstance(tree.get(key), str) or not tree[key].strip():
@@ -124,7 +136,7 @@ def load_template(name: str, layout: str, strategy: str = "chain") -> Template:
     for key, text in tree.items():
         if not isinstance(text, str):
             raise UserError(f"{path}: {key}: must be a string")
-        for field in FIELDS[key]:
+        for field in fields[key]:
             if "{" + field + "}" not in text:
                 raise UserError(f"{path}: {key}: has no field {{{field}}}; add it")
     return Template(layout=layout, **{key: value.strip("\n") for key, value in tree.items()})

@@ -14,9 +14,11 @@ from evolve_ray.store.run import Run
 TOKENS = ("num_prompt_tokens", "num_cached_tokens", "num_tokens")  # of prompts, of these in the prefix cache, generated
 
 # Tokens of skipped rounds (each is counted as long as the draft before it); speculative tokens, and how many were accepted;
-# tokens of thinking among the generated ones, responses that ended inside it, and responses with a token that has no text.
+# tokens of thinking among the generated ones, responses that ended inside it, and responses with a token that has no text;
+# of a judge: questions, replies that cannot be read, refused ones, tokens that it wrote and that it read.
 SOMETIMES = ("num_saved_tokens", "num_guessed_tokens", "num_accepted_tokens", "num_thinking_tokens", "num_without_answer",
-             "num_broken")  # fmt: skip
+             "num_broken", "num_judge_asks", "num_unparsable", "num_refused", "num_judge_tokens",
+             "num_judge_prompt_tokens")  # fmt: skip
 TOTALS = (*TOKENS, *SOMETIMES, "num_engine_steps", "num_updates", "seconds", "engine_seconds", "start_seconds", "idle_seconds",
           "score_seconds", "train_seconds")  # fmt: skip
 

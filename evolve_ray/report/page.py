@@ -10,7 +10,8 @@ from collections import Counter
 from typing import Any
 
 from evolve_ray.config.run_options import MIN_PROMPTS
-from evolve_ray.report import chains, charts, costs, recipe
+from evolve_ray.evaluate.controller import in_words
+from evolve_ray.report import chains, charts, costs, recipe, strategies
 from evolve_ray.report.charts import MARKERS, Move, Series, short
 from evolve_ray.report.markup import document, escape, figure, panels, section, table
 from evolve_ray.report.views import (
@@ -245,7 +246,7 @@ def decisions(report: dict[str, Any]) -> str:
     """The policy of the run, and what the controller decided after each iteration."""
     decided = [(model, model["decision"]) for model in report["models"] if model.get("decision")]
     lines = [
-        [model["name"], decision["action"].replace("_", " "), decision["controller"], decision["reason"]]
+        [model["name"], decision["action"].replace("_", " "), decision["controller"], in_words(decision)]
         for model, decision in decided
     ]
     header = ["after", "decision", "controller", "reason"]
@@ -276,6 +277,7 @@ def render(report: dict[str, Any], rejected: list[tuple], collected: list[dict[s
         ("transitions", "what changed", transitions(report)),
         ("models", "direct and refined", over_models(report)),
         ("best", "best of n", costs.best_of(report)),
+        ("strategies", "final answers", strategies.render(report)),
         ("compute", "compute", costs.compute(report)),
         ("drift", "drift", costs.drift(report)),
         ("ledger", "cost", costs.ledger(report, rejected)),

@@ -9,8 +9,10 @@ from evolve_ray.config import options
 from evolve_ray.config.plugs import blame, find_plug, with_args
 from evolve_ray.errors import UserError
 from evolve_ray.score.judge import Judge
+from evolve_ray.score.judge_engine import JudgeSpec
 from evolve_ray.score.protocol import Scorer, call_scorer, is_finite
 from evolve_ray.score.reward_model import RewardModel
+from evolve_ray.score.vote import StrategyScores, Vote
 
 
 class Combined:
@@ -38,18 +40,33 @@ def reward_model_names(scorer: options.Scorer) -> list[str]:
     return [member.removeprefix(REWARD_MODEL) for member in scorer.members if member.startswith(REWARD_MODEL)]
 
 
+def local_judge(scorer: options.Scorer) -> str:
+    """The model of a judge with an engine of its own, as the recipe names it; "" if there is none."""
+    return str(scorer.args.get("model", "")) if scorer.name in JUDGES and not scorer.args.get("url") else ""
+
+
 def reward_model_field(scorer: options.Scorer) -> str:
     """The option in which the recipe names the reward models."""
     return "scorer.members" if scorer.members else "scorer.model"
 
 
-def build_scorer(scorer: options.Scorer, reward_models: dict[str, str], verifier: Scorer | None, day: str = "") -> Scorer:
+def build_scorer(
+    scorer: options.Scorer, reward_models: dict[str, str], verifier: Scorer | None, day: str = "",
+    grading: options.Verifier | None = None, judge: JudgeSpec | None = None,
+) -> Scorer:  # fmt: skip
     """The scorer of a recipe. `reward_models` maps the names in the recipe to local folders; `verifier` is the recipe's.
 
-    `day` is the date that their chat templates print ("": today).
+    `grading` are its options, by which votes are counted; `judge` is the engine of a judge without a server; `day` is the date
+    that their chat templates print ("": today).
     """
     if scorer.name == "reward_model":
         return RewardModel(scorer, reward_models[scorer.model], day=day)
+    if scorer.name in JUDGES:
+        return with_args("scorer.args", scorer.name, JUDGES[scorer.name], scorer.args)(scorer, spec=judge)
+    if scorer.name == "vote":
+        return with_args("scorer.args", "vote", Vote, scorer.args)(grading)
+    if scorer.name == "strategy":
+        return StrategyScores()
     if scorer.name in COMBINATIONS:
         for member, count in collections.Counter(scorer.members).items():
             if count > 1:
@@ -69,8 +86,6 @@ def build_member(
         return verifier
     if member.startswith(REWARD_MODEL):
         return RewardModel(scorer, reward_models[member.removeprefix(REWARD_MODEL)], "scorer.members", day)
-    if member in JUDGES:
-        return with_args("scorer.args", member, JUDGES[member], scorer.args)(scorer)
     field = "scorer.members" if scorer.members else "scorer.name"
     plug = with_args("scorer.args", member, find_plug({}, member, field), scorer.args)
     with blame(field, member):

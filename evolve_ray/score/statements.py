@@ -127,7 +127,9 @@ class Tokens:
             return "W" if spaced and before in ("N", "U") else "("  # "18 (9 times 2)"
         if piece in (")", "]", "}"):
             return ")"
-        dash = piece == "-" and before in ("W", "U", "V") and behind[:1] == " "
+        # "is - 18" and "Answer: - 18" have a minus; "apples - 18 of them" has a dash.
+        minus = behind[1:].isdigit() and (before == "V" or self.text[: match.start()].rstrip(" ").endswith(":"))
+        dash = piece == "-" and before in ("W", "U", "V") and behind[:1] == " " and not minus
         colon = piece == ":" and not behind[:1].isdigit()
         return "W" if dash or colon or name == "other" else "S" if name == "sign" else name
 

@@ -22,10 +22,17 @@ class AdvantageArgs:
         choices=("rloo", "dr_grpo", "grpo", "none"),
     )
     bonus: float = option("factor of the reward's change from the draft that an answer refines (SCoRe, 2409.12917)", 0.0, low=0.0)
+    rewarded: str = option(
+        "`refined`: only answers that refine a draft have an advantage; the others are rows with the advantage 0, which a KL "
+        "divergence holds in place (SCoRe's first stage); `all`: every answer has one",
+        "all",
+        choices=("all", "refined"),
+    )
+    keep_zero: bool = option("whether answers with the advantage 0 are rows, for a KL divergence", False)
 
 
 def advantages(prompt: dict, drafts: list[dict], options: Selection, args: AdvantageArgs) -> Selected:
-    """A row for each answer with a score whose advantage is not 0: answers of one round are a group.
+    """A row for each answer with a score whose advantage is not 0 (with `keep_zero`: each): answers of one round are a group.
 
     The answer is `chosen`; `rejected` is the draft that it refines, or the answer itself. The numbers are `advantage` and
     `refined` (1.0 after a draft). Answers with the same text after the same text are one row with the sum of their advantages. An
@@ -43,9 +50,11 @@ def advantages(prompt: dict, drafts: list[dict], options: Selection, args: Advan
         for draft, value in zip(group, values, strict=True):
             parent = by_id.get(draft["parent_id"])
             place = (draft["text"], parent["text"] if parent else draft["text"])
+            held = parent is None and args.rewarded == "refined"
+            value = 0.0 if held else value
             if not may_be_chosen(draft, options):
                 reasons[draft["draft_id"]] = "cut by length: has a reward, but is not trained"
-            elif value == 0.0:
+            elif value == 0.0 and not (held or args.keep_zero):
                 reasons[draft["draft_id"]] = "its advantage is 0"
             elif place in rows:
                 rows[place]["numbers"]["advantage"] += value

@@ -11,11 +11,13 @@ from collections.abc import Iterable, Iterator
 from rapidfuzz.distance import Levenshtein
 
 from evolve_ray.config.options import Selection
-from evolve_ray.store.rows import content_id, derive_seed, reject
+from evolve_ray.errors import UserError
+from evolve_ray.store.rows import TURN, content_id, derive_seed, reject
 
 Selected = tuple[list[dict], list[dict]]  # pairs, rejected drafts
 Candidate = tuple[dict, dict, str]  # chosen, rejected, and why the pair must not be used ("": it may be used)
 CUT = "cut by length: cannot be chosen"
+TURN_NAMES = [field.name for field in TURN]
 MIN_WORDS = 8  # a shorter text has too few 4-grams to call it repetitive
 
 
@@ -195,3 +197,52 @@ def make_pair(prompt: dict, chosen: dict, rejected: dict, numbers: dict[str, flo
         "rejected_score": rejected.get("score"),
     }
     return pair | {"numbers": numbers} if numbers else pair
+
+
+def make_turn(
+    prompt: dict, draft: dict, numbers: dict[str, float] | None = None, rejected: dict | None = None,
+    turns: dict[str, dict | None] | None = None,
+) -> dict:  # fmt: skip
+    """The row that trains a response of any kind after the messages of its ask, `draft["messages"]`.
+
+    It is chosen over `rejected`, another response to the same messages, or stands alone: then both sides are the draft. `turns`
+    are further responses by the names that the objective has for them, each after its own messages; None: that turn did not
+    happen. Raises UserError for a response without messages, and for two sides with different ones.
+    """
+    other = draft if rejected is None else rejected
+    context = messages_of(draft)
+    if messages_of(other) != context:
+        raise UserError(
+            f"make_turn: drafts {draft['draft_id']} and {other['draft_id']} answer different messages; give a rejected draft of "
+            "the same ask, or link the two as turns of an objective that names them"
+        )
+    further = [make_link(name, turn) for name, turn in (turns or {}).items()]
+    row = make_pair(prompt, draft, other, numbers) | {"context": context}
+    links = [[turn["name"], turn["context"], turn["text"]] for turn in further]
+    row["pair_id"] = content_id("turn", prompt["prompt_id"], context, draft["text"], other["text"], links)
+    row |= {"kind": draft["kind"]} if draft.get("kind", "answer") != "answer" else {}
+    return row | ({"turns": further} if further else {})
+
+
+def make_link(name: str, draft: dict | None) -> dict:
+    """A further turn of a row, as `rows.TURN` holds it."""
+    if draft is None:
+        return dict.fromkeys(TURN_NAMES) | {"name": name, "text": "", "finished": False}
+    return {
+        "name": name,
+        "context": messages_of(draft),
+        "text": draft["text"],
+        "finished": draft["finish_reason"] == "stop",
+        "draft_id": draft["draft_id"],
+        "token_ids": draft.get("token_ids"),
+        "num_thinking_tokens": draft.get("num_thinking_tokens"),
+    }
+
+
+def messages_of(draft: dict) -> list[dict]:
+    """The messages that a draft answers."""
+    if not draft.get("messages"):
+        raise UserError(
+            f"make_turn: draft {draft['draft_id']} has no messages; its strategy stored none, so generate again (--rerun-changed)"
+        )
+    return list(draft["messages"])

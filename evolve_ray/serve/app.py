@@ -13,7 +13,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from evolve_ray.config.plugs import find_plug
+from evolve_ray.config.plugs import find_plug, takes, with_args
 from evolve_ray.models.chat import Chat
 from evolve_ray.refine.strategies import ALL_STRATEGIES
 from evolve_ray.serve.answer import Answer, error_of
@@ -167,10 +167,20 @@ class App:
         shows_scores = refinement.show_all and self.scorer is not None and self.settings.has_scorer
         if shows_scores and refinement.answer is None:
             shows_scores = not await self.scorer.needs_answer("scorer", last["content"])  # type: ignore[union-attr]
-        strategy = find_plug(ALL_STRATEGIES, refinement.strategy.name, "strategy.name")
+        name, args = refinement.strategy.name, refinement.strategy.args
+        strategy = with_args("strategy.args", name, find_plug(ALL_STRATEGIES, name, "strategy.name"), args)
+        row: dict[str, Any] = {
+            "prompt_id": None,
+            "prompt": last["content"],
+            "answer": refinement.answer,
+            "draft": None,
+            "columns": {},
+        }
         rounds = Rounds(
             refinement=refinement,
-            strategy=strategy(last["content"], self.settings.template, refinement.strategy),
+            strategy=strategy(
+                last["content"], self.settings.template, refinement.strategy, **({"row": row} if takes(strategy, "row") else {})
+            ),
             earlier=tuple(earlier),
             prompt=last["content"],
             engine=RoundWriter(self.serving, self.chat, request, request_id, self.settings, in_pieces=in_pieces),

@@ -272,6 +272,7 @@ class RoundWriter:
     def __init__(self, serving: Any, chat: Chat, request: Any, request_id: str, settings: Settings, *, in_pieces: bool):
         self.serving, self.chat, self.request, self.request_id = serving, chat, request, request_id
         self.in_pieces = in_pieces
+        self.num_written: collections.Counter[str] = collections.Counter()  # responses by sample, round and kind
         self.context_tokens: int = settings.config.model.context_tokens
         asked = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
         self.max_tokens: int = settings.config.sampling.max_tokens if asked is None else asked
@@ -279,10 +280,11 @@ class RoundWriter:
     def answer(self, text: str, token_ids: list[int]) -> str:
         return self.chat.parts(token_ids, text).answer or ""
 
-    async def encode(self, messages: Messages, *, first: bool) -> list[int]:
+    async def encode(self, messages: Messages, *, first: bool, prefix: str = "") -> list[int]:
+        given = self.chat.text_ids(prefix) if prefix else []
         if first:
-            return (await self.serving.engine_input(self.request, messages))["prompt_token_ids"]
-        return await context_ids(self.chat, messages)
+            return [*(await self.serving.engine_input(self.request, messages))["prompt_token_ids"], *given]
+        return [*await context_ids(self.chat, messages), *given]
 
     async def write(self, ask: Ask, ids: list[int], seed: int | None, max_tokens: int) -> AsyncIterator[Piece]:
         from vllm.inputs import tokens_input
@@ -290,11 +292,16 @@ class RoundWriter:
 
         params = self.request.to_sampling_params(max_tokens, self.serving.default_sampling_params)
         params.seed, params.n = seed, 1
+        params.temperature = params.temperature if ask.temperature is None else ask.temperature
+        if ask.stop:
+            params.stop, params.output_text_buffer_length = list(ask.stop), max(map(len, ask.stop)) - 1
         params.output_kind = RequestOutputKind.DELTA if self.in_pieces else RequestOutputKind.FINAL_ONLY
         if ask.kind != "answer":
             params.logprobs = params.structured_outputs = None
         inputs = tokens_input(ids, cache_salt=self.request.cache_salt)
         name = f"{self.request_id}-{ask.sample}-{ask.round}-{ask.kind}"
+        self.num_written[name] += 1
+        name += f"-{self.num_written[name]}" if self.num_written[name] > 1 else ""
         round_number.set(ask.round)
         outputs = self.serving.engine_client.generate(inputs, params, name, priority=self.request.priority)
         try:
@@ -303,6 +310,7 @@ class RoundWriter:
                 self.serving._raise_if_error(part.finish_reason, name)
                 token_ids = tuple(part.token_ids)
                 cached = output.num_cached_tokens or 0
-                yield Piece(part.text, len(token_ids), part.finish_reason, cached, output, token_ids)
+                stopped_at = part.stop_reason if isinstance(part.stop_reason, str) else ""
+                yield Piece(part.text, len(token_ids), part.finish_reason, cached, output, token_ids, stopped_at)
         finally:
             await outputs.aclose()

@@ -80,7 +80,8 @@ class Scoring:
         self.name, self.members = config.scorer.name, config.scorer.members
         self.compares = config.verifier is not None and config.verifier.name in VERIFIERS  # a plug may know the answer itself
         self.verifier = build_verifier(config.verifier) if config.verifier else None
-        self.scorer = build_scorer(config.scorer, settings.reward_models, self.verifier) if settings.has_scorer else None
+        models, grading = settings.reward_models, config.verifier
+        self.scorer = build_scorer(config.scorer, models, self.verifier, grading=grading) if settings.has_scorer else None
         self.same = same_answer(config.verifier)
         self.lock = threading.Lock()  # a verifier may talk to a process of its own
 

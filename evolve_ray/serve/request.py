@@ -11,11 +11,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from evolve_ray.config import options
-from evolve_ray.refine.strategies import STRATEGIES, asks_scorer, asks_verifier, drafts_per_prompt
+from evolve_ray.refine.strategies import STRATEGIES, asks_scorer, asks_verifier, drafts_per_prompt, gives_scores
 from evolve_ray.refine.template import NEEDED, Template
 from evolve_ray.serve.errors import RequestError
 
-SAMPLED = ("parallel", "best_of")  # strategies that ask for several samples in one round
+SAMPLED = ("parallel", "chains", "best_of", "self_judge")  # strategies that ask for several samples in one round
 SELECTS = ("last", "best", "vote")
 
 
@@ -67,7 +67,13 @@ class Refinement:
     @property
     def width(self) -> int:
         """The most rounds of this request that run at the same time."""
-        return self.strategy.samples if self.strategy.name in SAMPLED else 1
+        return (
+            self.strategy.samples
+            if self.strategy.name in SAMPLED
+            else self.strategy.critiques
+            if is_sampled(self.strategy)
+            else 1
+        )
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,7 @@ class Rules:
             self.strategy,
             stop_unchanged=False,  # the endpoint stops every strategy by the same rule, not only `chain`
             stop_right=False,
+            args=self.strategy.args if name == self.strategy.name else {},
             **{option: value for option, value in replaced.items() if value is not None},
         )
         if self.asks_scorer(strategy) and not self.has_scorer:
@@ -163,10 +170,15 @@ class Rules:
         return True
 
     def default_select(self, strategy: options.Strategy) -> str:
-        """The last draft refines all that is known; of several samples, none is the last one."""
-        if strategy.name not in SAMPLED:
+        """The last draft refines all that is known; of several samples, none is the last one, unless the model rates them."""
+        if not is_sampled(strategy) or gives_scores(strategy):
             return "last"
         return "best" if self.has_scorer else "vote"
+
+
+def is_sampled(strategy: options.Strategy) -> bool:
+    """Whether a strategy asks for several responses at a time, so that none is the last one."""
+    return strategy.name in SAMPLED or (strategy.name == "critique" and strategy.critiques > 1)
 
 
 def within(field: str, value: float | None, low: float, high: float) -> None:

@@ -5,14 +5,15 @@ It knows no HTTP and no vLLM. The engine and the scorer are behind two small pro
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from evolve_ray.refine.asks import Ask, Draft, Judge, Messages, Skip, Strategy, Verdict, Verify
+from evolve_ray.refine.asks import Ask, Draft, Judge, LogProb, Made, Messages, Score, Skip, Strategy, Verdict, Verify
 from evolve_ray.refine.strategies import STRATEGIES
 from evolve_ray.serve.errors import RequestError
-from evolve_ray.serve.request import SAMPLED, Refinement
+from evolve_ray.serve.request import Refinement, is_sampled
 from evolve_ray.store.rows import derive_seed
 
 STOPPED = {  # every reason why rounds end
@@ -35,6 +36,7 @@ class Piece:
     num_cached_tokens: int
     output: Any
     token_ids: tuple[int, ...] = ()
+    stopped_at: str = ""  # the stop string of the ask at which the response ended
 
 
 class Engine(Protocol):
@@ -43,8 +45,8 @@ class Engine(Protocol):
     context_tokens: int
     max_tokens: int  # the longest response that the request allows
 
-    async def encode(self, messages: Messages, *, first: bool) -> list[int]:
-        """Token ids of an ask. For the `first` one it raises RequestError if request and context do not fit together."""
+    async def encode(self, messages: Messages, *, first: bool, prefix: str = "") -> list[int]:
+        """Token ids of an ask and its `prefix`. RequestError for the `first` if request and context do not fit together."""
         ...
 
     def write(self, ask: Ask, ids: list[int], seed: int | None, max_tokens: int) -> AsyncIterator[Piece]:
@@ -82,10 +84,12 @@ class Round:
     max_tokens: int
     capped_by: str = ""  # what made `max_tokens` smaller than the request allows: "budget_tokens" or "context"
     is_live: bool = False  # streamed as the answer while it is written: it is the answer, whatever comes
+    again: int = 0  # the number of earlier asks of its sample, round and kind
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     answer: str = ""  # the text without the thinking of the model; known when the round has ended
     finish_reason: str | None = None
+    stopped_at: str = ""
     num_tokens: int = 0
     num_cached_tokens: int = 0
     seconds: float = 0.0
@@ -140,6 +144,7 @@ class Rounds:
     emit: Callable[[Event], None] = lambda event: None
     rounds: list[Round] = field(default_factory=list)
     scoring: dict[str, asyncio.Task] = field(default_factory=dict)  # by draft id
+    places: Counter[tuple[int, int, str]] = field(default_factory=Counter)  # asks by sample, round and kind
 
     async def run(self) -> Outcome:
         """Runs all rounds. Cancelling it cancels what runs in the engine, and no further round starts."""
@@ -180,19 +185,23 @@ class Rounds:
             return await self.scores([self.round_of(draft.draft_id) for draft in request.drafts])
         if isinstance(request, Verify):
             return await self.verify(self.round_of(request.draft.draft_id))
-        if isinstance(request, Skip):
+        if isinstance(request, Score):
+            self.round_of(request.draft.draft_id).score = request.value
+        if isinstance(request, Skip | Score):
             return None
         if isinstance(request, Ask):
             (draft,) = await self.ask([request])
             return draft
         if isinstance(request, list):
             return await self.ask(request)
-        raise RequestError("refine.strategy: this strategy needs a draft from a file; use another", "refine.strategy")
+        what = {Made: "hands in its own texts", LogProb: "asks for log-probabilities"}.get(type(request), "needs a given draft")
+        raise RequestError(f"refine.strategy: this strategy {what}; use another", "refine.strategy")
 
     async def ask(self, asks: list[Ask]) -> list[Draft]:
         """Sends the asks of a round to the engine at the same time. Raises Stopped if the round must not start."""
         await self.check_stop(asks[0])
-        encoded = [await self.engine.encode((*self.earlier, *ask.messages), first=not self.rounds) for ask in asks]
+        first = not self.rounds
+        encoded = [await self.engine.encode((*self.earlier, *ask.messages), first=first, prefix=ask.prefix) for ask in asks]
         budget = (self.refinement.budget_tokens - sum(round.num_tokens for round in self.rounds)) // len(asks)
         if budget < 1:
             raise Stopped("budget_tokens")
@@ -211,24 +220,27 @@ class Rounds:
         room = self.engine.context_tokens - num_prompt_tokens
         if room < 1:
             raise Stopped("context")
-        max_tokens, capped_by = self.engine.max_tokens, ""
+        max_tokens, capped_by = min(self.engine.max_tokens, ask.max_tokens or self.engine.max_tokens), ""
         if budget < max_tokens:
             max_tokens, capped_by = budget, "budget_tokens"
         if room < max_tokens:  # the first response may fill the context, like any direct answer
             max_tokens, capped_by = room, "context" if self.rounds else ""
-        round = Round(ask, self.seed_of(ask), num_prompt_tokens, max_tokens, capped_by)
+        place = (ask.sample, ask.round, ask.kind)
+        again = self.places[place]
+        self.places[place] += 1
+        round = Round(ask, self.seed_of(ask, again), num_prompt_tokens, max_tokens, capped_by, text=ask.prefix, again=again)
         options = self.refinement.strategy
         round.is_live = (
             self.stream and self.refinement.select == "last" and self.refinement.deadline_s is None and round.is_answer
-            and ask.round == options.rounds and options.name in STRATEGIES and options.name not in SAMPLED and not capped_by
+            and ask.round == options.rounds and options.name in STRATEGIES and not is_sampled(options) and not capped_by
         )  # fmt: skip
         return round
 
-    def seed_of(self, ask: Ask) -> int | None:
+    def seed_of(self, ask: Ask, again: int) -> int | None:
         """The seed of a round: the request's own for the first response, so that it is the direct answer; derived for others."""
-        if self.seed is None or (ask.round, ask.sample, ask.kind) == (1, 0, "answer"):
+        if self.seed is None or (ask.round, ask.sample, ask.kind, again) == (1, 0, "answer", 0):
             return self.seed
-        return derive_seed("serve", self.seed, ask.sample, ask.round, ask.kind)
+        return derive_seed("serve", self.seed, ask.sample, ask.round, ask.kind, *([again] if again else []))
 
     async def write(self, round: Round, ids: list[int]) -> None:
         """Lets the engine write the response of a round. What is there when it is cancelled stays."""
@@ -242,6 +254,7 @@ class Rounds:
                 round.text += piece.text
                 round.num_tokens += piece.num_tokens
                 round.token_ids += piece.token_ids
+                round.stopped_at = piece.stopped_at
                 round.finish_reason = piece.finish_reason
                 round.outputs.append(piece.output)
                 self.emit(Event("wrote", round, piece))
@@ -255,8 +268,9 @@ class Rounds:
         if round.finish_reason == "length" and round.capped_by:
             round.cut_by = round.capped_by
         ask, round.answer = round.ask, self.engine.answer(round.text, round.token_ids)
-        draft_id = f"{ask.sample}/{ask.round}/{ask.kind}"
-        round.draft = Draft(draft_id, round.answer, ask.sample, ask.round, ask.parent_id, round.finish_reason or "stop")
+        draft_id = f"{ask.sample}/{ask.round}/{ask.kind}" + (f"/{round.again}" if round.again else "")
+        place = (ask.sample, ask.round, ask.parent_id)
+        round.draft = Draft(draft_id, round.answer, *place, round.finish_reason or "stop", round.stopped_at)
         self.emit(Event("ended", round))
         if self.shows_scores and round.is_answer:
             self.start_scoring(round)
@@ -322,7 +336,7 @@ class Rounds:
             return await self.vote(whole)
         last = max(round.ask.round for round in answers)
         final = [round for round in answers if round.ask.round == last]
-        if len(final) > 1 and self.scorer and all(round.score is not None for round in final):
+        if len(final) > 1 and all(round.score is not None for round in final):
             return max(final, key=lambda round: (round.score, -round.ask.sample))
         return final[0]
 

@@ -32,6 +32,7 @@ CPU_ENGINE = {
 CPU_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 SHARE_OF_CONTEXT = 4  # without a recipe a response may have a quarter of the context: prompt, draft and refinement must fit
 NO_SCORER = "none"  # as `scorer.model`
+BY_GROUP = ("vote", "strategy")  # scorers that have no value for one response alone
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MIN_KEY_LENGTH = 16
 
@@ -50,7 +51,8 @@ class Settings:
 
     @property
     def has_scorer(self) -> bool:
-        return self.config.scorer.name != "reward_model" or self.config.scorer.model != NO_SCORER
+        scorer = self.config.scorer
+        return scorer.name not in BY_GROUP and (scorer.name != "reward_model" or scorer.model != NO_SCORER)
 
     @property
     def rules(self) -> Rules:

@@ -10,7 +10,7 @@ from evolve_ray.evaluate.figures import add_best_of, summarise
 from evolve_ray.evaluate.final_answers import add_final_answers
 from evolve_ray.inputs.context import Context, Policy
 from evolve_ray.score.verifiers import same_answer, verifier_key
-from evolve_ray.stages.generations import EVALUATION_SCOPE, GenerationJob, generate_and_score
+from evolve_ray.stages.generations import EVALUATION_SCOPE, GenerationJob, generate_and_score, judge_of
 from evolve_ray.store import rows, shards
 from evolve_ray.store.manifest import Manifest
 from evolve_ray.store.run import Stage
@@ -26,7 +26,7 @@ def evaluate(context: Context, iteration: int, policy: Policy, name: str, folder
     if context.held_out is None:
         return {**model, "splits": {}}
     chain = options.Strategy(name="chain", rounds=config.evaluation.rounds)
-    sampling = dataclasses.replace(config.sampling, temperature=config.evaluation.temperature)
+    sampling = dataclasses.replace(config.sampling, temperature=config.evaluation.temperature, logps=False)
     key = {
         "version": VERSION,
         "seed": config.seed,
@@ -35,7 +35,7 @@ def evaluate(context: Context, iteration: int, policy: Policy, name: str, folder
         "options": [resolved(part, runtime=False) for part in (chain, sampling, config.engine, config.scorer)],
         "parallel": config.evaluation.parallel,
         "verifier": verifier_key(config.verifier),
-        "reward_models": {name: model.hash for name, model in context.reward_models.items()},
+        "reward_models": {name: model.hash for name, model in (context.reward_models | judge_of(context, policy)).items()},
         **sources(config.engine.name, config.scorer.name, *config.scorer.members),
     }
     if config.evaluation.pick:

@@ -17,6 +17,8 @@ from evolve_ray.pools import dispatch
 from evolve_ray.pools.retries import heartbeats
 from evolve_ray.refine import strategies
 from evolve_ray.score import worker as scoring
+from evolve_ray.score.combined import local_judge
+from evolve_ray.score.judge_engine import JudgeSpec
 from evolve_ray.score.verifiers import verifier_key
 from evolve_ray.store import shards
 from evolve_ray.store.manifest import Manifest
@@ -63,7 +65,9 @@ def generate(context: Context, job: GenerationJob, folder: Path) -> Manifest:
 def run_pipeline(context: Context, job: GenerationJob, folder: Path, *, scored: bool) -> tuple[Manifest, Manifest | None]:
     """Returns (drafts, scores); scores are None without `scored`. Computes only the stages that are not committed yet."""
     config, prompts = context.config, job.prompts
-    request_models = job.reward_models if job.request_models is None else job.request_models
+    judge = judge_of(context, job.policy)
+    job = dataclasses.replace(job, reward_models=job.reward_models | judge)
+    request_models = job.reward_models if job.request_models is None else job.request_models | judge
     asks_scorer, verifier = strategies.asks_scorer(job.strategy), asked_verifier(config, job)
     generation_key = {
         "version": VERSION,
@@ -88,8 +92,9 @@ def run_pipeline(context: Context, job: GenerationJob, folder: Path, *, scored: 
     drafts_folder = drafts.folder if drafts else drafts_stage.resume()
     score_spec = scoring.ScoreSpec(
         prompts=str(prompts.path("prompts.parquet")), drafts=str(drafts_folder), work=str(scores_stage.work),
-        key=scores_stage.key, shard_prompts=size, scorer=config.scorer, verifier=config.verifier,
-        reward_models=folders(job.reward_models), day=context.template.rendering.day,
+        key=scores_stage.key, shard_prompts=size, scorer=scorer_of(config, job), verifier=config.verifier,
+        reward_models=folders(models_of(job.reward_models, judge)), day=context.template.rendering.day,
+        judge=judge_spec(context, judge),
     )  # fmt: skip
     with context.timed(job.label, job.iteration):
         context.start_ray()
@@ -97,13 +102,13 @@ def run_pipeline(context: Context, job: GenerationJob, folder: Path, *, scored: 
         if not drafts:
             spec = generate_spec(context, job, drafts_stage)
             if asks_scorer:
-                actors = tuple(context.pools.open(scoring.scorer_pool(config.scorer)))
-                request_spec = dataclasses.replace(score_spec, reward_models=folders(request_models))
+                actors = tuple(context.pools.open(scoring.scorer_pool(config.scorer, config.engine)))
+                request_spec = dataclasses.replace(score_spec, reward_models=folders(models_of(request_models, judge)))
                 spec = dataclasses.replace(spec, remote_scorer=RemoteScorer(actors, request_spec))
             steps.append(dispatch.Step(drafts_stage, engine_pool(config.engine), spec))
         if scored:
             scores_stage.resume()
-            steps.append(dispatch.Step(scores_stage, scoring.scorer_pool(config.scorer), score_spec))
+            steps.append(dispatch.Step(scores_stage, scoring.scorer_pool(config.scorer, config.engine), score_spec))
         run_steps(context, job.label, job.iteration, steps, num_shards)
         if not drafts:
             drafts = shards.finish(drafts_stage, num_shards, num_prompts, prompts_loss(config))
@@ -121,6 +126,37 @@ def scores_key(config: options.Config, reward_models: dict[str, Policy]) -> dict
         "verifier": verifier_key(config.verifier),
         **sources(config.scorer.name, *config.scorer.members),
     }
+
+
+def judge_of(context: Context, policy: Policy) -> dict[str, Policy]:
+    """`{name in the recipe: model}` of a judge with an engine of its own; {} without one. `policy` is that of the job."""
+    name = local_judge(context.config.scorer)
+    if not name:
+        return {}
+    return {name: {"policy": policy, "initial": context.initial or context.policy}.get(name) or context.judge or policy}
+
+
+def models_of(models: dict[str, Policy], judge: dict[str, Policy]) -> dict[str, Policy]:
+    """The reward models alone, without the judge."""
+    return {name: model for name, model in models.items() if name not in judge}
+
+
+def judge_spec(context: Context, judge: dict[str, Policy]) -> JudgeSpec | None:
+    """The engine of a judge; the policies are rendered as the recipe says, another model by its own template."""
+    config, rendering = context.config, context.template.rendering
+    for name, model in judge.items():
+        return JudgeSpec(
+            name, str(model.folder), config.model.dtype, config.model.context_tokens, config.engine.max_num_seqs,
+            config.scorer.args.get("engine") or config.engine.args,
+            rendering if name in ("policy", "initial") else rendering.for_reward_model,
+        )  # fmt: skip
+    return None
+
+
+def scorer_of(config: options.Config, job: GenerationJob) -> options.Scorer:
+    """The scorer of a job: the verifier in place of `strategy`, if the job's strategy gives no scores."""
+    by_strategy = config.scorer.name == "strategy" and not strategies.gives_scores(job.strategy)
+    return dataclasses.replace(config.scorer, name="verifier") if by_strategy else config.scorer
 
 
 def asked_verifier(config: options.Config, job: GenerationJob) -> options.Verifier | None:

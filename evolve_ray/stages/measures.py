@@ -7,14 +7,22 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from evolve_ray.config.load import from_json
+from evolve_ray.config.options import Config
+from evolve_ray.config.parse import set_value
 from evolve_ray.config.plugs import blame, find_plug, sources, with_args
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import UserError
 from evolve_ray.evaluate import controller, drift
 from evolve_ray.evaluate.figures import against_previous
 from evolve_ray.inputs.context import Context
+from evolve_ray.inputs.plugs import check_plugs
+from evolve_ray.refine.template import load_template
 from evolve_ray.store import rows, shards
 from evolve_ray.store.manifest import Manifest, read_manifest
+
+CHANGEABLE = ("strategy", "sampling", "selection", "training")  # the tables of which a decision can change options
+FIXED = ("training.objective", "training.reference")  # which stages an iteration has is the recipe's
 
 
 def measure_drift(
@@ -30,10 +38,14 @@ def measure_drift(
     manifest = stage.committed()
     if manifest is None:
         with context.timed("drift", iteration):
-            columns = ["chosen_id", "rejected_id", "chosen_round"]
             with pq.ParquetFile(pairs.path("pairs.parquet")) as file:
+                columns = [
+                    name for name in ("chosen_id", "rejected_id", "chosen_round", "kind") if name in file.schema_arrow.names
+                ]
                 table = (pair for batch in file.iter_batches(columns=columns) for pair in batch.to_pylist())
-                figures = drift.figures(by_shard(drafts, scores), table)
+                # Only answers have scores and a round that wins.
+                answers = (pair for pair in table if pair.pop("kind", None) is None)
+                figures = drift.figures(by_shard(drafts, scores), answers)
             rows.write_jsonl(stage.start() / "drift.jsonl", [figures])
             manifest = stage.commit(num_in=figures["num_drafts"], num_rows=1)
     figures = rows.read_jsonl(manifest.path("drift.jsonl"))[0]
@@ -75,15 +87,42 @@ def decide(context: Context, iteration: int, models: list[dict[str, Any]]) -> di
             if not isinstance(decision, controller.Decision) or decision.action not in controller.ACTIONS:
                 known = ", ".join(controller.ACTIONS)
                 raise UserError(f"controller.name: {settings.name!r} returned {decision!r}; it must return a Decision: {known}")
+            with_options(config, decision.options, f"controller.name: {settings.name!r}, iteration {iteration}")
             fields = {"controller": settings.name, "split": split, **dataclasses.asdict(decision)}
+            if not decision.options:
+                del fields["options"]
             text = json.dumps({**fields, "against_previous": changes}, indent=1, ensure_ascii=False, allow_nan=False)
             (stage.start() / "decision.json").write_text(text, encoding="utf-8")
             manifest = stage.commit(num_in=len(models), num_rows=1)
             context.run.event("decision", iteration=iteration, **fields)
     stored = json.loads(manifest.path("decision.json").read_bytes())
-    context.say(f"  iteration {iteration}: {stored['action'].replace('_', ' ')}: {stored['reason']}")
+    context.say(f"  iteration {iteration}: {stored['action'].replace('_', ' ')}: {controller.in_words(stored)}")
     changes = stored.pop("against_previous")
     return {"against_previous": changes, "decision": stored, "rolled_back": stored["action"] == "roll_back"}
+
+
+def with_options(config: Config, changes: Any, where: str) -> Config:
+    """The configuration with the options that a decision changes, checked as a recipe is; `where` begins every error."""
+    if not isinstance(changes, dict):
+        raise UserError(f"{where}: options of the decision are {changes!r}, but must be a dict by dotted names")
+    if not changes:
+        return config
+    for name in changes:
+        if str(name).partition(".")[0] not in CHANGEABLE or name in FIXED or "." not in name:
+            raise UserError(
+                f"{where}: changes {name!r}, but a decision can change options of {', '.join(CHANGEABLE)} alone, and not "
+                f"{' or '.join(FIXED)}"
+            )
+    try:
+        tree = json.loads(json.dumps(resolved(config), allow_nan=False))
+        for name, value in changes.items():
+            set_value(tree, name.split("."), json.loads(json.dumps(value, allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: options of the decision are not plain values: {error}") from None
+    changed = from_json(tree, where)
+    load_template(changed.template.name, changed.template.layout, changed.strategy.name)
+    check_plugs(changed)
+    return changed
 
 
 def evaluation_of(context: Context, model: dict[str, Any]) -> Manifest | None:

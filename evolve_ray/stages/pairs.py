@@ -1,35 +1,40 @@
 """generations, scores -> pairs: the selection runs prompt by prompt, with one shard in memory at a time."""
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evolve_ray.config import options
-from evolve_ray.config.plugs import blame, find_plug, sources, with_args
+from evolve_ray.config.plugs import blame, find_plug, is_own, sources, with_args
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import IntegrityError, UserError
 from evolve_ray.inputs.context import Context
 from evolve_ray.models.same_tokens import SameTokens
-from evolve_ray.select.check import check_selected
+from evolve_ray.refine.asked import asked
+from evolve_ray.select.check import check_selected, used_drafts
 from evolve_ray.select.pairs import Selected, reject_draft
 from evolve_ray.select.selections import SELECTIONS
+from evolve_ray.stages.pair_table import PairWriter
+from evolve_ray.stages.whole import narrow
 from evolve_ray.store import rows, shards
 from evolve_ray.store.files import report_disk_errors
 from evolve_ray.store.manifest import Manifest
 from evolve_ray.store.run import Stage
+from evolve_ray.store.turns import Messages
 
-Selection = Callable[[dict, list[dict], options.Selection], Selected]
+Selection = Callable[..., Selected]
 SAME_TOKENS = "is the same tokens as the draft that it would be paired with"
 
 
 def select(context: Context, iteration: int, drafts: Manifest, scores: Manifest) -> Manifest:
     """Returns the committed preference pairs of one iteration. Raises UserError if there are none."""
     config, prompts = context.config, context.prompts[iteration]
-    key = {"selection": resolved(config.selection, runtime=False), **sources(config.selection.name)}
+    key = {"selection": resolved(config.selection, runtime=False), **sources(config.selection.name, config.selection.whole)}
     inputs = {"prompts": prompts.identity, "generations": drafts.identity, "scores": scores.identity}
     stage = context.stage(context.run.iteration(iteration) / "pairs", "pairs", key, inputs)
     manifest = stage.committed()
@@ -39,7 +44,11 @@ def select(context: Context, iteration: int, drafts: Manifest, scores: Manifest)
             selection = with_args("selection.args", name, find_plug(SELECTIONS, name, "selection.name"), config.selection.args)
             size = config.engine.shard_prompts
             same = SameTokens(context.policy.folder, context.template.rendering)
-            manifest = write_pairs(stage, selection, config.selection, prompts, drafts, scores, size, same)
+            messages = functools.partial(asked, context.template, config.strategy)
+            sees = is_own(name) or takes_others(selection)
+            manifest = write_pairs(
+                stage, selection, config.selection, prompts, drafts, scores, size, same, messages=messages if sees else None
+            )
     check_not_empty(stage, manifest)
     return manifest
 
@@ -56,6 +65,7 @@ def check_not_empty(stage: Stage, manifest: Manifest) -> None:
 def write_pairs(
     stage: Stage, selection: Selection, settings: options.Selection, prompts: Manifest, drafts: Manifest, scores: Manifest,
     shard_prompts: int, same_tokens: SameTokens, limit: int | None = None,
+    messages: Callable[..., Messages | None] | None = None,
 ) -> Manifest:  # fmt: skip
     """Commits the pairs of all prompts whose drafts have scores (only of the first `limit`, if set), shard by shard."""
     work, schema = stage.start(), rows.with_messages(pair_schema(drafts), prompts.path("prompts.parquet"))
@@ -69,48 +79,17 @@ def write_pairs(
             by_prompt = scored_drafts(drafts, scores, shard)
             shard_rows = shards.read_slice(prompts.path("prompts.parquet"), shard, shard_prompts)
             shard_rows = shard_rows[: None if limit is None else max(0, limit - shard * shard_prompts)]
-            pairs, rejected = select_all(shard_rows, by_prompt, selection, settings, counts, same_tokens)
+            pairs, rejected = select_all(shard_rows, by_prompt, selection, settings, counts, same_tokens, messages)
             writer.write(pairs)
             rejected_file.writelines(rows.canonical(row) + b"\n" for row in rejected)
+    if settings.top_share < 1 or settings.whole:
+        with report_disk_errors(work), open(work / "rejected.jsonl", "ab") as rejected_file:
+            lost, counts["num_left_out"] = narrow(writer, settings, prompts, shard_prompts)
+            rejected_file.writelines(rows.canonical(row) + b"\n" for row in lost)
+        counts["num_rows"] -= counts["num_left_out"]
+        counts["num_used"] -= len(lost)
+        counts["num_rejected"] += len(lost)
     return stage.commit(**counts)
-
-
-class PairWriter:
-    """Writes pairs shard by shard; a column `numbers` is added if the first pairs have numbers, and then all must."""
-
-    def __init__(self, path: Path, schema: pa.Schema, selection: str):
-        self.path, self.schema, self.selection, self.num_empty = path, schema, selection, 0
-        self.writer: pq.ParquetWriter | None = None
-        self.names: list[str] = []
-
-    def write(self, pairs: list[dict]) -> None:
-        if not pairs and self.writer is None:
-            self.num_empty += 1  # the schema is not known yet
-            return
-        if self.writer is None:
-            self.open(sorted(pairs[0].get("numbers", {})))
-        for pair in pairs:
-            if sorted(pair.get("numbers", {})) != self.names:
-                raise UserError(
-                    f"selection.name: {self.selection!r}, prompt {pair['prompt_id']}: has the numbers "
-                    f"{', '.join(sorted(pair.get('numbers', {}))) or 'none'}, but earlier pairs have "
-                    f"{', '.join(self.names) or 'none'}; every pair must have the same numbers"
-                )
-        assert self.writer is not None
-        self.writer.write_table(rows.to_table(pairs, rows.numbered(self.schema, self.names)))
-
-    def open(self, names: list[str]) -> None:
-        """Starts the file, with a table for each shard so far that has no pair."""
-        self.names, schema = names, rows.numbered(self.schema, names)
-        self.writer = pq.ParquetWriter(self.path, schema, compression="zstd")
-        for _ in range(self.num_empty):
-            self.writer.write_table(rows.to_table([], schema))
-
-    def close(self) -> None:
-        if self.writer is None:
-            self.open([])
-        assert self.writer is not None
-        self.writer.close()
 
 
 def pair_schema(drafts: Manifest) -> pa.Schema:
@@ -122,7 +101,7 @@ def pair_schema(drafts: Manifest) -> pa.Schema:
 
 
 def scored_drafts(drafts: Manifest, scores: Manifest, shard: int) -> dict[str, list[dict]]:
-    """The answers of a shard by prompt id, each with its `score`, `correct` and `remarks`.
+    """The drafts of a shard by prompt id, of every kind but skipped ones, each with its `score`, `correct` and `remarks`.
 
     `score` and `correct` (the verifier's value) are None if there is none. `remarks` are the responses of other kinds that name
     the draft as their parent, for example critiques of it.
@@ -132,12 +111,12 @@ def scored_drafts(drafts: Manifest, scores: Manifest, shard: int) -> dict[str, l
     by_prompt: dict[str, list[dict]] = {}
     remarks: dict[str, list[dict]] = {}
     for draft in rows.read_table(drafts.path(name)):
-        if draft["kind"] == "answer":
-            score, correct = score_of.pop(draft["draft_id"], (None, None))
-            remarks_on = remarks.setdefault(draft["draft_id"], [])
-            row = {**draft, "score": score, "correct": correct, "remarks": remarks_on}
-            by_prompt.setdefault(draft["prompt_id"], []).append(row)
-        elif draft["kind"] != "skipped" and draft["parent_id"]:
+        if draft["kind"] == "skipped":
+            continue
+        score, correct = score_of.pop(draft["draft_id"], (None, None))
+        row = {**draft, "score": score, "correct": correct, "remarks": remarks.setdefault(draft["draft_id"], [])}
+        by_prompt.setdefault(draft["prompt_id"], []).append(row)
+        if draft["kind"] != "answer" and draft["parent_id"]:
             remarks.setdefault(draft["parent_id"], []).append(draft)
     if score_of:
         raise IntegrityError(
@@ -148,29 +127,42 @@ def scored_drafts(drafts: Manifest, scores: Manifest, shard: int) -> dict[str, l
 
 def select_all(
     prompts: list[dict], by_prompt: dict[str, list[dict]], selection: Selection, settings: options.Selection,
-    counts: dict[str, int], same_tokens: SameTokens,
+    counts: dict[str, int], same_tokens: SameTokens, messages: Callable[..., Messages | None] | None = None,
 ) -> tuple[list[dict], list[dict]]:  # fmt: skip
     """Returns (pairs, rejected drafts) of some prompts and adds to `counts`.
 
-    A draft with a fault is never shown to the selection, and pairs of the same tokens are left out. Raises IntegrityError if a
-    draft is neither in a pair nor rejected, UserError for a row that is not as it must be.
+    A selection gets the answers to a prompt, and by name the responses of other kinds if its signature has `others`; with
+    `messages` each has what its ask showed. A draft with a fault is never shown to the selection, and pairs of the same tokens
+    are left out. Raises IntegrityError if a draft is neither in a pair nor rejected, UserError for a row that is not as it must
+    be.
     """
     pairs: list[dict] = []
     rejected: list[dict] = []
+    with_others = takes_others(selection)
     for prompt in prompts:
-        drafts = by_prompt.get(prompt["prompt_id"], [])
+        everything = by_prompt.get(prompt["prompt_id"], [])
+        if messages:
+            everything = [{**draft, "messages": messages(prompt["prompt"], draft, everything)} for draft in everything]
+        drafts = everything if with_others else [draft for draft in everything if draft["kind"] == "answer"]
         candidates = [draft for draft in drafts if not draft.get("fault")]
         rejected += [reject_draft(prompt, draft, draft["fault"]) for draft in drafts if draft.get("fault")]
         counts["num_in"] += len(drafts) - len(candidates)
+        answers = [draft for draft in candidates if draft["kind"] == "answer"]
+        others = {"others": [draft for draft in candidates if draft["kind"] != "answer"]} if with_others else {}
         with blame("selection.name", settings.name, f"prompt {prompt['prompt_id']}"):
-            result = selection(prompt, candidates, settings)
+            result = selection(prompt, answers, settings, **others)
         used = check_selected(settings.name, prompt, candidates, result)
         selected, unused = result
         by_id = {draft["draft_id"]: draft for draft in candidates}
         # A row of one draft, chosen and rejected, is no pair to tell apart: an objective that needs `chosen` alone trains it.
-        apart = [pair for pair in selected if pair["chosen_id"] == pair["rejected_id"] or not same_tokens(*sides(pair, by_id))]
+        # Two trajectories may have the same first turn.
+        apart = [
+            pair
+            for pair in selected
+            if pair["chosen_id"] == pair["rejected_id"] or pair.get("turns") or not same_tokens(*sides(pair, by_id))
+        ]
         learnable = [add_details(pair, by_id) for pair in apart]
-        lost = used - {pair[member] for pair in learnable for member in ("chosen_id", "rejected_id")}
+        lost = used - set().union(*map(used_drafts, learnable))
         rejected += [reject_draft(prompt, by_id[draft_id], SAME_TOKENS) for draft_id in sorted(lost)]
         counts["num_in"] += len(candidates)
         counts["num_used"] += len(used - lost)
@@ -179,6 +171,11 @@ def select_all(
     counts["num_rows"] += len(pairs)
     counts["num_rejected"] += len(rejected)
     return pairs, rejected
+
+
+def takes_others(selection: Selection) -> bool:
+    """Whether a selection asks for the responses that are no answers."""
+    return "others" in inspect.signature(selection).parameters
 
 
 def sides(pair: dict, by_id: dict[str, dict]) -> list[dict]:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from evolve_ray.config import options
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import IntegrityError
 from evolve_ray.generate.worker import engine_pool
@@ -60,10 +61,20 @@ def run_probe(context: Context, stage: Stage, iteration: int, models: dict[str, 
     context.run.event("prober_ready", stage="probe", iteration=iteration)
     figures = weight_probe.compare(probers, spec, folders(models), samples)
     if not figures["mean_difference"] <= config.probe.tolerance:
-        raise IntegrityError(
-            f"probe of iteration {iteration}: the engines' log-probabilities differ from the checkpoint's by "
-            f"{figures['mean_difference']:.2g} nats a token (probe.tolerance is {config.probe.tolerance:g}); they may still use "
-            "the weights or the prefix cache of an older model; submit the same command again: it starts new engines"
-        )
+        raise IntegrityError(f"probe of iteration {iteration}: {advice(figures['mean_difference'], config)}")
     rows.write_jsonl(stage.start() / "probe.jsonl", [figures])
     return stage.commit(num_in=len(probe_prompts), num_rows=len(probe_prompts))
+
+
+def advice(difference: float, config: options.Config) -> str:
+    """Why engine and checkpoint may differ by `difference` nats a token, and what to do."""
+    found = (
+        f"the engines' log-probabilities differ from the checkpoint's by {difference:.2g} nats a token (probe.tolerance is "
+        f"{config.probe.tolerance:g}); "
+    )
+    if config.model.dtype != "float32" and difference <= options.Probe().tolerance:
+        return f"{found}so much may be rounding in {config.model.dtype}; set probe.tolerance={options.Probe().tolerance:g}"
+    return (
+        f"{found}they may still use the weights or the prefix cache of an older model; submit the same command again: it starts "
+        "new engines"
+    )

@@ -31,7 +31,7 @@ def train(
             pairs=str(pairs.path("pairs.parquet")), model=str(policy.folder), reference_model=str(start.folder),
             reference_hash=start.hash, dtype=config.model.dtype, template=context.template, training=training,
             trainer=config.trainer, seed=config.seed, iteration=iteration, run=context.run, reference=reference,
-            checkpoint=checkpoint, output=max(config.scorer.output, 0),
+            checkpoint=checkpoint, output=max(config.scorer.output, 0), initial_model=str((context.initial or policy).folder),
         )  # fmt: skip
         with context.timed(name, iteration):
             context.start_ray()
@@ -67,8 +67,18 @@ def stages(
         # Which sequences the reference holds, and in which batches they are computed.
         order: dict[str, Any] = {name: getattr(training, name) for name in ("batch_pairs", "micro_pairs", "objective", "alpha")}
         order["nll"] = bool(training.nll)
-        if is_own(training.objective):
-            order["needs"] = find_objective(training).needs
+        if is_own(training.objective) or training.objective in WITH_NUMBERS or training.objective == "turns_dpo":
+            objective = find_objective(training)
+            if is_own(training.objective):
+                order["needs"] = objective.sequences
+            elif training.objective == "turns_dpo":
+                order["args"] = training.objective_args
+            elif not training.refine_weight:
+                order["refine_weight"] = 0
+            if objective.tokens:
+                order["tokens"] = True
+            if objective.initial:
+                order["initial"] = (context.initial or policy).hash
         reference = context.stage(folder / "reference", "reference", shared | {"order": order, "model": start.hash}, inputs)
     key = {"model": policy.hash, "training": resolved(training, runtime=False), "reference": reference.key if reference else None}
     key |= sources(training.objective)
@@ -76,8 +86,11 @@ def stages(
 
 
 def check_numbers(pairs: Manifest, training: options.Training, selection: str) -> None:
-    """Raises UserError if pairs lack a number that the objective needs."""
-    needed = find_objective(training).numbers if is_own(training.objective) or training.objective in WITH_NUMBERS else ()
+    """Raises UserError if pairs lack a number or a turn that the objective needs."""
+    if not is_own(training.objective) and training.objective not in WITH_NUMBERS:
+        return
+    objective = find_objective(training)
+    needed = objective.numbers
     schema = pq.read_schema(pairs.path("pairs.parquet"))
     present = [field.name for field in schema.field("numbers").type] if "numbers" in schema.names else []
     for name in needed:
@@ -86,6 +99,18 @@ def check_numbers(pairs: Manifest, training: options.Training, selection: str) -
                 f"training.objective: {training.objective!r} needs the number {name!r} of each pair, but {pairs.folder.name} has "
                 f"{', '.join(present) or 'none'}; selection {selection!r} must give it with make_pair(..., numbers={{...}})"
             )
+    if not objective.turns:
+        return
+    columns = ["pair_id", *(["turns"] if "turns" in schema.names else [])]
+    with pq.ParquetFile(pairs.path("pairs.parquet")) as file:
+        for row in (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist()):
+            names = [turn["name"] for turn in row.get("turns") or ()]
+            for name in objective.turns:
+                if name not in names:
+                    raise UserError(
+                        f"training.objective: {training.objective!r} needs the turn {name!r}, but pair {row['pair_id']} has "
+                        f"{', '.join(names) or 'none'}; selection {selection!r} must give it with make_turn(..., turns={{...}})"
+                    )
 
 
 def run_group(context: Context, spec: TrainSpec, folder: Path, name: str) -> Manifest:

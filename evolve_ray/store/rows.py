@@ -26,6 +26,15 @@ PROMPT = pa.schema(
 # A table of prompts or pairs has this column too if some of its prompts are conversations; it is null for the others.
 MESSAGES = pa.field("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))
 PROMPT_WITH_DRAFT = PROMPT.append(pa.field("draft", pa.string()))  # a first draft that the model did not write itself
+COLUMNS = pa.field("columns", pa.string())  # JSON of the further columns that the recipe names, for a strategy
+
+
+def prompt_schema(*, draft: bool = False, columns: bool = False) -> pa.Schema:
+    """The columns of prompts, with those that a recipe asks for."""
+    schema = PROMPT_WITH_DRAFT if draft else PROMPT
+    return schema.append(COLUMNS) if columns else schema
+
+
 GENERATION = pa.schema(
     [
         ("draft_id", pa.string()),
@@ -47,10 +56,15 @@ GENERATION = pa.schema(
 DRAFT_DETAILS = pa.schema(
     [
         ("token_ids", pa.list_(pa.int32())),  # what the engine wrote, its end token too; null if these are the tokens of `text`
+        ("logps", pa.list_(pa.float32())),  # the engine's log-probabilities of all its tokens, in nats, with `sampling.logps`
         ("thinking", pa.string()),  # what the model thought before the answer; `text` is the answer alone
         ("num_thinking_tokens", pa.int64()),
         ("fault", pa.string()),  # why the draft must not be learned: no answer, or a token without a text
-        # Of a strategy of the user's own, whose asks no template can tell: what the ask showed the model.
+        ("num_prefix_tokens", pa.int64()),  # the first of `token_ids`, which the ask gave and the model continued
+        ("parts", pa.list_(pa.string())),  # of a draft that the strategy composed: the ids of the drafts that it used
+        ("strategy_score", pa.float64()),  # the score that the strategy gave it
+        ("returned_last", pa.bool_()),  # of a strategy of the user's own: it is the last answer that the strategy returned
+        # What the ask showed the model, of a strategy whose asks template and drafts cannot tell, as of the user's own.
         ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
     ]
 )
@@ -82,9 +96,30 @@ PAIR = pa.schema(
 PAIR_DETAILS = pa.schema(  # in the same way; what they say of a draft of the pair
     [
         ("chosen_token_ids", pa.list_(pa.int32())),
+        ("chosen_logps", pa.list_(pa.float32())),
         ("rejected_token_ids", pa.list_(pa.int32())),
         ("chosen_num_thinking_tokens", pa.int64()),
         ("rejected_num_thinking_tokens", pa.int64()),
+    ]
+)
+
+# A further turn of a row, which its objective names. Without a `context` and with an empty text: the turn did not happen.
+TURN = pa.struct(
+    [
+        ("name", pa.string()),
+        ("context", MESSAGES.type),
+        ("text", pa.string()),
+        ("finished", pa.bool_()),
+        ("draft_id", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("num_thinking_tokens", pa.int64()),
+    ]
+)
+TURN_DETAILS = pa.schema(  # in the same way; what a row of turns says beside two responses to the prompt
+    [
+        ("context", MESSAGES.type),  # the messages before both responses, in place of those that ask for the first draft
+        ("kind", pa.string()),  # of the responses, where it is not "answer"
+        ("turns", pa.list_(TURN)),
     ]
 )
 
@@ -95,6 +130,7 @@ def numbered(schema: pa.Schema, numbers: list[str]) -> pa.Schema:
 
 
 # Sums of the log-probabilities of response tokens under the reference policy; null if the objective does not need them.
+# A table whose objective needs further turns has a column for each of them too.
 REFERENCE = pa.schema(
     [("pair_id", pa.string())]
     + [
@@ -109,6 +145,27 @@ REFERENCE = pa.schema(
         )
     ]
 )
+
+
+def token_column(name: str) -> str:
+    """The column of the reference that holds the log-probability of each response token of the sequence `name`."""
+    return f"{name}_tokens"
+
+
+def initial_column(name: str) -> str:
+    """The column of the reference that holds what the column `name` holds, under the initial policy."""
+    return f"initial_{name}"
+
+
+def reference_schema(names: tuple[str, ...], *, tokens: bool, initial: bool) -> pa.Schema:
+    """The schema of the reference for an objective that reads the sequences `names`, with tokens or initial policy if it asks.
+
+    A further turn among `names` has a column too.
+    """
+    further = [(name, pa.float64()) for name in names if name not in REFERENCE.names]
+    more = [(initial_column(name), pa.float64()) for name in names if initial]
+    columns = [*names, *(name for name, _ in more)]
+    return pa.schema([*REFERENCE, *further, *more, *((token_column(name), pa.list_(pa.float32())) for name in columns if tokens)])
 
 
 def canonical(value: Any) -> bytes:

@@ -5,6 +5,7 @@ whatever shape it was read.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content": text}
 Messages = tuple[Message, ...]
@@ -57,3 +58,11 @@ def as_text(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in prompt)
+
+
+def are_messages(messages: Any) -> bool:
+    """Whether a value is chat messages: at least one, each with the texts `role` and `content`."""
+    if not isinstance(messages, tuple | list) or not messages:
+        return False
+    parts = [(message.get("role"), message.get("content")) for message in messages if isinstance(message, dict)]
+    return len(parts) == len(messages) and all(isinstance(text, str) for part in parts for text in part)

@@ -17,7 +17,7 @@ from evolve_ray.config.load import from_json, load
 from evolve_ray.config.options import Config, texts_in_view
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import UserError, run_command
-from evolve_ray.inputs.prompts import HELD_OUT
+from evolve_ray.inputs.prompts import HELD_OUT, LATER
 from evolve_ray.store.files import report_disk_errors, write_atomic
 from evolve_ray.store.manifest import read_manifest
 from evolve_ray.store.rows import read_jsonl
@@ -151,7 +151,10 @@ def same_stages(config: Config, other: Config) -> list[str]:
         tree = resolved(config, runtime=False)
         prompts = config.prompts
         fitting = tree["fitting prompts"] = [texts_in_view(config.strategy), prompts.max_rejected_fraction, prompts.system]
-        tree["held out"] = [getattr(config.evaluation, name) for name in HELD_OUT] + [config.sampling.max_tokens, *fitting]
+        tree["held out"] = [getattr(config.evaluation, name) for name in (*HELD_OUT, *LATER)] + [
+            config.sampling.max_tokens,
+            *fitting,
+        ]
         return [tree[name] for name in names]
 
     if parts(config, TRAINED_FROM) != parts(other, TRAINED_FROM):

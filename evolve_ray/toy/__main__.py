@@ -17,12 +17,21 @@ def make_world(out: Path, toy: dict) -> None:
     splits = {"train": "num_train", "heldout": "num_heldout", "long": "num_out_of_domain", "desc": "num_out_of_domain"}
     for split, count in splits.items():
         write_jsonl(out / f"{split}.jsonl", task.make_prompts(split, toy[count], toy["seed"]))
-    # Noisy answers leave room for improvement. Many ties, and a sibling task, teach the model to keep a good draft as well as to
-    # correct a wrong one.
-    noise = {"tie_fraction": 0.4, "tie_clean_fraction": 0.8, "clean_fraction": 0.5, "desc_fraction": 0.2}
-    write_jsonl(out / "triples.jsonl", task.make_triples(toy["num_triples"], toy["seed"], **noise))
+    write_jsonl(out / "triples.jsonl", task.make_triples(toy["num_triples"], toy["seed"], **task.TRIPLES))
     shape = {name: toy[name] for name in ("seed", "hidden", "layers", "heads")}
     build_base(out / "base", **shape, steps=toy["base_steps"], progress=say)
+
+
+def make_judging_base(out: Path, toy: dict) -> None:
+    """Teaches the base model to judge answers."""
+    from evolve_ray.toy.world import build_judging_base
+
+    build_judging_base(out / "judging_base", Path(toy["base"]), seed=toy["seed"], progress=say)
+
+
+def make_judgements(out: Path, toy: dict) -> None:
+    """Writes triples of which half teach to judge answers."""
+    write_jsonl(out / "judgements.jsonl", task.make_judgements(toy["num_triples"], toy["seed"]))
 
 
 def make_reward_model(out: Path, toy: dict) -> None:
@@ -40,4 +49,6 @@ if __name__ == "__main__":
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # else transformers warns that the classifier head is new
     part, folder, options = sys.argv[1:]
-    {"world": make_world, "reward_model": make_reward_model}[part](Path(folder), json.loads(options))
+    parts = {"world": make_world, "reward_model": make_reward_model, "judgements": make_judgements,
+             "judging_base": make_judging_base}  # fmt: skip
+    parts[part](Path(folder), json.loads(options))

@@ -36,6 +36,13 @@ def toy_parts(config: Config, run: Run, say: Callable[[str], None]) -> dict[str,
         parts["toy:reward_model"] = str(make_toy(run, "reward_model", options, say, key) / "reward_model")
     names = [config.model.path, config.prompts.path, *config.evaluation.splits.values(), *reward_model_names(config.scorer)]
     names += [part.path for part in (config.activation, config.offline) if part]
+    if "toy:judging_base" in names:
+        options = {"seed": world["seed"], "base": parts["toy:base"]}
+        key = {**options, "base": folders.content_hash(folder / "base")}
+        parts["toy:judging_base"] = str(make_toy(run, "judging_base", options, say, key) / "judging_base")
+    if "toy:judgements" in names:
+        options = {name: world[name] for name in ("seed", "num_triples")}
+        parts["toy:judgements"] = str(make_toy(run, "judgements", options, say) / "judgements.jsonl")
     for name in names:
         if name.startswith("toy:") and name not in parts:
             raise UserError(f"{name}: the tiny world has no such part; it has {', '.join(sorted(parts))}")

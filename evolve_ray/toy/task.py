@@ -17,6 +17,11 @@ SPLITS = {
 HELDOUT_SHARE = 8  # one letter string in this many is held out
 
 
+# Noisy answers leave room for improvement. Many ties, and a sibling task, teach the model to keep a good draft as well as to
+# correct a wrong one.
+TRIPLES = {"tie_fraction": 0.4, "tie_clean_fraction": 0.8, "clean_fraction": 0.5, "desc_fraction": 0.2}
+
+
 def side_of(letters: str) -> str:
     """`heldout` or `train`. Only the letters decide: no count, seed or order can move a string to the other side."""
     digest = hashlib.blake2b(letters.encode(), digest_size=8).digest()
@@ -104,6 +109,44 @@ def make_triples(
         while not tie and gold_reward(row["rejected"], row["answer"]) >= gold_reward(row["chosen"], row["answer"]):
             row["rejected"] = corrupt(row["chosen"], rng)
     return rows
+
+
+WORST, BEST = 1, 9  # ratings of the tiny world have one digit, and so one token
+
+
+def judgement(response: str, answer: str) -> tuple[str, int]:
+    """(a judge's reply, its rating). The reply marks each letter of the response with +, if the right answer has it there, or -.
+
+    The rating is 9 without a -, and one less for each, down to 1. A missing letter counts as a wrong one.
+    """
+    size = max(len(response), len(answer))
+    pairs = list(zip(response.ljust(size, "."), answer.ljust(size, "."), strict=True))
+    rating = max(WORST, BEST - sum(letter != right for letter, right in pairs))
+    return "".join(letter + "-+"[letter == right] for letter, right in pairs) + f" Rating: {rating}", rating
+
+
+def draw_judgement(rng: random.Random, letters: str) -> dict:
+    """A triple that teaches to judge an answer about `letters`: chosen is the true judgement, rejected has another rating."""
+    verb = "desc" if rng.random() < 0.2 else "sort"
+    answer = solve(verb, letters)
+    response = answer if rng.random() < 0.45 else corrupt(answer, rng)
+    reply, rating = judgement(response, answer)
+    other = rng.choice([number for number in range(WORST, BEST + 1) if number != rating])
+    return {"prompt": f"judge {verb}:{letters} {response}", "answer": reply, "chosen": reply, "rejected": f"{reply[:-1]}{other}"}
+
+
+def make_judgements(count: int, seed: int, share: float = 0.5) -> list[dict]:
+    """`count` triples of which a share teaches to judge; the others are those of `make_triples` as the tiny world makes them.
+
+    The letters of all are on the train side.
+    """
+    rng = random.Random(f"judgements:{seed}")
+    num_judged = round(share * count)
+    triples = make_triples(count - num_judged, seed, **TRIPLES)
+    for row in _draw_prompts("train", num_judged, f"judgements-prompts:{seed}"):
+        triples.append(draw_judgement(rng, row["prompt"].partition(":")[2]))
+    rng.shuffle(triples)
+    return triples
 
 
 def gold_reward(response: str, answer: str) -> float:

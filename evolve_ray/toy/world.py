@@ -5,7 +5,7 @@ import random
 import time
 from pathlib import Path
 
-from evolve_ray.toy.task import corrupt, draw_letters, gold_reward, solve
+from evolve_ray.toy.task import corrupt, draw_judgement, draw_letters, gold_reward, solve
 from evolve_ray.toy.tokenizer import make_tokenizer, render
 
 # Heavy imports are inside the functions, so that the configuration is checked before they are loaded.
@@ -158,6 +158,42 @@ def build_base(
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return {"seconds": time.perf_counter() - started, "final_loss": final_loss}
+
+
+def build_judging_base(
+    out: Path, base: Path, *, seed: int, steps: int = 300, batch: int = 64, threads: int = 2, progress=print
+) -> float:
+    """Teaches `base` to judge answers, and saves it in `out`; returns the loss at the end (nats per answer token).
+
+    Four in five chats are judgements, the others noisy answers as the base model has learned them: it still makes mistakes.
+    """
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    rng = random.Random(f"judging:{seed}")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    assistant, pad = tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|pad|>"])
+    with fixed_torch(seed, threads):
+        model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+        def draw_text() -> str:
+            if rng.random() < 0.8:
+                row = draw_judgement(rng, draw_letters(rng, 8, 12, "train"))
+                return render(row["prompt"], row["chosen"])
+            prompt, answer = draw_chat(rng, (8, 12), 0.2, "train")
+            return render(prompt, answer if rng.random() < 0.47 else corrupt(answer, rng))
+
+        def loss_of(step: int):
+            ids_BT = tokenizer([draw_text() for _ in range(batch)], padding=True, return_tensors="pt")["input_ids"]
+            answered_BT = (ids_BT == assistant).cumsum(1).bool() & (ids_BT != assistant) & (ids_BT != pad)
+            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
+            predicted_BT = answered_BT[:, 1:]
+            return torch.nn.functional.cross_entropy(logits_BTV[predicted_BT], ids_BT[:, 1:][predicted_BT])
+
+        final_loss = fit(model, loss_of, steps=steps, learning_rate=4e-3, progress=progress)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return final_loss
 
 
 def build_reward_model(

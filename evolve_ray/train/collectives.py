@@ -18,7 +18,7 @@ class Collectives:
         self.torch.distributed.all_reduce(on_device)
         values.copy_(on_device)
 
-    def all_max(self, values: list[int]) -> list[int]:
+    def all_max(self, values: list[Any]) -> list[Any]:
         """The maximum over all ranks, for each number of the list."""
         on_device = self.torch.tensor(values, device=self.device)
         self.torch.distributed.all_reduce(on_device, op=self.torch.distributed.ReduceOp.MAX)

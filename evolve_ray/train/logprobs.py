@@ -11,24 +11,47 @@ from torch.utils.checkpoint import checkpoint
 
 from evolve_ray.models.chat import Chat
 from evolve_ray.refine.template import Template
+from evolve_ray.store.turns import Messages, assistant, user
 from evolve_ray.train.tree import CHUNK_TOKENS, Forward, Sequence
 
 
 def pair_sequences(chat: Chat, template: Template, pair: dict, needs: tuple[str, ...]) -> dict[str, Sequence]:
-    """The sequences of one pair by their names in `needs`: `chosen` after x, `chosen_after_rejected` after (x, y_l, z), ..."""
+    """The sequences of one pair by their names in `needs`: `chosen` after x, `chosen_after_rejected` after (x, y_l, z), ...
+
+    In a row with a `context` these messages stand in place of x. A name of the row's `turns` is that turn after its own messages.
+    """
     responses = {name: response_ids(chat, pair, name) for name in ("chosen", "rejected")}
     answers_only = template.rendering.thinking.train == "answer"
     thinking = {name: (pair.get(f"{name}_num_thinking_tokens") or 0) * answers_only for name in responses}
+    turns = {turn["name"]: turn for turn in pair.get("turns") or ()}
     contexts: dict[str, tuple[int, ...]] = {}
     sequences = {}
     for name in needs:
         response, _, draft = name.partition("_after_")
-        if draft not in contexts:
-            messages = template.refinement(pair["prompt"], pair[draft]) if draft else template.direct(pair["prompt"])
-            contexts[draft] = tuple(chat.context_ids(messages))
-        ids, start = responses[response], thinking[response]
-        sequences[name] = Sequence(contexts[draft] + ids[:start], ids[start:])
+        place = name if name in turns and turns[name]["context"] else draft
+        if place not in contexts:
+            messages = turns[name]["context"] if place in turns else messages_before(template, pair, draft)
+            contexts[place] = tuple(chat.context_ids(messages))
+        if name in turns:
+            ids, start = turn_ids(chat, turns[name]), (turns[name]["num_thinking_tokens"] or 0) * answers_only
+        else:
+            ids, start = responses[response], thinking[response]
+        sequences[name] = Sequence(contexts[place] + ids[:start], ids[start:])
     return sequences
+
+
+def messages_before(template: Template, pair: dict, draft: str) -> Messages:
+    """What stands before a response of a pair: its context or prompt; after `draft` ("chosen", "rejected") also that and z."""
+    if pair.get("context") is None:
+        return template.refinement(pair["prompt"], pair[draft]) if draft else template.direct(pair["prompt"])
+    return (*pair["context"], *((assistant(pair[draft]), user(template.refine)) if draft else ()))
+
+
+def turn_ids(chat: Chat, turn: dict) -> tuple[int, ...]:
+    """The tokens of a further turn; none of a turn that did not happen."""
+    if turn["token_ids"] is not None:
+        return tuple(turn["token_ids"])
+    return tuple(chat.response_ids(turn["text"], finished=turn["finished"]))
 
 
 def response_ids(chat: Chat, pair: dict, name: str) -> tuple[int, ...]:
@@ -40,7 +63,18 @@ def response_ids(chat: Chat, pair: dict, name: str) -> tuple[int, ...]:
 def sequence_logps(model: Any, sequences: list[Sequence], pad_id: int, device: torch.device) -> torch.Tensor:
     """Returns `logps_S`: for each sequence the sum of log p(token | all tokens before) over its response tokens, nats, float32.
 
-    It is one forward over right-padded `ids_ST`. Context and padding do not count; the sum of an empty response is 0.
+    Context and padding do not count; the sum of an empty response is 0.
+    """
+    logps_N, owners_N = sequence_token_logps(model, sequences, pad_id, device)
+    return torch.zeros(len(sequences), device=device).index_add(0, owners_N, logps_N)
+
+
+def sequence_token_logps(
+    model: Any, sequences: list[Sequence], pad_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Returns `logps_N` of all response tokens, sequence by sequence, and the number of each one's sequence.
+
+    It is one forward over right-padded `ids_ST`.
     """
     width = max(len(sequence.context) + len(sequence.response) for sequence in sequences)
     ids_ST = torch.full((len(sequences), width), pad_id)
@@ -56,8 +90,7 @@ def sequence_logps(model: Any, sequences: list[Sequence], pad_id: int, device: t
     # Only positions that predict a response token: the others need no softmax over the vocabulary.
     where_ST = response_ST[:, 1:]
     logps_N = chosen_logps(logits_STV[where_ST], ids_ST[:, 1:][where_ST])
-    rows_N = where_ST.nonzero()[:, 0]
-    return torch.zeros(len(sequences), device=device).index_add(0, rows_N, logps_N)
+    return logps_N, where_ST.nonzero()[:, 0]
 
 
 def chosen_logps(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
@@ -133,16 +166,22 @@ def num_chunks(forward: Forward) -> int:
 
 
 def tree_logps(model: Any, forward: Forward, device: torch.device, chunks: int) -> torch.Tensor:
-    """Returns `logps_S` of the sequences of a forward, as `sequence_logps` does; `model` is a `TreeModel` or an engine around it.
+    """Returns `logps_S` of a forward's sequences, as `sequence_logps` does; `model` is a `TreeModel` or an engine around it."""
+    logps_N, owners_N = tree_token_logps(model, forward, device, chunks)
+    return torch.zeros(forward.num_sequences + 1, device=device).index_add(0, owners_N, logps_N)[:-1]
 
-    `chunks` is the same number on all ranks. If there are fewer targets than chunks, padding targets are added, which do not
-    count.
+
+def tree_token_logps(
+    model: Any, forward: Forward, device: torch.device, chunks: int
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Returns `logps_N` of all response tokens, sequence by sequence, and the number of each one's sequence.
+
+    `chunks` is the same number on all ranks. If there are fewer targets than chunks, padding targets follow at the end, whose
+    sequence is the number after the last.
     """
     missing = max(0, chunks - len(forward.targets_N))
     where_N, targets_N, owners_N = (torch.from_numpy(part) for part in (forward.where_N, forward.targets_N, forward.owners_N))
     where_N, targets_N = (torch.nn.functional.pad(part, (0, missing)) for part in (where_N, targets_N))
     owners_N = torch.nn.functional.pad(owners_N, (0, missing), value=forward.num_sequences)
     tree = [torch.from_numpy(part).to(device) for part in (forward.ids_RW, forward.positions_RW, forward.ends_RW)]
-    logps_N = model(*tree, where_N.to(device), targets_N.to(device), chunks)
-    sums_S = torch.zeros(forward.num_sequences + 1, device=device).index_add(0, owners_N.to(device), logps_N)
-    return sums_S[:-1]
+    return model(*tree, where_N.to(device), targets_N.to(device), chunks), owners_N.to(device)

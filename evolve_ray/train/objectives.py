@@ -21,14 +21,16 @@ from evolve_ray.config import options
 from evolve_ray.config.plugs import blame, check_call, find_plug, with_args
 from evolve_ray.errors import UserError
 from evolve_ray.store import rows
-from evolve_ray.train.policy_gradient import policy_gradient
+from evolve_ray.train.policy_gradient import check_args, needs_tokens, policy_gradient
+from evolve_ray.train.tokens import Tokens, response_of
+from evolve_ray.train.turn_objectives import dpo_turns, sft_turns, turns_dpo, turns_sft
 
 Logps = dict[str, torch.Tensor]
 Result = tuple[torch.Tensor, dict[str, torch.Tensor]]
 DIRECT = ("chosen", "rejected")
 AFTER_REJECTED = ("chosen_after_rejected", "rejected_after_rejected")
 SEQUENCES = tuple(rows.REFERENCE.names[1:])
-LOSS_EXTRAS = ("numbers", "lengths")  # what a loss gets by name if its signature has it
+LOSS_EXTRAS = ("numbers", "lengths", "tokens", "initial")  # what a loss gets by name if its signature has it
 AFTER_CHOSEN = ("chosen_after_chosen", "rejected_after_chosen")
 
 
@@ -144,9 +146,13 @@ class Objective:
     """A loss and the sequences that it needs, in the order of `rows.REFERENCE`.
 
     `reference`: whether it uses the reference policy. `scores`: whether it takes scores of a reward model instead of
-    log-probabilities. `numbers`: the named numbers of each pair that it needs; the selection gives them. The loss is called with
-    `(policy, reference, training)`, and by name with what else its signature has: `numbers`, `{name: B}` (float32); `lengths`,
-    the response tokens of `chosen` and `rejected`; `args`, the table `objective_args`.
+    log-probabilities. `numbers`: the named numbers of each pair that it needs. `turns`: the names of further turns of each row
+    that it needs beside `needs`, or a function of `args` that returns them. The selection gives numbers and turns. `tokens`:
+    whether it needs log-probabilities token by token. `initial`: whether it also needs those of the initial policy.
+
+    The loss is called with `(policy, reference, training)`, and by name with what else its signature has: `numbers`, `{name: B}`
+    (float32); `lengths`, the response tokens of `chosen`, `rejected` and the turns; `tokens`, a `train.tokens.Tokens`; `initial`,
+    as `reference`, of the policy that iteration 1 started from; `args`, the table `objective_args`.
     """
 
     loss: Callable[..., Result]
@@ -154,6 +160,15 @@ class Objective:
     reference: bool
     scores: bool = False
     numbers: tuple[str, ...] = ()
+    turns: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()
+    tokens: bool = False
+    initial: bool = False
+
+    @property
+    def sequences(self) -> tuple[str, ...]:
+        """The names of all sequences that it reads."""
+        assert isinstance(self.turns, tuple)
+        return (*self.needs, *self.turns)
 
 
 def find(training: options.Training, table: str = "training") -> Objective:
@@ -172,14 +187,20 @@ def find(training: options.Training, table: str = "training") -> Objective:
         "reward": Objective(reward, DIRECT, reference=False, scores=True),
         "policy_gradient": Objective(
             policy_gradient, ("chosen", "chosen_after_rejected") if training.refine_weight else ("chosen",), reference=True,
-            numbers=("advantage", "refined"),
+            numbers=("advantage", "refined"), tokens=needs_tokens(training.objective_args),
+            initial=training.objective_args.get("kl_to") == "initial",
         ),
+        "turns_dpo": Objective(turns_dpo, DIRECT, reference=True, turns=dpo_turns),
+        "turns_sft": Objective(turns_sft, ("chosen",), reference=False, turns=sft_turns),
     }  # fmt: skip
     objective = find_plug(shipped, training.objective, f"{table}.objective")
     if ":" in training.objective:
         objective = checked(objective, training, table)
     loss = with_args(f"{table}.objective_args", training.objective, objective.loss, training.objective_args)
-    objective = dataclasses.replace(objective, loss=loss)
+    turns = objective.turns(getattr(loss, "keywords", {}).get("args")) if callable(objective.turns) else objective.turns
+    objective = dataclasses.replace(objective, loss=loss, turns=turns)
+    if training.objective == "policy_gradient":
+        check_args(loss, training, table)
     ignored = {
         "nll": objective.scores and training.nll,
         "length_normalised": objective.scores and training.length_normalised,
@@ -206,14 +227,22 @@ def checked(objective: Any, training: options.Training, table: str) -> Objective
             nearest = difflib.get_close_matches(str(sequence), SEQUENCES, n=1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"it can need {', '.join(SEQUENCES)}"
             raise UserError(f"{field}: {name!r} needs {sequence!r}, which is not a sequence of a pair; {hint}")
+    if not callable(objective.turns) and not (isinstance(objective.turns, tuple) and all(map(str.isidentifier, objective.turns))):
+        raise UserError(f"{field}: {name!r} has turns {objective.turns!r}, but must have a tuple of plain names")
     check_call(field, name, objective.loss, ("policy", "reference", "training"), extras=LOSS_EXTRAS)
+    if not objective.tokens and "tokens" in inspect.signature(objective.loss).parameters:
+        raise UserError(f"{field}: the loss of {name!r} takes `tokens`, so it must be declared with Objective(..., tokens=True)")
+    if objective.initial and not objective.reference:
+        raise UserError(f"{field}: {name!r} has initial=True and reference=False; the initial policy is read with the reference")
+    if objective.tokens and objective.scores:
+        raise UserError(f"{field}: {name!r} has scores and tokens, but a score has no tokens; remove one of them")
     # In the order of the table, whatever the order in which the plug names them.
     return dataclasses.replace(objective, needs=tuple(name for name in SEQUENCES if name in needs))
 
 
 def total(
     objective: Objective, policy: Logps, reference: Logps, lengths: Logps, training: options.Training,
-    numbers: Logps | None = None,
+    numbers: Logps | None = None, tokens: Tokens | None = None, initial: Logps | None = None,
 ) -> Result:  # fmt: skip
     """The objective on a batch, plus `training.nll` times the mean negative log-probability of a chosen token after `x`.
 
@@ -221,15 +250,17 @@ def total(
     of these tokens, of shape B and at least 1. With `length_normalised` each sum is divided by the length of its response;
     this is the only place that does so. The metrics `chosen_shift` and `rejected_shift` are always sums: how far the policy has
     moved from the reference, in nats. `numbers` maps the names in `objective.numbers` to numbers of the pairs, of shape B.
+    `tokens` and `initial` are for an objective that asks for them.
     """
-    policy_input, reference_input = policy, reference
+    policy_input, reference_input, initial_input = policy, reference, initial or {}
     if training.length_normalised:
-        policy_input, reference_input = (
-            {name: logps_B / lengths[name.partition("_after_")[0]] for name, logps_B in logps.items()}
-            for logps in (policy, reference)
+        policy_input, reference_input, initial_input = (
+            {name: logps_B / lengths[response_of(name)] for name, logps_B in logps.items()}
+            for logps in (policy, reference, initial_input)
         )
     wanted = inspect.signature(objective.loss).parameters
-    extras = {name: part for name, part in (("numbers", numbers or {}), ("lengths", lengths)) if name in wanted}
+    known = {"numbers": numbers or {}, "lengths": lengths, "tokens": tokens, "initial": initial_input}
+    extras = {name: part for name, part in known.items() if name in wanted}
     size = len(next(iter(policy.values())))
     with blame("training.objective", training.objective):
         loss, metrics = check_result(objective.loss(policy_input, reference_input, training, **extras), size, training.objective)

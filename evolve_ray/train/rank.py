@@ -40,12 +40,13 @@ class Rank:
         self.batches = batches(len(self.pairs), spec.training, seed=spec.seed, iteration=spec.iteration)
         trees = spec.trainer.forward == "tree" and not self.objective.scores
         self.model = ShardedModel(spec, self.collectives, classifier=self.objective.scores, trees=trees)
-        shared = (spec, self.chat, self.pairs, self.objective.needs, self.collectives)
+        shared = (spec, self.chat, self.pairs, self.objective.sequences, self.collectives)
         if trees:
             self.reader: Any = forwards.Trees(*shared)
         else:
             self.reader = (forwards.Scores if self.objective.scores else forwards.Separate)(*shared)
-        self.reference = Reference(spec, self.objective.needs, self.pairs, self.collectives)
+        wanted = {"tokens": self.objective.tokens, "initial": self.objective.initial}
+        self.reference = Reference(spec, self.objective.sequences, self.pairs, self.collectives, **wanted)
         self.steps = Steps(self.pairs, self.batches, spec.training, self.objective, self.reader, self.collectives)
         self.stored = StoredSteps(spec, self.collectives)
 

@@ -17,7 +17,8 @@ class TrainSpec:
     """Everything that a training worker needs, picklable.
 
     `pairs`, `model` and `reference_model` are paths; `reference` is None for an objective without a reference policy. `output` is
-    the number of a reward model's output that is the score.
+    the number of a reward model's output that is the score. `initial_model` is the path of the policy that iteration 1 starts
+    from, for an objective that asks for it.
     """
 
     pairs: str
@@ -34,6 +35,7 @@ class TrainSpec:
     reference: Stage | None
     checkpoint: Stage
     output: int = 0
+    initial_model: str = ""
 
 
 def deepspeed_config(spec: TrainSpec) -> dict:

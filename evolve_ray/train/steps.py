@@ -1,14 +1,18 @@
 """Optimiser updates: forwards, loss and gradient. If a number is not finite, training stops before any weight is changed."""
 
+import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from evolve_ray.config.options import Training
 from evolve_ray.errors import NumericsError
+from evolve_ray.store import rows
 from evolve_ray.train.collectives import Collectives
-from evolve_ray.train.forwards import Separate
+from evolve_ray.train.forwards import Part, Separate
 from evolve_ray.train.objectives import Objective, total
 from evolve_ray.train.schedule import learning_rate
+from evolve_ray.train.tokens import Tokens, engine_logps, mask_of, padded, response_of
 
 
 @dataclass
@@ -34,21 +38,31 @@ class Steps:
         for param_group in engine.optimizer.param_groups:
             param_group["lr"] = rate
         sums: dict[str, float] = {}
+        largest: dict[str, float] = {}
+        mean_lengths = self.mean_lengths(batch) if self.objective.tokens else {}
         parts = self.reader.parts(batch)
         for number, part in enumerate(parts):
             pair_rows = [row for row, _ in part.pairs]
             weights = torch.tensor([weight for _, weight in part.pairs], device=device)
             engine.set_gradient_accumulation_boundary(number == len(parts) - 1)
-            policy, lengths = self.reader.values(engine, part)
-            part_reference = {name: values[pair_rows].to(device) for name, values in reference.items()}
+            by_pair = {name: values[pair_rows].to(device) for name, values in reference.items() if not isinstance(values, list)}
+            part_reference = {name: by_pair[name] for name in self.objective.sequences if name in by_pair}
+            initial = {name: by_pair[rows.initial_column(name)] for name in self.objective.sequences if self.objective.initial}
+            if self.objective.tokens:
+                policy, lengths, tokens = self.token_values(engine, part, reference, mean_lengths)
+            else:
+                (policy, lengths), tokens = self.reader.values(engine, part), None
             numbers = self.numbers(pair_rows)
-            loss_B, metrics = total(self.objective, policy, part_reference, lengths, self.training, numbers)
+            loss_B, metrics = total(self.objective, policy, part_reference, lengths, self.training, numbers, tokens, initial)
             self.stop_if_not_finite(loss_B, step, pair_rows)
             # DeepSpeed divides by its number of micro-batches and averages over ranks; `weights` cancel both.
             engine.backward((loss_B * weights).sum())
             engine.step()
             not_padding = weights > 0
             for name, values in {"loss": loss_B, **metrics}.items():
+                if name.startswith("largest_"):
+                    largest[name] = max([largest.get(name, -math.inf), *values[not_padding].tolist()])
+                    continue
                 sums[name] = sums.get(name, 0.0) + values.detach()[not_padding].double().sum().item()
         if getattr(engine.optimizer, "overflow", False):
             ids = [self.pairs[row]["pair_id"] for row in batch]
@@ -59,8 +73,51 @@ class Steps:
         totals = torch.tensor([sums[name] for name in sorted(sums)], dtype=torch.float64)
         self.collectives.all_reduce(totals)
         means = {name: value / len(batch) for name, value in zip(sorted(sums), totals.tolist(), strict=True)}
+        if largest:
+            names = sorted(largest)
+            means |= zip(names, self.collectives.all_max([largest[name] for name in names]), strict=True)
         norm = engine.get_global_grad_norm()
         return {"step": step, "num_pairs": len(batch), "learning_rate": rate, "gradient_norm": float(norm or 0.0), **means}
+
+    def token_values(
+        self, engine: Any, part: Part, reference: dict[str, Any], mean_lengths: dict[str, float]
+    ) -> tuple[dict[str, Any], dict[str, Any], Tokens]:
+        """Sums and lengths of the pairs of a part, as the reader's `values`, and what they are made of token by token."""
+        import torch
+
+        device, pair_rows = self.collectives.device, [row for row, _ in part.pairs]
+        policy, lengths = self.reader.token_values(engine, part)
+        part_reference, initial = (
+            {
+                name: padded([reference[column(name)][row] for row in pair_rows]).to(device)
+                for name in policy
+                if column(name) in reference
+            }
+            for column in (rows.token_column, lambda name: rows.token_column(rows.initial_column(name)))
+        )
+        counts = {response_of(name): torch.tensor(own, device=device) for name, own in lengths.items()}
+        engine_values = {}
+        if "chosen" in counts and self.has_engine_logps:
+            engine_values["chosen"] = engine_logps([self.pairs[row] for row in pair_rows], counts["chosen"].tolist()).to(device)
+        masks = {name: mask_of(own, device) for name, own in lengths.items()}
+        tokens = Tokens(policy, part_reference, masks, mean_lengths, engine_values, initial)
+        sums = {name: values.sum(1) for name, values in policy.items()}
+        return sums, {name: own.clamp(min=1) for name, own in counts.items()}, tokens
+
+    @functools.cached_property
+    def has_engine_logps(self) -> bool:
+        """Whether every pair has the engine's log-probabilities of `chosen`."""
+        return all(pair.get("chosen_logps") is not None for pair in self.pairs)
+
+    def mean_lengths(self, batch: list[int]) -> dict[str, float]:
+        """The tokens of `chosen` and `rejected`, on average over a batch; the same on every rank."""
+        import torch
+
+        share = [self.reader.num_tokens(row) for row in batch[self.collectives.rank :: self.collectives.world]]
+        names = sorted({response_of(name) for name in self.objective.sequences})
+        totals = torch.tensor([float(sum(lengths[name] for lengths in share)) for name in names], dtype=torch.float64)
+        self.collectives.all_reduce(totals)
+        return {name: max(total, 1.0) / len(batch) for name, total in zip(names, totals.tolist(), strict=True)}
 
     def numbers(self, pair_rows: list[int]) -> dict[str, Any]:
         """`{name: B}` of the numbers that the objective needs, float32."""

@@ -1,16 +1,17 @@
-"""What a running stage has done, from the events of its run: a live line on a terminal, one line a minute in a log."""
+"""What a running stage or measurement has done: a live line on a terminal, one line a minute in a log."""
 
 import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 from evolve_ray.store.run import Run, new_events
 
 TICK_S = 0.5
 LOG_EVERY_S = 60.0
+T = TypeVar("T")
 
 
 class State:
@@ -69,10 +70,9 @@ def duration(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def shown(run: Run, say: Callable[[str], None]) -> Iterator[None]:
-    """Shows the progress of the stages that run inside the block: live on a terminal, else one line a minute by `say`."""
-    path = run.root / "events.jsonl"
-    state, done = State(), threading.Event()
+def displayed(state: State, say: Callable[[str], None], update: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Shows `state` while the block runs: live on a terminal, else one line a minute by `say`. `update` brings it up to date."""
+    ended = threading.Event()
     with contextlib.ExitStack() as stack:
         if sys.stdout.isatty():
             from rich.live import Live
@@ -95,21 +95,42 @@ def shown(run: Run, say: Callable[[str], None]) -> Iterator[None]:
                     last = time.monotonic()
                     say(f"  {state.text()}")
 
-        def follow(file: Any) -> None:
-            while True:
-                ended = done.wait(TICK_S)
-                for event in new_events(file):
-                    state.apply(event)
+        def follow() -> None:
+            last_turn = False
+            while not last_turn:
+                last_turn = ended.wait(TICK_S)
+                update()
                 show()
-                if ended:
-                    return
 
-        file = stack.enter_context(open(path, "rb"))
-        file.seek(0, 2)
-        thread = threading.Thread(target=follow, args=(file,), daemon=True)
+        thread = threading.Thread(target=follow, daemon=True)
         thread.start()
         try:
             yield
         finally:
-            done.set()
+            ended.set()
             thread.join()
+
+
+@contextlib.contextmanager
+def shown(run: Run, say: Callable[[str], None]) -> Iterator[None]:
+    """Shows the progress of the stages of `run` that run inside the block."""
+    state = State()
+    with open(run.root / "events.jsonl", "rb") as file:
+        file.seek(0, 2)
+
+        def update() -> None:
+            for event in new_events(file):
+                state.apply(event)
+
+        with displayed(state, say, update):
+            yield
+
+
+def each(items: Iterable[T], total: int, name: str, unit: str, say: Callable[[str], None]) -> Iterator[T]:
+    """The `total` items one by one; `name: 3 of 12 units, 0.40/s, 23 s left` is shown while they are worked on."""
+    state = State()
+    state.stage = name
+    with displayed(state, say):
+        for number, item in enumerate(items, start=1):
+            yield item
+            state.advance(unit, number, total)

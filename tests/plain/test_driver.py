@@ -108,7 +108,10 @@ def test_the_log_is_a_line_a_stage_and_verbose_adds_the_lines_below_it(capsys):
         ("training.betta=0.1", "command line: training.betta: unknown option; did you mean 'beta'?"),
         ("training.beta=true", "command line: training.beta: is True (true or false), but must be a number"),
         ("training.beta=-1", "command line: training.beta: is -1.0, but must be above 0.0"),
-        ("scorer.name=reward_modle", "must be one of reward_model, verifier, mean, minimum, judge or module:Name; did you mean"),
+        (
+            "scorer.name=reward_modle",
+            "must be one of reward_model, verifier, mean, minimum, judge, vote, strategy or module:Name; did you mean",
+        ),
         ("strategy.name=nowhere:Nothing", "strategy.name: 'nowhere:Nothing' cannot be loaded: No module named 'nowhere'"),
     ],
     ids=["unknown option", "wrong type", "out of range", "unknown name", "unknown plug"],

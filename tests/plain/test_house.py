@@ -22,7 +22,7 @@ HEAVY = ("matplotlib", "ray", "torch", "vllm", "deepspeed", "transformers", "dat
 # What a training worker imports at once; all else loads nothing heavy before it is needed.
 LOADS_TORCH = {f"evolve_ray.train.{name}" for name in (
     "adapters", "attention", "dropout", "forwards", "logprobs",
-    "objectives", "policy_gradient", "rank", "reference", "steps", "tree_check")}  # fmt: skip
+    "objectives", "policy_gradient", "rank", "reference", "steps", "tokens", "tree_check", "turn_objectives")}  # fmt: skip
 LOADS_TORCH |= {"evolve_ray.toy.__main__"}
 MAX_LINES, MAX_TEST_LINES = 350, 500
 

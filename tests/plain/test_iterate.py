@@ -296,3 +296,57 @@ def test_evaluation_measures_the_recipes_strategy_beside_the_chain(loop):
     # The world of tables answers every strategy with its two rounds, of which the second is longer and so has the better score.
     assert figures["strategy"]["reward"] == figures["rounds"]["2"]["reward"]
     assert figures["strategy"]["difference"]["reward"]["mean"] == 0.0
+
+
+def warmer(models, options):
+    """After iteration 1 another temperature and step size, after iteration 2 another temperature again."""
+    changes = {1: {"sampling.temperature": 0.5, "training.beta": 0.3}, 2: {"sampling.temperature": 0.25}}
+    return Decision("continue", "it was too hot", changes.get(models[-1]["iteration"], {}))
+
+
+def test_options_of_a_decision_hold_from_the_next_iteration_on_and_when_a_run_resumes(loop, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(self, context, job, folder, original=World.generate_and_score):
+        if job.label == "generations":
+            seen.append((job.sampling.temperature, context.config.training.beta, context.config.sampling.max_tokens))
+        return original(self, context, job, folder)
+
+    monkeypatch.setattr(World, "generate_and_score", spy)
+    first, _, said = loop(CONVERGED, f"controller.name={__name__}:warmer", "training.beta=0.1", "sampling.max_tokens=9")
+    assert seen == [(1.0, 0.1, 9), (0.5, 0.3, 9), (0.25, 0.3, 9)]
+    stored = [json.loads((tmp_path / f"run/iteration-0{n}/decision/decision.json").read_bytes()) for n in (1, 3)]
+    assert stored[0]["options"] == {"sampling.temperature": 0.5, "training.beta": 0.3}
+    assert "options" not in stored[1], "the file of a decision without options is what it was"
+    assert "continue: it was too hot; from now on sampling.temperature = 0.5, training.beta = 0.3" in "\n".join(said)
+    monkeypatch.setattr(iterate.decide.__globals__["controller"], "CONTROLLERS", {})
+    again, world, _ = loop(CONVERGED, f"controller.name={__name__}:warmer", "training.beta=0.1", "sampling.max_tokens=9")
+    assert (again, world.made, seen[3:]) == (first, 0, seen[:3])
+
+
+WRONG: dict = {}
+
+
+def changing(models, options):
+    return Decision("continue", "r", WRONG)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampling.temperatur": 0.5}, r"sampling\.temperatur: unknown option; did you mean 'temperature'\?"),
+        ({"sampling.temperature": -1.0}, r"sampling\.temperature: is -1\.0, but must be"),
+        ({"training.objective": "dpo"}, r"changes 'training\.objective', but a decision can change options of strategy, "),
+        ({"engine.actors": 2}, r"changes 'engine\.actors', but a decision can change"),
+        ({"sampling": {}}, r"changes 'sampling', but a decision can change"),
+        ({"strategy.name": "own_plug:absent"}, r"strategy\.name: 'own_plug:absent' cannot be loaded"),
+        ({"strategy.args": {"x": object()}}, r"options of the decision are not plain values"),
+        (["sampling.temperature"], r"options of the decision are \['sampling\.temperature'\], but must be a dict"),
+    ],
+)
+def test_options_that_a_recipe_could_not_have_are_refused_before_the_commit(loop, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setitem(globals(), "WRONG", changes)
+    with pytest.raises(UserError, match=message) as raised:
+        loop(CONVERGED, f"controller.name={__name__}:changing")
+    assert not (tmp_path / "run/iteration-01/decision").exists()
+    assert "\n" not in str(raised.value)

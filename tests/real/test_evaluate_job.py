@@ -1,4 +1,4 @@
-"""Base, activation and checkpoint of a small run side by side: one command, one table, one page; and a pair explained."""
+"""Base and checkpoint of a small run side by side: one command, one table, one page; and a pair explained."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ def call(*arguments):
 @pytest.fixture(scope="module")
 def done(small):
     out = small.run.with_name("evaluation")
-    names = [f"{small.run}@base", f"{small.run}@activation", small.run]
+    names = [f"{small.run}@base", small.run]
     result = call("jobs/evaluate.py", *names, "--out", out, "evaluation.limit=16")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return out, result.stdout
@@ -27,7 +27,7 @@ def done(small):
 def test_all_models_are_in_one_table_one_json_and_one_page(done):
     out, said = done
     found = json.loads((out / "evaluation.json").read_text())
-    assert [model["name"] for model in found["models"]] == ["small@base", "small@activation", "small@1"]
+    assert [model["name"] for model in found["models"]] == ["small@base", "small@1"]
     for model in found["models"]:
         assert set(model["splits"]) == {"heldout", "long", "desc"}
         for split in model["splits"].values():
@@ -40,7 +40,7 @@ def test_all_models_are_in_one_table_one_json_and_one_page(done):
             assert split["probes"]["longer"]["n"] == split["num_prompts"]
             assert split["probes"]["longer"]["max_tokens"] == 96, "four rounds of 24 tokens have room in the context"
             assert split["probes"]["keep"]["n"] == split["num_prompts"], "every answer is right in the verifier's eyes"
-    assert len(found["differences"]) == 3
+    assert len(found["differences"]) == 1
     for part in ("small@1 - small@base", "y4 - y1", "equal tokens", "one answer of up to 96 tokens"):
         assert part in said
         assert part in (out / "evaluation.html").read_text()
@@ -69,8 +69,8 @@ def test_foreign_drafts_are_the_bases_for_every_model(done):
     for folder in sorted((out / "models").iterdir()):
         table = shards.read_rows(read_manifest(folder / "foreign" / "generations"))
         first.append({row["prompt_id"]: row["text"] for row in table if row["round"] == 1})
-    assert len(first) == 3
-    assert first[0] == first[1] == first[2]
+    assert len(first) == 2
+    assert first[0] == first[1]
 
 
 def test_a_training_pair_is_explained(small):

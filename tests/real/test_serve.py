@@ -195,31 +195,24 @@ def test_requests_closed_at_random_moments_are_aborted_in_the_engine(ours):
     assert tokens(metrics_of(ours), "generated") == tokens(after, "generated"), "no round after it"
 
 
-def test_the_endpoint_ends_when_its_requests_have_ended(small, folder):
-    """SIGTERM while requests run: they finish, then the command ends with 0 and leaves nothing behind."""
-    place = folder / "ending"
-    place.mkdir()
-    server = servers.endpoint(str(small.run), servers.free_port(), place, ["ray.dashboard=false"])
-    try:
-        server.wait()
-        replies: list[httpx.Response] = []
-        body = {"model": "model", **BODIES[0], "ignore_eos": True, "refine": {"rounds": 16}}
-        ask = lambda: replies.append(httpx.post(server.url + CHAT, json=body, timeout=60))  # noqa: E731
-        threads = [threading.Thread(target=ask) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        end = time.monotonic() + 20
-        while metrics_of(server)["evolve_serve_running_rounds"] < 8:
-            assert time.monotonic() < end
-        server.process.send_signal(signal.SIGTERM)
-        for thread in threads:
-            thread.join()
-        assert [reply.status_code for reply in replies] == [200] * 8
-        assert all(len(reply.json()["refine"]["rounds"]) == 16 for reply in replies)
-        assert server.process.wait(60) == 0
-    finally:
-        server.stop()
-    assert "Traceback" not in server.log.read_text()
+def test_the_endpoint_ends_when_its_requests_have_ended(ours):
+    """SIGTERM while requests run: they finish, then the command ends with 0 and leaves nothing behind. The last of its tests."""
+    replies: list[httpx.Response] = []
+    body = {"model": "model", **BODIES[0], "ignore_eos": True, "refine": {"rounds": 16}}
+    ask = lambda: replies.append(httpx.post(ours.url + CHAT, json=body, timeout=60))  # noqa: E731
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + 20
+    while metrics_of(ours)["evolve_serve_running_rounds"] < 8:
+        assert time.monotonic() < end
+    ours.process.send_signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join()
+    assert [reply.status_code for reply in replies] == [200] * 8
+    assert all(len(reply.json()["refine"]["rounds"]) == 16 for reply in replies)
+    assert ours.process.wait(60) == 0
+    assert "Traceback" not in ours.log.read_text()
 
 
 @pytest.mark.long

@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from evolve_ray.config.options import Trainer, Training
@@ -52,7 +53,7 @@ def process_group():
 
 def train(
     model: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *, pairs: list[dict] | None = None, training: dict | None = None,
-    trainer: dict | None = None, dtype: str = "float32",
+    trainer: dict | None = None, dtype: str = "float32", initial: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Trains `model` on pairs; returns `{"log": the metrics of each step, "reference": the table, "checkpoint": the folder}`."""
     import torch
@@ -63,13 +64,15 @@ def train(
     monkeypatch.setattr("ray.train.report", lambda metrics: None)
     table = pairs or make_pairs()
     out.mkdir(parents=True)
-    rows.write_table(out / "pairs.parquet", table, rows.PAIR)
+    schema = rows.numbered(rows.PAIR, sorted(table[0].get("numbers", {})))
+    rows.write_table(out / "pairs.parquet", table, schema, pa.schema([*rows.PAIR_DETAILS, *rows.TURN_DETAILS]))
     options = {"objective": "dpo", "batch_pairs": len(table), "micro_pairs": 2, "epochs": 1, "learning_rate": 1e-3}
     spec = TrainSpec(
         pairs=str(out / "pairs.parquet"), model=str(model), reference_model=str(model), reference_hash="hash", dtype=dtype,
         template=load_template("tiny", "conversation"), training=Training(**(options | (training or {}))),
         trainer=Trainer(**({"workers": 1} | (trainer or {}))), seed=0, iteration=1, run=Run(out),
         reference=Stage(out / "reference", "reference", "r" * 64), checkpoint=Stage(out / "checkpoint", "checkpoint", "c" * 64),
+        initial_model=str(initial or model),
     )  # fmt: skip
     rank = Rank(spec)
     rank.run()

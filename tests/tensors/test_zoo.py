@@ -15,6 +15,7 @@ NEED = gate.Need("model.path", 128, "model.context_tokens")
 
 
 @pytest.mark.parametrize("name", sorted(zoo.FAMILIES))
+@pytest.mark.slow
 def test_a_released_model_is_trained_from_ln_2_and_exported_as_it_came(name, tmp_path, monkeypatch, process_group):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -40,6 +41,7 @@ def test_a_released_model_is_trained_from_ln_2_and_exported_as_it_came(name, tmp
     assert AutoTokenizer.from_pretrained(checkpoint)(text) == AutoTokenizer.from_pretrained(folder)(text)
 
 
+@pytest.mark.slow
 def test_a_model_with_a_text_part_is_exported_with_its_processor_and_its_other_parts(tmp_path, monkeypatch, process_group):
     from transformers import AutoModelForCausalLM
 

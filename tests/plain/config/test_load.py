@@ -48,8 +48,11 @@ def test_every_shipped_recipe_has_a_plan(path, tmp_path):
 
 
 def test_recipes_are_shipped():
-    names = {"tiny", "tiny_iterative_dpo", "tiny_rule", "tiny_parallel", "tiny_reward_model", "llama31_8b", "llama31_8b_4nodes"}
-    assert {path.stem for path in RECIPES} == names
+    tiny = (
+        "iterative_dpo", "rule", "parallel", "reward_model", "reflect", "turns", "critique_gradient", "score_1", "score_2",
+        "self_judge",
+    )  # fmt: skip
+    assert {path.stem for path in RECIPES} == {"tiny", *(f"tiny_{name}" for name in tiny), "llama31_8b", "llama31_8b_4nodes"}
 
 
 def test_unknown_option_is_refused_with_its_line_and_the_nearest_name(recipe):
@@ -125,7 +128,9 @@ def test_whole_number_serves_as_a_number(recipe):
 
 def test_unknown_choice_is_refused_with_the_nearest(recipe):
     path = recipe('[training]\nobjective = "dpoo"\n')
-    known = "one of sft, dpo, ipo, srpo, evolve, policy_gradient, reward or module:Name; did you mean 'dpo'?"
+    known = (
+        "one of sft, dpo, ipo, srpo, evolve, policy_gradient, turns_dpo, turns_sft, reward or module:Name; did you mean 'dpo'?"
+    )
     assert refusal(path) == f":12: training.objective: is 'dpoo', but must be {known}"
 
 
@@ -239,6 +244,9 @@ def test_unicode_line_separator_in_a_comment_does_not_shift_lines():
         (["model.context_tokens=200", "sampling.max_tokens=50", "strategy.name=few_shot"], "sampling.max_tokens"),
         (["strategy.name=parallel", "strategy.stop_unchanged=true"], "strategy.stop_unchanged"),
         (["strategy.stop_right=true"], "strategy.stop_right"),
+        (["training.objective=policy_gradient", "training.objective_args.mismatch=truncate"], "training.objective_args.mismatch"),
+        (["selection.name=advantages"], "selection.args.baseline"),
+        (["selection.name=advantages", "strategy.name=chains", "strategy.samples=1"], "selection.args.baseline"),
         (["controller.name=plateau"], "controller.name"),
         (["controller.name=guard"], "controller.name"),
         (["controller.split=x"], "controller.split"),
@@ -247,6 +255,10 @@ def test_unicode_line_separator_in_a_comment_does_not_shift_lines():
         (["model.context_tokens=150", "sampling.max_tokens=50", "strategy.name=critique"], "sampling.max_tokens"),
         ([GUESSING], "engine.args.speculative_config"),
         ([GUESSING, "sampling.temperature=0"], "engine.args.speculative_config"),
+        (["selection.name=reflections", "selection.args.form=alone"], "selection.args.form"),
+        (["selection.name=reflections", "selection.args.form=alone", "training.objective=sft"], "selection.args.form"),
+        (["selection.name=trajectories", "selection.args.turns=3", "training.objective=turns_dpo"], "selection.args.turns"),
+        (["selection.whole=top_share"], "selection.whole"),
         (["engine.env.HF_TOKEN=x"], "engine.env.HF_TOKEN"),
         (["trainer.env.my_api_key=x"], "trainer.env.my_api_key"),
     ],

@@ -190,3 +190,28 @@ def test_folder_saved_by_datasets_is_read_with_its_split(tmp_path):
     assert {name: [row["prompt"] for row in table] for name, table in read.items()} == {"one": ["a", "b"], "both": ["b"]}
     with pytest.raises(UserError, match=r"both: is not a file, and `datasets` cannot load it \(split 'dev'\)"):
         read_prompts(str(tmp_path / "both"), prompt_column="prompt", source_split="dev")
+
+
+def test_further_columns_and_drafts_of_a_row_are_kept_as_they_are(jsonl, tmp_path):
+    lines = ({"prompt": "a", "hint": "é", "level": 1.50, "steps": [1, {"x": None}], "draft": "b"},)
+    (row,), _ = jsonl(*lines, columns=["hint", "level", "steps"], draft_column="draft")
+    assert json.loads(row["columns"]) == {"hint": "é", "level": 1.5, "steps": [1, {"x": None}]}
+    assert row["draft"] == "b"
+    schema = rows.prompt_schema(draft=True, columns=True)
+    rows.write_table(tmp_path / "t.parquet", [{**row, "num_tokens": 1}], schema)
+    assert rows.read_table(tmp_path / "t.parquet") == [{**row, "num_tokens": 1}]
+    (plain,), _ = jsonl(*lines)
+    assert plain.keys() == set(rows.PROMPT.names) - {"num_tokens"}
+
+
+def test_a_missing_further_column_is_refused_with_the_nearest_name(jsonl):
+    said = faults(jsonl, {"prompt": "a", "hint": "x"}, {"prompt": "b", "hnt": "x"}, columns=["hint"])
+    assert "prompts.jsonl:2: has no column 'hint'; did you mean 'hnt'?" in said
+    assert "has no column 'level'; its columns are: prompt" in faults(jsonl, {"prompt": "a"}, columns=["level"])
+
+
+def test_a_cell_that_is_no_json_is_refused(tmp_path):
+    table = pa.table({"prompt": ["a"], "hint": pa.array([b"\xff"])})
+    pq.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"t.parquet:1: column 'hint' cannot be written as JSON: .*; convert it"):
+        read_prompts(str(tmp_path / "t.parquet"), prompt_column="prompt", columns=["hint"])

@@ -3,7 +3,7 @@
 import pytest
 
 from evolve_ray.config.options import Controller
-from evolve_ray.evaluate.controller import CONTROLLERS, Decision
+from evolve_ray.evaluate.controller import CONTROLLERS, Decision, in_words
 from evolve_ray.evaluate.figures import against_previous
 
 UP, DOWN, LEVEL = (0.05, 0.01, 0.09), (-0.05, -0.09, -0.01), (0.01, -0.03, 0.05)
@@ -187,3 +187,11 @@ def test_one_prompt_that_fell_rolls_nothing_back_even_where_one_is_enough_to_dec
     assert fallen["against_previous"]["held"]["first"]["mean"] == -1.0
     assert decide("guard", fallen).reason.startswith("decided nothing: ")
     assert decide("guard", fallen, min_prompts=1).action == "continue"
+
+
+def test_a_decision_in_words_names_the_options_that_it_changes():
+    stored = {"action": "continue", "reason": "it is too hot"}
+    assert in_words(stored) == "it is too hot"
+    assert in_words(stored | {"options": {"sampling.temperature": 0.5, "strategy.name": "chain"}}) == (
+        'it is too hot; from now on sampling.temperature = 0.5, strategy.name = "chain"'
+    )

@@ -3,7 +3,7 @@
 import pytest
 
 from evolve_ray.evaluate.figures import summarise
-from evolve_ray.evaluate.final_answers import PICKS, add_final_answers
+from evolve_ray.evaluate.final_answers import PICKS, add_final_answers, affordable, final_answers
 
 PROMPTS = [{"prompt_id": "p1", "split": "held"}, {"prompt_id": "p2", "split": "held"}]
 
@@ -60,6 +60,34 @@ def test_figures_of_the_final_answer_and_its_difference_to_the_chain():
     assert figures["exact_match"]["mean"] == 0.5
     assert figures["difference"]["exact_match"]["mean"] == 0.0
     assert summary["held"]["rounds"]["1"]["exact_match"]["mean"] == 0.5, "the chain stays as it is beside it"
+
+
+def test_at_the_tokens_of_the_chain_a_prompt_gets_the_responses_that_its_chain_pays_for():
+    """p1: the chain has 4 tokens, which pay for 2 of 3 votes; p2: 2 tokens for 1."""
+    chain = [row("p1", 0, 1, "3"), row("p1", 0, 2, "7"), row("p2", 0, 1, "7", tokens=1), row("p2", 0, 2, "7", tokens=1)]
+    samples = [row("p1", n, 1, text) for n, text in enumerate("737")] + [row("p2", n, 1, text) for n, text in enumerate("377")]
+    tables = ((chain, scores(chain, "7")), (samples, scores(samples, "7")))
+    figures = final_answers(["held"], PROMPTS, *tables, name="parallel", pick="vote", same=equal)["held"]
+    assert (figures["mean_tokens"], figures["exact_match"]["mean"]) == (6, 1.0)
+    part = figures["at_chain_tokens"]
+    assert (part["mean_tokens"], part["exact_match"]["mean"], part["num_capped"]) == (3, 0.5, 0)
+    assert part["difference"]["exact_match"]["mean"] == -0.5
+
+
+def test_critiques_count_before_their_answer_and_verdicts_after_it():
+    first, remark, second = row("p1", 0, 1, "3"), row("p1", 0, 2, "why", "critique"), row("p1", 0, 2, "7")
+    remark["parent_id"] = second["parent_id"] = first["draft_id"]
+    rows = [second, remark, first]
+    assert [affordable(rows, budget) for budget in (0, 3, 4, 6)] == [[first], [first], [first, remark], [first, remark, second]]
+    verdict, other = row("p1", 0, 1, "Rating: 3", "verdict"), row("p1", 1, 1, "7")
+    verdict["parent_id"] = first["draft_id"]
+    assert affordable([verdict, other, first], 6) == [first, other, verdict]
+
+
+def test_what_a_strategy_returned_last_is_picked_and_without_a_mark_the_last_round():
+    first, second = row("p1", 0, 1, "7"), row("p1", 0, 2, "3")
+    assert PICKS["returned"]([second, first], equal) == second
+    assert PICKS["returned"]([second, {**first, "returned_last": True}], equal)["text"] == "7"
 
 
 def test_a_prompt_whose_final_answer_has_no_score_is_left_out():

@@ -4,6 +4,7 @@ import pickle
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -385,3 +386,14 @@ def test_a_process_ends_with_the_others_of_its_engine(core, dies):
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert (ended.returncode, ended.stdout) == (1, "alive\n")
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_engine_is_asked_for_log_probabilities_where_the_recipe_says_so(asked):
+    engine, calls = FakeEngine(), []
+    submit = engine.submit
+    engine.submit = lambda *arguments, **more: (calls.append(more), submit(*arguments, **more))
+    wanted = replace(spec(), sampling=options.Sampling(max_tokens=10, logps=asked))
+    drive = Drive(engine, encode, wanted)
+    drive.run(PROMPTS[:1], lambda prompt: STRATEGIES["chain"](prompt, wanted.template, wanted.strategy))
+    assert calls == [{"logps": True} if asked else {}] * 3

@@ -55,9 +55,12 @@ def broken_start(prompt):
     ("start", "message"),
     [
         (raising, r"raised KeyError: 'plan'.*, for prompt a; fix the plug"),
-        (nothing, r", prompt a: yielded None, but must yield one of Ask, Judge, Verify, Skip, Given, or a list of Ask"),
+        (
+            nothing,
+            r", prompt a: yielded None, but must yield one of Ask, Judge, Verify, .*; see test_drive_plugs\.py:35$",
+        ),
         (words, r", prompt a: yielded 'again', but must yield"),
-        (wrong_messages, r", prompt a: yielded an Ask with messages .*; each message must be a dict with the texts 'role' and"),
+        (wrong_messages, r", prompt a: yielded an Ask with messages .*; each message must be a dict with the texts 'role'"),
         (no_generator, r" returned \[Ask\(.*, but must be a generator that yields asks"),
         (broken_start, r"raised ValueError: no prompt.*, for prompt a"),
     ],

@@ -14,7 +14,7 @@ from evolve_ray.refine.template import load_template
 def asks_of(recipe, name, **args):
     config = load(recipe(), ["prompts.answer_column=a", "verifier.name=exact", "strategy.rounds=2"])
     config = replace(config, strategy=replace(config.strategy, name=name, args=args))
-    return run_strategy(config, load_template("default", "conversation", "feedback"), "q")
+    return run_strategy(config, load_template("default", "conversation", "feedback"), {"prompt_id": "p", "prompt": "q"})
 
 
 def several(prompt, template, options, args):

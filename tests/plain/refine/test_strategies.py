@@ -6,10 +6,17 @@ from pathlib import Path
 import pytest
 
 from evolve_ray.config.options import Strategy
-from evolve_ray.config.plugs import find_plug
+from evolve_ray.config.plugs import find_plug, with_args
 from evolve_ray.errors import UserError
-from evolve_ray.refine.asks import Ask, Draft, Judge, Skip, Verdict, Verify
-from evolve_ray.refine.strategies import STRATEGIES, asks_scorer, asks_verifier, drafts_per_prompt, responses_per_prompt
+from evolve_ray.refine.asks import Ask, Draft, Judge, Score, Skip, Verdict, Verify
+from evolve_ray.refine.strategies import (
+    STRATEGIES,
+    asks_scorer,
+    asks_verifier,
+    drafts_per_prompt,
+    gives_scores,
+    responses_per_prompt,
+)
 from evolve_ray.refine.template import FIELDS, NEEDED, Template, fill, load_template
 
 TEMPLATE = Template(layout="conversation", first="Q: {prompt}", refine="better!", one_message="Q: {prompt}\nD: {draft}")
@@ -24,9 +31,13 @@ FULL = Template(
 )  # fmt: skip
 
 
+SCORES = []  # (draft id, value) that a strategy gave
+
+
 def drive(name, options, answers, template=TEMPLATE, score=len):
     """The asks of a strategy, answered from a list in order (scores by `score` of the text), and what it returns."""
-    strategy, asked, texts = STRATEGIES[name]("x", template, options), [], iter(answers)
+    start = with_args("strategy.args", name, STRATEGIES[name], options.args)
+    strategy, asked, texts = start("x", template, options), [], iter(answers)
     reply = None
     try:
         while True:
@@ -34,6 +45,11 @@ def drive(name, options, answers, template=TEMPLATE, score=len):
             if isinstance(ask, Judge):
                 assert asks_scorer(options)
                 reply = [score(draft.text) for draft in ask.drafts]
+                continue
+            if isinstance(ask, Score):
+                assert gives_scores(options)
+                SCORES.append((ask.draft.draft_id, ask.value))
+                reply = None
                 continue
             if isinstance(ask, Verify):
                 assert asks_verifier(options)
@@ -70,6 +86,15 @@ def test_parallel_asks_for_all_samples_at_once_from_the_prompt_alone():
     asked, drafts = drive("parallel", Strategy(name="parallel", samples=3), ["a", "b", "c"])
     assert asked == [Ask(TEMPLATE.direct("x"), sample=n, round=1) for n in range(3)]
     assert [draft.text for draft in drafts] == ["a", "b", "c"]
+
+
+def test_chains_ask_for_a_whole_round_of_all_chains_at_once():
+    asked, drafts = drive("chains", Strategy(name="chains", samples=2, rounds=2), ["a", "b", "a2", "b2"])
+    assert asked[:2] == [Ask(TEMPLATE.direct("x"), sample=n, round=1) for n in range(2)]
+    refined = [(draft, Ask(TEMPLATE.refinement("x", draft.text), n, 2, draft.draft_id)) for n, draft in enumerate(drafts[:2])]
+    assert asked[2:] == [ask for _, ask in refined]
+    assert [(draft.text, draft.sample, draft.round) for draft in drafts] == [("a", 0, 1), ("b", 1, 1), ("a2", 0, 2), ("b2", 1, 2)]
+    assert drafts_per_prompt(Strategy(name="chains", samples=2, rounds=2)) == 4
 
 
 def contents(ask):
@@ -157,6 +182,25 @@ def test_estimate_of_drafts_is_what_the_strategy_makes(name):
     asked, drafts = drive(name, options, ["y"] * responses_per_prompt(options), FULL)
     assert len(asked) == len(drafts) == responses_per_prompt(options)
     assert sum(ask.kind == "answer" for ask in asked) == drafts_per_prompt(options)
+
+
+def test_a_model_rates_its_own_drafts_and_the_mean_of_the_readable_ratings_is_the_score():
+    SCORES.clear()
+    replies = ["good. Rating: 8", "Rating: 5", "Rating: 11", "no", "maybe", "rating: 12"]
+    options = Strategy(name="self_judge", samples=2, args={"votes": 3, "temperature": 0.5})
+    asked, drafts = drive("self_judge", options, ["a", "b", *replies], load_template("tiny_judge", "conversation", "self_judge"))
+    assert SCORES == [("d0", 6.5)], "a draft without a readable rating has no score"
+    assert [(ask.kind, ask.parent_id, ask.temperature) for ask in asked[2:6]] == [("verdict", "d0", 0.5)] * 3 + [
+        ("verdict", "d1", 0.5)
+    ]
+    assert asked[2].messages == ({"role": "user", "content": "judge x a"},)
+    assert [draft.text for draft in drafts] == ["a", "b", *replies]
+
+
+def test_a_template_without_a_question_to_a_judge_uses_the_scorers():
+    (message,) = load_template("default", "conversation", "self_judge").judgement("x", "{low}", 1.0, 5.0)
+    assert "scale from 1 to 5" in message["content"]
+    assert "Response:\n{low}\n" in message["content"]
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -43,7 +43,8 @@ def test_a_generation_stage_has_rows_tokens_steps_and_engine_time(tmp_path, even
         "num_engine_steps": 30, "num_updates": None, "seconds": 10.0, "engine_seconds": 12.0, "start_seconds": 3.0,
         "idle_seconds": 5.0, "score_seconds": None, "train_seconds": None,
         "num_saved_tokens": None, "num_guessed_tokens": None, "num_accepted_tokens": None, "num_thinking_tokens": None,
-        "num_without_answer": None, "num_broken": None,
+        "num_without_answer": None, "num_broken": None, "num_judge_asks": None, "num_unparsable": None, "num_refused": None,
+        "num_judge_tokens": None, "num_judge_prompt_tokens": None,
     }  # fmt: skip
 
 

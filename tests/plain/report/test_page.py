@@ -309,6 +309,7 @@ def test_cost_drift_compute_and_decisions_are_shown_where_a_report_has_them(foun
     assert "/run/iteration-02/checkpoint" in shown
 
 
+@pytest.mark.slow
 def test_a_page_of_three_iterations_is_below_five_megabytes(tmp_path):
     """Long texts of characters that HTML makes longer, six splits, four rounds."""
     long = ['<&"' * 40_000 + str(place) for place in range(40)]

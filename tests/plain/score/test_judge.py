@@ -1,12 +1,14 @@
 """The scorer `judge` against a fake server: ratings, votes, both orders, replies that cannot be read, and faults."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from evolve_ray.config.options import Scorer
 from evolve_ray.errors import ResourceError, UserError
-from evolve_ray.score.combined import build_scorer
+from evolve_ray.score.combined import build_scorer, local_judge
+from evolve_ray.score.judge_engine import JudgeSpec, Reply
 from tests.plain.benchmarks.examples import FakeJudge
 
 
@@ -133,3 +135,67 @@ def test_a_key_that_is_not_there_is_named(server, monkeypatch):
     server.decide = lambda messages: "Rating: 5"
     judge(server, key_env="JUDGE_KEY")(["q"], [None], ["r"])
     assert server.keys == {"Bearer canary"}
+
+
+class ListEngine:
+    """A judge's engine that answers from a list."""
+
+    def __init__(self, spec):
+        self.spec, self.asked = spec, []
+
+    def replies(self, questions, temperature, max_tokens):
+        self.asked += questions
+        texts = {"fine": Reply("Rating: 8", 3, 20), "silent": Reply("no", 1, 20), "refused": Reply("", refused=True)}
+        return [next(reply for key, reply in texts.items() if key in text) for text, _ in questions]
+
+    def reload(self, spec):
+        self.spec = spec
+
+
+SPEC = JudgeSpec("policy", "/model", "float32", 128, 4, {})
+
+
+def local(monkeypatch, spec=SPEC, **args):
+    monkeypatch.setattr("evolve_ray.score.judge.JudgeEngine", ListEngine)
+    return build_scorer(Scorer(name="judge", args={"model": "policy"} | args), {}, None, judge=spec)
+
+
+def test_a_judge_without_a_url_has_an_engine_of_its_own_and_counts_what_it_costs(monkeypatch):
+    scorer = local(monkeypatch, votes=2)
+    values = scorer(["q"] * 3, [None] * 3, ["fine", "silent", "refused"])
+    assert values[0] == 8.0
+    assert all(map(math.isnan, values[1:]))
+    assert len({seed for _, seed in scorer.engine.asked}) == 6, "each vote has a seed of its own"
+    assert scorer.take_counts() == {
+        "num_judge_asks": 6, "num_unparsable": 2, "num_refused": 2, "num_judge_tokens": 8, "num_judge_prompt_tokens": 80,
+    }  # fmt: skip
+    assert set(scorer.take_counts().values()) == {0}, "every shard counts its own"
+
+
+def test_a_judge_takes_the_weights_of_the_next_policy(monkeypatch):
+    scorer = local(monkeypatch)
+    later = replace(SPEC, folder="/next")
+    scorer.reload(later)
+    assert scorer.engine.spec is later, "an engine that was never asked starts with the new model"
+    scorer.reload(SPEC)
+    assert scorer.engine.spec is SPEC
+
+
+def test_a_preview_cannot_ask_a_judge_that_has_no_engine_there(monkeypatch):
+    with pytest.raises(UserError, match=r"scorer\.args\.url: is missing; here the judge must be behind a server"):
+        local(monkeypatch, spec=None)(["q"], [None], ["fine"])
+
+
+def test_the_server_counts_too_and_a_refusal_is_no_vote(server):
+    server.decide = lambda messages: "Rating: 3"
+    scorer = judge(server)
+    assert scorer(["q"], [None], ["r"]) == [3.0]
+    assert scorer.take_counts()["num_judge_asks"] == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "name"), [({"model": "policy"}, "policy"), ({"model": "a", "url": "http://h"}, ""), ({"model": "m/n"}, "m/n")]
+)
+def test_which_model_a_judge_of_ones_own_is(args, name):
+    assert local_judge(Scorer(name="judge", args=args)) == name
+    assert local_judge(Scorer(name="vote", args={})) == ""

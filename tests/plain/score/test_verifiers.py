@@ -190,6 +190,7 @@ def test_math_judges_outside_the_main_thread(math_match):
     assert found == [1.0, 0.0]
 
 
+@pytest.mark.slow
 def test_math_that_never_ends_is_ended_and_costs_its_own_verdict_alone(monkeypatch):
     monkeypatch.setattr(MathMatch, "CPU_SECONDS", 1.0)
     endless = "x^{" * 60 + "2" + "}" * 60  # an answer that cannot be read in time is one that cannot be read

@@ -8,6 +8,7 @@ from evolve_ray.config.options import Selection
 from evolve_ray.select.advantages import AdvantageArgs, advantages, group_advantages
 from evolve_ray.select.check import check_selected
 
+CHAINS = [("a", 0.0, 1.0), ("b", 1.0, 0.0), ("c", 1.0, 1.0)]  # rewards of turn 1 and turn 2
 PROMPT = {"prompt_id": "p", "prompt": "q", "file": "f", "line": 1}
 
 
@@ -53,8 +54,7 @@ def test_each_answer_is_a_row_of_its_own():
 
 def test_a_refinement_is_rewarded_after_its_draft_with_the_bonus_on_its_change():
     """SCoRe with bonus 10: 0 -> 1 is 11, 1 -> 0 is -10, 1 -> 1 is 1 (no baseline)."""
-    chains = [("a", 0.0, 1.0), ("b", 1.0, 0.0), ("c", 1.0, 1.0)]
-    drafts = [draft(f"{n}{r}", s, r, f"{n}1" if r == 2 else None) for n, *both in chains for r, s in enumerate(both, 1)]
+    drafts = [draft(f"{n}{r}", s, r, f"{n}1" if r == 2 else None) for n, *both in CHAINS for r, s in enumerate(both, 1)]
     rows, rejected = run(drafts, baseline="none", bonus=10.0)
     seconds = {name: row["numbers"]["advantage"] for name, row in rows.items() if row["numbers"]["refined"]}
     assert seconds == {"a2": 11.0, "b2": -10.0, "c2": 1.0}
@@ -82,3 +82,21 @@ def test_the_order_of_the_drafts_changes_nothing():
     for seed in range(5):
         shuffled = random.Random(seed).sample(drafts, len(drafts))
         assert run(shuffled) == expected
+
+
+def test_the_first_stage_of_score_holds_the_first_turn_and_rewards_the_second():
+    """Turn 1 is a row with the advantage 0, whatever its reward; turn 2 has its reward, or no row where it is 0."""
+    drafts = [draft(f"{n}{r}", s, r, f"{n}1" if r == 2 else None) for n, *both in CHAINS for r, s in enumerate(both, 1)]
+    rows, rejected = run(drafts, baseline="none", rewarded="refined")
+    found = {name: (row["numbers"]["refined"], row["numbers"]["advantage"]) for name, row in rows.items()}
+    assert found == {"a1": (0.0, 0.0), "b1": (0.0, 0.0), "c1": (0.0, 0.0), "a2": (1.0, 1.0), "c2": (1.0, 1.0)}
+    assert rejected == {"b2": "its advantage is 0"}
+
+
+def test_rows_with_the_advantage_0_are_kept_for_a_divergence():
+    drafts = [draft(f"{n}{r}", s, r, f"{n}1" if r == 2 else None) for n, *both in CHAINS for r, s in enumerate(both, 1)]
+    rows, rejected = run(drafts, baseline="none", bonus=10.0, keep_zero=True)
+    assert {name: row["numbers"]["advantage"] for name, row in rows.items()} == {
+        "a1": 0.0, "a2": 11.0, "b1": 1.0, "b2": -10.0, "c1": 1.0, "c2": 1.0,
+    }  # fmt: skip
+    assert rejected == {}

@@ -75,7 +75,8 @@ def ids_of(pairs):
 
 
 def test_every_selection_of_the_recipe_is_tested():
-    assert set(SELECTIONS) == {"reward_model", "advantages", *KINDS[2:]}
+    with_rows_of_their_own = {"advantages", "turn_advantages", "reflections", "trajectories", "accepted", "tiers"}
+    assert set(SELECTIONS) == {"reward_model", *with_rows_of_their_own, *KINDS[2:]}
 
 
 @pytest.mark.parametrize("kind", KINDS)

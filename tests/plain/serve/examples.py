@@ -47,11 +47,11 @@ class ListEngine:
         self.limits: list[int] = []
         self.running = self.closed = 0
 
-    async def encode(self, messages: Any, *, first: bool) -> list[int]:
+    async def encode(self, messages: Any, *, first: bool, prefix: str = "") -> list[int]:
         text = "".join(message["content"] for message in messages)
         if first and len(text) >= self.context_tokens:
             raise RequestError("messages: too long", "messages")
-        return list(range(len(text)))
+        return list(range(len(text + prefix)))
 
     def answer(self, text: str, token_ids: list[int]) -> str:
         return text.rpartition("</think>")[2]

@@ -17,7 +17,8 @@ def facts_of(text):
 def test_the_page_knows_the_limits_of_its_endpoint():
     facts = facts_of(page(settings(max_rounds=7, max_samples=5, keys=("hash",))))
     assert (facts["model"], facts["max_rounds"], facts["max_samples"], facts["rounds"]) == ("tiny@3", 7, 5, 4)
-    assert facts["strategies"] == ["chain", "parallel", "few_shot", "critique", "best_of", "feedback"]
+    names = ["chain", "parallel", "chains", "few_shot", "critique", "best_of", "feedback", "self_judge"]
+    assert facts["strategies"] == names
     assert facts["strategy"] in facts["strategies"]
     assert (facts["scorer"], facts["keys"]) == (True, True)
     assert "hash" not in page(settings(keys=("hash",))).replace("hashed", "")

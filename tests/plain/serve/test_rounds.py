@@ -5,6 +5,8 @@ import itertools
 
 import pytest
 
+from evolve_ray.config.plugs import with_args
+from evolve_ray.refine.asks import Ask, Made
 from evolve_ray.refine.strategies import STRATEGIES
 from evolve_ray.serve.errors import RequestError
 from evolve_ray.serve.rounds import STOPPED, Rounds
@@ -13,7 +15,9 @@ from tests.plain.serve.examples import TEMPLATE, ListEngine, ListScorer, rules
 
 def prepare(engine, body=None, *, scorer=None, shows_scores=False, seed=None, stream=False, earlier=(), max_seconds=5.0):
     refinement = rules().read(body, stream=stream)
-    strategy = STRATEGIES[refinement.strategy.name]("the prompt", TEMPLATE, refinement.strategy)
+    name = refinement.strategy.name
+    start = with_args("strategy.args", name, STRATEGIES[name], refinement.strategy.args)
+    strategy = start("the prompt", TEMPLATE, refinement.strategy)
     return Rounds(
         refinement, strategy, earlier, "the prompt", engine, scorer, shows_scores, seed, max_seconds, stream
     )  # fmt: skip
@@ -201,3 +205,34 @@ def test_no_two_requests_share_anything():
         assert len(set(itertools.chain(*(engine.seeds for engine in engines)))) == 200
 
     asyncio.run(go())
+
+
+def test_a_model_that_judges_itself_answers_with_its_best_rated_sample():
+    ratings = ["Rating: 3", "Rating: 5", "no", "Rating: 9", "Rating: 8", "Rating: 7"]
+    engine = ListEngine("a", "b", *ratings)
+    outcome = run(engine, {"strategy": "self_judge", "samples": 2}, seed=1)
+    assert (outcome.chosen.text, [round.score for round in outcome.rounds[:2]]) == ("b", [4.0, 8.0])
+    assert len({round.draft.draft_id for round in outcome.rounds}) == len(set(engine.seeds)) == 8
+
+
+def test_an_ask_sets_its_own_length_and_prefix():
+    def own(prompt):
+        draft = yield Ask(({"role": "user", "content": "q"},), 0, 1, max_tokens=2, prefix="so ")
+        assert draft.text == "so ab"
+        return [draft]
+
+    engine = ListEngine("abcd")
+    rounds = prepare(engine, {"rounds": 1})
+    rounds.strategy = own("q")
+    outcome = asyncio.run(rounds.run())
+    assert (outcome.chosen.text, engine.limits, outcome.chosen.num_prompt_tokens) == ("so ab", [2], len("qso "))
+
+
+def test_a_composed_text_is_refused():
+    def composing(prompt):
+        yield Made("text", 0, 1)
+
+    rounds = prepare(ListEngine())
+    rounds.strategy = composing("q")
+    with pytest.raises(RequestError, match="this strategy hands in its own texts; use another"):
+        asyncio.run(rounds.run())

@@ -195,7 +195,7 @@ def test_run_whose_scores_are_all_tied_stops_clearly(tables):
 
 @pytest.fixture
 def trained(tables, monkeypatch):
-    """(reference key, checkpoint key) of a training on the run's pairs; `train.fit` is not what is asked about."""
+    """(reference key, checkpoint key) of a training on the run's pairs; `group.fit` is not what is asked about."""
     context, *inputs = tables(SCORES)
     chosen = stages_pairs.select(context, 1, *inputs[1:])
     specs = []
@@ -327,3 +327,28 @@ def test_an_objective_that_needs_a_number_which_no_pair_has_is_refused_before_ra
     message = r"needs the number 'weight' of each pair, but pairs has none; selection 'reward_model' must give it"
     with pytest.raises(UserError, match=message):
         training.check_numbers(pairs, trained, "reward_model")
+
+
+def test_a_pair_has_the_engines_log_probabilities_of_the_answer_that_is_trained():
+    pair = {"chosen_id": "a", "rejected_id": "b"}
+    by_id = {"a": {"logps": [-1.0, -0.5], "token_ids": None}, "b": {"logps": [-2.0]}}
+    assert stages_pairs.add_details(pair, by_id) == pair | {"chosen_logps": [-1.0, -0.5]}
+
+
+def test_the_reference_of_policy_gradients_is_another_one_where_it_holds_something_else(tables):
+    """Tokens, the sequences after a draft, the initial policy; but not the clip, which only the updates see."""
+    context, prompts, *_ = tables(SCORES)
+    context.initial = Policy(Path("/initial"), "initial")
+    policy = Policy(Path("/now"), "now")
+
+    def key(**options):
+        wanted = dataclasses.replace(context.config.training, objective="policy_gradient", **options)
+        return training.stages(context, 1, policy, policy, prompts, wanted, "checkpoint")[0].key
+
+    same = [key(), key(objective_args={"clip_low": 0.1})]
+    others = [
+        key(objective_args={"level": "token"}), key(refine_weight=0.0), key(objective_args={"kl": 0.1, "kl_to": "initial"}),
+    ]  # fmt: skip
+    assert len(set(same)) == 1
+    assert len({*same, *others}) == 4
+    assert key(objective_args={"level": "token", "length": "batch"}) == others[0]

@@ -175,12 +175,14 @@ def test_driver_that_dies_at_any_call_leaves_old_or_new_and_the_next_one_ends_wh
     assert die_at_each_call(memory, tmp_path, change, (*WRITES, "find", "cat_file")).count(False) >= calls
 
 
+@pytest.mark.slow
 def test_driver_that_dies_at_any_write_to_a_server_leaves_all_or_nothing(at, place, tmp_path):
     seen = die_at_each_call(lambda number: at(f"{place}/{number}"), tmp_path, fresh_shard, WRITES)
     assert seen == [False] * 3 + [True] * 2  # a file and the manifest, before and after each, and no death
 
 
 @pytest.mark.parametrize(("fault", "arrived"), [("cut", False), ("lost", True)])
+@pytest.mark.slow
 def test_process_killed_as_it_sends_a_manifest_has_committed_all_or_nothing(proxy, at, place, tmp_path, fault, arrived):
     """A real kill, from outside, before and after the server has the manifest."""
     made = make(tmp_path / "run")
@@ -206,6 +208,7 @@ def test_process_killed_as_it_sends_a_manifest_has_committed_all_or_nothing(prox
 
 
 @pytest.mark.parametrize("fault", ["500", "cut", "lost", "half", "slow"])
+@pytest.mark.slow
 def test_every_request_may_fail_once_and_nothing_is_different(proxy, at, place, tmp_path, fault):
     failed = set()
 
@@ -230,6 +233,7 @@ def test_every_request_may_fail_once_and_nothing_is_different(proxy, at, place, 
 
 
 @pytest.mark.parametrize("fault", ["500", "cut"])
+@pytest.mark.slow
 def test_store_that_stays_out_of_order_ends_in_one_sentence_and_commits_nothing(proxy, at, place, tmp_path, fault):
     make(tmp_path / "run")
     driver = mirror(at(place, patience_s=0.5), tmp_path / "run")
@@ -300,6 +304,7 @@ def test_other_bytes_or_inputs_from_another_driver_are_refused_and_theirs_count(
             mirror(at(place), run).restore(alone=False)
 
 
+@pytest.mark.slow
 def test_shards_and_steps_come_back_and_go_with_their_stage(at, place, tmp_path):
     root, other = tmp_path / "run", tmp_path / "other"
     driver = mirror(at(place), root)

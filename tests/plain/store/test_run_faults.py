@@ -58,6 +58,7 @@ class Committer(ShardWorker):
         return made, [], {"num_in": len(prompts)}
 
 
+@pytest.mark.slow
 def test_shard_that_dies_at_any_disk_call_is_committed_whole_or_not_at_all(tmp_path):
     prompt = {"prompt_id": "p", "prompt": "x", "answer": None, "split": "s", "file": "f", "line": 1, "num_tokens": 1}
     rows.write_table(tmp_path / "prompts.parquet", [prompt], rows.PROMPT)
@@ -86,6 +87,7 @@ class Loser(Committer):
         return [], [rows.reject(prompt, "scores", "no number") for prompt in prompts], {"num_in": len(prompts)}
 
 
+@pytest.mark.slow
 def test_sharded_stage_that_dies_at_any_disk_call_of_its_end_is_committed_whole_or_not_at_all(tmp_path):
     """The clean-up of what dead actors left, then the commit; the shards, which are what took long, stay as they are."""
     prompt = {"prompt_id": "p", "prompt": "x", "answer": None, "split": "s", "file": "f", "line": 1, "num_tokens": 1}

@@ -15,6 +15,8 @@ from evolve_ray.toy.task import (
     SortVerifier,
     corrupt,
     gold_reward,
+    judgement,
+    make_judgements,
     make_prompts,
     make_triples,
     solve,
@@ -135,3 +137,23 @@ def test_verifier_refuses_lists_of_different_lengths():
 
 def test_solve_sorts_both_ways():
     assert (solve("sort", "cab"), solve("desc", "cab")) == ("abc", "cba")
+
+
+def test_half_of_the_judgements_teach_to_rate_and_none_is_about_a_held_out_string():
+    rows = make_judgements(400, 0)
+    judged = [row for row in rows if row["prompt"].startswith("judge ")]
+    assert (len(rows), len(judged)) == (400, 200)
+    for row in judged:
+        _, question, response = row["prompt"].split(" ")
+        verb, _, letters = question.partition(":")
+        assert row["chosen"] == judgement(response, solve(verb, letters))[0]
+        assert (row["rejected"][:-1], row["rejected"] != row["chosen"]) == (row["chosen"][:-1], True)
+    held_out = {row["prompt"].partition(":")[2] for row in make_prompts("heldout", 500, 0)}
+    assert not held_out & {row["prompt"].partition(":")[2].split(" ")[0] for row in judged}
+    assert make_judgements(400, 0) == rows
+
+
+def test_a_judgement_marks_each_letter_and_its_rating_has_one_digit():
+    assert judgement("abd", "abc") == ("a+b+d- Rating: 8", 8)
+    assert judgement("ab", "abc") == ("a+b+.- Rating: 8", 8)
+    assert [judgement(text, "abc")[1] for text in ("abc", "xyz", "", "x" * 9)] == [9, 6, 6, 1]

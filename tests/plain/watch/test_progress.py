@@ -67,3 +67,15 @@ def test_terminal_gets_a_live_line_that_is_gone_at_the_end(tmp_path, monkeypatch
     text = terminal.getvalue()
     assert "iteration 3: pairs: started" in text
     assert "a line of the run" in text
+
+
+def test_items_are_worked_on_one_by_one_and_their_progress_is_said(monkeypatch):
+    monkeypatch.setattr(progress, "TICK_S", 0.01)
+    monkeypatch.setattr(progress, "LOG_EVERY_S", 0.03)
+    lines, worked_on = [], []
+    for item in progress.each(iter("abc"), 3, "letters", "turns", lines.append):
+        worked_on.append(item)
+        time.sleep(0.05)
+    assert worked_on == ["a", "b", "c"]
+    assert lines[0].startswith("  letters: started ")
+    assert any(line.startswith("  letters: 2 of 3 turns") for line in lines)

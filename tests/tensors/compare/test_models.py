@@ -293,3 +293,24 @@ def test_model_hash_is_that_of_the_folder(compared, folders):
     assert found["models"][0]["model"] == models.content_hash(folders / "one")
     with pytest.raises(UserError):
         driver.choose_probes("no")
+
+
+def test_strategies_are_measured_on_the_same_prompts_and_the_chain_is_not_generated_twice(folders, tmp_path, no_ray, capsys):
+    wanted = ["chain,rounds=3", "parallel,samples=4,pick=vote", "critique,rounds=2,pick=returned", "chain,rounds=2"]
+    arguments = [part for text in wanted for part in ("--strategy", text)]
+    found = evaluate(folders, tmp_path / "out", "--probes", "none", *arguments, names=("one",))
+    (entries,) = (model["splits"]["held"]["strategies"] for model in found["models"])
+    labels = ["chain,rounds=3", "parallel,samples=4", "critique,rounds=2", "chain,rounds=2"]
+    assert [entry["name"] for entry in entries] == labels
+    assert [entry["pick"] for entry in entries] == ["last", "vote", "returned", "last"]
+    assert all(entry["n"] == 30 for entry in entries)
+    chain, vote, critique, shorter = entries
+    assert shorter["exact_match"] == found["models"][0]["splits"]["held"]["rounds"]["2"]["exact_match"]
+    assert chain["difference"]["exact_match"]["mean"] == chain["at_chain_tokens"]["difference"]["exact_match"]["mean"] == 0.0
+    assert chain["mean_tokens"] == chain["at_chain_tokens"]["mean_tokens"]
+    assert vote["at_chain_tokens"]["mean_tokens"] <= chain["mean_tokens"]
+    usage = found["models"][0]["usage"]
+    assert critique["mean_tokens"] * 30 == usage["strategy critique,rounds=2"]["num_tokens"], "critiques cost tokens too"
+    assert no_ray["shards"] == 4 * 4, "the chain is that of the evaluation"
+    assert "Final answers of strategies" in capsys.readouterr().out
+    assert "Final answers of strategies" in (tmp_path / "out" / "evaluation.html").read_text()

@@ -400,3 +400,20 @@ def test_gold_answers_that_the_verifier_cannot_check_are_refused_with_those_of_a
     assert f"{training}: 2 unusable rows: {training}:2: gold answer '(1,2)' is not one number" in said
     assert f"{training}:6: gold answer '3 to 5' is not one number" in said
     assert prepare(TEXTS, *options, "verifier.name=exact").prompts
+
+
+def test_given_drafts_and_further_columns_are_in_the_tables_only_where_the_recipe_names_them(prepare, tmp_path):
+    for name, texts in (("mine", "abcd"), ("held_mine", "xy")):
+        lines = [{"prompt": text, "draft": f"draft of {text}", "hint": text * 2, "level": 3} for text in texts]
+        rows.write_jsonl(tmp_path / f"{name}.jsonl", lines)
+    named = [f"prompts.path={tmp_path}/mine.jsonl", "prompts.draft_column=draft", "prompts.columns=['hint', 'level']"]
+    named += [f"evaluation.splits.h={tmp_path}/held_mine.jsonl", "evaluation.columns=['hint']"]
+    context = prepare("abcd", *named)
+    for number in (1, 2):
+        table = rows.read_table(context.prompts[number].path("prompts.parquet"))
+        assert len(table) == 2
+        for row in table:
+            assert row["draft"] == f"draft of {row['prompt']}"
+            assert json.loads(row["columns"]) == {"hint": row["prompt"] * 2, "level": 3}
+    held = rows.read_table(context.held_out.path("prompts.parquet"))
+    assert [(json.loads(row["columns"]), "draft" in row) for row in held] == [({"hint": "xx"}, False), ({"hint": "yy"}, False)]

@@ -4,10 +4,8 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from evolve_ray.config.options import Training
-from evolve_ray.models.chat import Chat
 from evolve_ray.refine.template import Template
 from evolve_ray.store.rows import REFERENCE
 from evolve_ray.train import objectives
@@ -23,16 +21,6 @@ SEQUENCES = [
     Sequence((1, 20, 30, 31, 32, 33, 34), (40, 41, 42, 43, 44, 45)),
     Sequence((1, 22, 23, 24), ()),
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model):
-    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_model):
-    return Chat(tiny_model)
 
 
 def template(layout):

@@ -70,6 +70,7 @@ def step_with_one_bad_loss(number):
     steps.stop_if_not_finite(losses[number], 1, [[5, 2], [3, 4]][number])
 
 
+@pytest.mark.slow
 def test_every_rank_names_the_rank_the_step_and_the_pairs_of_a_loss_that_is_not_finite(tmp_path):
     """Whichever rank's error reaches the driver last."""
     first, second = both(tmp_path, step_with_one_bad_loss)
@@ -83,6 +84,7 @@ def step_with_bad_losses_everywhere(number):
     steps.stop_if_not_finite(torch.tensor([float("inf"), float("nan")]), 0, [[5, 2], [3, 5]][number])
 
 
+@pytest.mark.slow
 def test_ranks_that_all_have_losses_that_are_not_finite_are_all_named(tmp_path):
     first, second = both(tmp_path, step_with_bad_losses_everywhere)
     assert str(first) == str(second)
@@ -97,6 +99,7 @@ def export_a_bad_weight(number):
     gather(model, Collectives(torch.device("cpu")))
 
 
+@pytest.mark.slow
 def test_all_ranks_refuse_to_export_a_parameter_that_is_not_finite(tmp_path):
     """Rank 0 alone sees it; a rank that was not told would wait for it."""
     first, second = both(tmp_path, export_a_bad_weight)

@@ -7,6 +7,7 @@ from tests.tensors.one_rank import make_pairs, process_group, train
 
 __all__ = ["process_group"]
 
+pytestmark = pytest.mark.slow
 COUNT = 256
 SHAPE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
 
