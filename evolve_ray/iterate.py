@@ -10,6 +10,7 @@ from evolve_ray.inputs.context import Context, Policy
 from evolve_ray.stages.drafting import draft_and_score
 from evolve_ray.stages.evaluation import evaluate
 from evolve_ray.stages.measures import decide, measure_drift, with_options
+from evolve_ray.stages.mixed import mix
 from evolve_ray.stages.pairs import select
 from evolve_ray.stages.probe import probe
 from evolve_ray.stages.record import Record
@@ -32,7 +33,8 @@ def iterate(context: Context) -> dict[str, Any]:
     for iteration in range(1, config.iterations + 1):
         drafts, scores, reward_models = draft_and_score(context, iteration, policy, reward_models)
         pairs = select(context, iteration, drafts, scores)
-        previous, policy = policy, train(context, iteration, policy, pairs, context.config.training, "checkpoint")
+        mixed = mix(context, iteration, pairs)
+        previous, policy = policy, train(context, iteration, policy, mixed, context.config.training, "checkpoint")
         # Before the evaluation: engines that hold the wrong weights must not evaluate.
         figures = probe(context, iteration, policy, previous)
         model = evaluate(context, iteration, policy, f"iteration {iteration}") | {"probe": figures}

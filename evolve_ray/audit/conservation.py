@@ -135,6 +135,31 @@ def check_pairs(manifest: Manifest, inputs: Inputs) -> Iterator[str]:
         yield from check_order([row["prompt_id"] for row in table], list(prompt))
 
 
+def check_mixed(manifest: Manifest, inputs: Inputs) -> Iterator[str]:
+    table, origins = table_rows(manifest, "pairs.parquet"), table_rows(manifest, "origins.parquet")
+    yield from check_counts(manifest, table, rejected_rows(manifest))
+    yield from duplicates((row["pair_id"] for row in table), "pairs")
+    if [row["pair_id"] for row in table] != [row["pair_id"] for row in origins]:
+        yield "its origins are not those of its rows, in the same order"
+    for kind in ("own", "replayed", "given"):
+        number = sum(row["origin"] == kind for row in origins)
+        if manifest.stats[f"num_{kind}"] != number:
+            yield f"num_{kind} is {manifest.stats[f'num_{kind}']} in its manifest, but {number} in its files"
+    sources = {(int(part.folder.parent.name[10:]), part.folder.name): part for part in inputs.values()}
+    stored = {place: {row["pair_id"]: row for row in table_rows(part, "pairs.parquet")} for place, part in sources.items()}
+    for row, origin in zip(table, origins, strict=False):
+        place = (origin["iteration"], origin["table"])
+        source = stored[place].get(row["pair_id"], {}) if place in stored else row
+        if {name: value for name, value in row.items() if value is not None} != {
+            name: value for name, value in source.items() if value is not None
+        }:
+            yield f"the row {row['pair_id']} is not that of {origin['table']} in iteration {origin['iteration']}"
+    if "pairs" in inputs:
+        own = [row["pair_id"] for row in table_rows(inputs["pairs"], "pairs.parquet")]
+        if own != [row["pair_id"] for row in origins if row["origin"] == "own"]:
+            yield "its own rows are not all pairs of the iteration, in the same order"
+
+
 def check_order(ids: list[str], expected: list[str]) -> Iterator[str]:
     position = {name: number for number, name in enumerate(expected)}
     positions = [position.get(name, -1) for name in ids]
@@ -154,5 +179,6 @@ CHECKS = {
     "generations": check_generations,
     "scores": check_scores,
     "pairs": check_pairs,
+    "mixed": check_mixed,
     "reference": check_reference,
 }

@@ -69,10 +69,12 @@ def explain(run: Path, wanted: str) -> dict[str, Any]:
         explanation |= drafts_of(config, pair, manifests, scores_name)
         hashes = sorted({draft["model"] for draft in explanation["drafts"] if draft["model"]})  # a composed draft has none
         explanation["models"] = {hash_: model_path(run, hash_) for hash_ in hashes}
-    explanation["reference"] = reference(pairs, pair, manifests)
+    explanation["replayed"] = replayed(run, pairs, pair)
+    rows_of_training = trained_rows(pairs)
+    explanation["reference"] = reference(rows_of_training, pair, manifests)
     for name in TRAINED:
         trained = read_manifest(pairs.folder.parent / name)
-        if trained is not None and trained.inputs.get("pairs") == pairs.identity:
+        if trained is not None and trained.inputs.get("pairs") == rows_of_training.identity:
             manifests[name] = trained
     explanation["manifests"] = {
         name: {"folder": str(part.folder), "identity": part.identity, "key": part.key} for name, part in manifests.items()
@@ -207,6 +209,24 @@ def template_hash(config: Config) -> str | None:
         return None
 
 
+def trained_rows(pairs: Manifest) -> Manifest:
+    """Returns the table that was trained: the pairs, or that into which other rows were mixed."""
+    mixed = read_manifest(pairs.folder.parent / "mixed")
+    return mixed if mixed is not None and mixed.inputs.get("pairs") == pairs.identity else pairs
+
+
+def replayed(run: Path, pairs: Manifest, pair: dict) -> list[int]:
+    """Returns the other iterations that trained this row again."""
+    found, place = [], (int(pairs.folder.parent.name.removeprefix("iteration-")), pairs.folder.name)
+    for folder in sorted(run.glob("iteration-*/mixed")):
+        manifest = read_manifest(folder)
+        if manifest is not None and folder.parent != pairs.folder.parent:
+            path = checked(manifest, "origins.parquet")
+            for row in pq.read_table(path, filters=[("pair_id", "=", pair["pair_id"])]).to_pylist():
+                found += [int(folder.parent.name[10:])] if (row["iteration"], row["table"]) == place else []
+    return found
+
+
 def source(config: Config, table: str) -> dict[str, Any]:
     """Returns the file that pairs were read from, and the objective that trained on them."""
     preferences = getattr(config, table.removesuffix("_pairs"))
@@ -250,6 +270,8 @@ def text(explanation: dict[str, Any]) -> str:
         for part in ("prompt", "chosen", "rejected"):
             lines += [part, indented(as_text(pair[part]))]
     lines += ["context, in place of the prompt", indented(as_text(pair["context"]))] if pair.get("context") else []
+    if explanation["replayed"]:
+        lines += [f"trained again in iteration {', '.join(map(str, explanation['replayed']))}"]
     lines += [f"model {hash_[:16]} at {path}" for hash_, path in explanation.get("models", {}).items()]
     verifier = f", verifier {explanation['verifier']['name']}" if explanation["verifier"] else ""
     scorer = explanation["scorer"]

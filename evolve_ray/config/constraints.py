@@ -3,7 +3,7 @@
 import difflib
 import re
 
-from evolve_ray.config.options import Config, texts_in_view, trainings
+from evolve_ray.config.options import Config, Training, texts_in_view, trainings
 from evolve_ray.config.parse import Reader, describe, pattern_fault
 
 TRACKERS = ("tensorboard", "mlflow", "wandb")
@@ -55,6 +55,7 @@ def check_together(config: Config, reader: Reader) -> None:
             for field_name in ignored if training.objective == objective else ():
                 if getattr(training, field_name):
                     reader.fail(f"{name}.{field_name}", f"has no effect with objective {objective!r}; remove it")
+    check_lineage(config, reader)
     check_rows_of_turns(config, reader)
     strategy = config.strategy
     width = {"chain": 1, "few_shot": 1, "feedback": 1, "critique": strategy.critiques}.get(strategy.name, strategy.samples)
@@ -132,6 +133,30 @@ def check_together(config: Config, reader: Reader) -> None:
         for path in paths:
             if path.startswith("toy:"):
                 reader.fail("toy", f"{path!r} is part of the tiny world; add a [toy] table to the recipe")
+
+
+def check_lineage(config: Config, reader: Reader) -> None:
+    """Raises `UserError` if what a training starts from, or the rows that are mixed in, do not fit the recipe."""
+    for name, training in trainings(config):
+        for field_name in ("start", "replay", "given") if name != "training" else ():
+            if getattr(training, field_name) != getattr(Training(), field_name):
+                reader.fail(f"{name}.{field_name}", "is for the trainings of the iterations alone; set it in [training]")
+    training = config.training
+    if training.replay + training.given >= 1:
+        fault = f"is {training.replay:g}, and training.given {training.given:g}: together they must be below 1; lower one of them"
+        reader.fail("training.replay", fault)
+    if training.objective == "policy_gradient":
+        for field_name, why in (
+            ("start", "has to be 'iteration' with objective 'policy_gradient': it starts from the policy that wrote the answers"),
+            ("replay", "must be 0 with objective 'policy_gradient': answers of earlier iterations come from other policies"),
+        ):
+            if getattr(training, field_name) not in (0, "iteration"):
+                reader.fail(f"training.{field_name}", f"{why}; remove it")
+    if training.given and training.objective in ("policy_gradient", "turns_dpo", "turns_sft"):
+        fault = f"must be 0 with objective {training.objective!r}: triples have no advantages and no turns; remove it"
+        reader.fail("training.given", fault)
+    if training.given and config.activation is None:
+        reader.fail("training.given", "takes rows of the [activation] triples, and there is no such table; add it")
 
 
 def check_rows_of_turns(config: Config, reader: Reader) -> None:

@@ -72,9 +72,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Prompts(Source):
-    """Training prompts; each iteration takes fresh ones."""
+    """Training prompts; each iteration takes fresh ones, as long as there are any."""
 
     per_iteration: int = option("fresh prompts for each iteration", 5000, unit="rows", low=1)
+    again: str = option(
+        "whether prompts come again: never (there must be enough for all iterations), or in a new order when all are used up",
+        "never",
+        choices=("never", "when_used_up"),
+        later=True,
+    )
     max_rejected_fraction: float = option(
         "largest share of prompts that may be too long; if more are, the run stops", 0.0, low=0.0, high=1.0
     )

@@ -28,6 +28,20 @@ class Training:
         "iteration",
         choices=("iteration", "initial"),
     )
+    start: str = option(
+        "for [training]: the model that a training starts from: the checkpoint of the iteration before (`iteration`), or the "
+        "policy that iteration 1 starts from, anew in every iteration (`initial`); drafts are written by the newest checkpoint",
+        "iteration",
+        choices=("iteration", "initial"),
+        later=True,
+    )
+    replay: float = option(
+        "for [training]: share of a training's rows that come from the pairs of earlier iterations", 0.0, low=0.0, high=1.0,
+        later=True,
+    )  # fmt: skip
+    given: float = option(
+        "for [training]: share of a training's rows that are triples of [activation]", 0.0, low=0.0, high=1.0, later=True
+    )
     epochs: int = option("passes over the pairs", 1, low=1)
     batch_pairs: int = option("pairs per optimiser update, over all workers", 32, unit="rows", low=1)
     micro_pairs: int = option("pairs per forward of one worker", 4, unit="rows", low=1)

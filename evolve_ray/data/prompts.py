@@ -116,8 +116,23 @@ def fresh_order(prompt_ids: pa.ChunkedArray, *, seed: int) -> pa.Array:
     return pc.sort_indices(keys, sort_keys=[("position", "ascending"), ("prompt_id", "ascending")])
 
 
+def order_again(table: pa.Table, order: pa.Array, *, seed: int, per_iteration: int, needed: int) -> pa.Array:
+    """The order, with further passes over all prompts until there are `needed`, each in an order of its own.
+
+    An iteration never has a prompt twice: those with which the last pass began the iteration come last in the next one. It must
+    be no longer than a pass. Another `needed` changes only how far the order goes.
+    """
+    numbers, number = order.to_pylist(), 1
+    while len(numbers) < needed:
+        begun = set(numbers[len(numbers) - len(numbers) % per_iteration :])
+        again = fresh_order(table["prompt_id"], seed=derive_seed("again", seed, number)).to_pylist()
+        numbers += [row for row in again if row not in begun] + [row for row in again if row in begun]
+        number += 1
+    return pa.array(numbers, order.type)
+
+
 def fresh_slice(table: pa.Table, order: pa.Array, *, iteration: int, per_iteration: int) -> pa.Table:
-    """The prompts of one iteration. No two iterations share a prompt."""
+    """The prompts of one iteration. No two iterations share a prompt of one pass over them."""
     return table.take(order.slice((iteration - 1) * per_iteration, per_iteration)).combine_chunks()
 
 

@@ -39,7 +39,13 @@ def check_plugs(config: Config) -> None:
         if ":" in training.objective or training.objective_args:
             from evolve_ray.train import objectives  # loads torch, so only where there is something to check
 
-            objectives.find(training, name)
+            objective = objectives.find(training, name)
+            needs = [*objective.numbers, *(name for name in objective.sequences if name not in objective.needs)]
+            if training.given and needs:
+                raise UserError(
+                    f"training.given: triples have no numbers and no turns, but objective {training.objective!r} needs "
+                    f"{', '.join(needs)}; set training.given = 0"
+                )
     if config.trainer.lora_rank and importlib.util.find_spec("peft") is None:
         raise UserError(
             "trainer.lora_rank: needs the package peft; pip install -e '.[lora]', or remove the option to train all weights"

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evolve_ray.config.options import Preferences, texts_in_view
+import pyarrow as pa
+
+from evolve_ray.config.options import Config, Preferences, Prompts, texts_in_view
 from evolve_ray.config.resolve import resolved
-from evolve_ray.data.prompts import HeldOut, fresh_order, fresh_slice
+from evolve_ray.data.prompts import HeldOut, fresh_order, fresh_slice, order_again
 from evolve_ray.data.read import BLOCK_ROWS
 from evolve_ray.errors import UserError
 from evolve_ray.inputs.reader import DataReader, prompt_schema
@@ -127,13 +129,7 @@ class Prompter:
         manifests = {number: stage.committed() for number, stage in stages.items()}
         if not all(manifests.values()):
             table, rejected = self.reader.training(self.held_prompts())
-            needed = part.per_iteration * self.config.iterations
-            if len(table) < needed:
-                raise UserError(
-                    f"{part.path}: {self.config.iterations} iterations of {part.per_iteration} fresh prompts need {needed}, but "
-                    f"{len(table)} are usable; lower prompts.per_iteration or iterations, or add prompts"
-                )
-            order = fresh_order(table["prompt_id"], seed=self.config.seed)
+            order = order_of(table, part, self.config)
             for number, stage in stages.items():
                 if manifests[number] is None:
                     fresh = fresh_slice(table, order, iteration=number, per_iteration=part.per_iteration)
@@ -141,3 +137,23 @@ class Prompter:
                     num_in = len(fresh) + len(dropped)
                     manifests[number] = self.commit(stage, fresh, dropped, "prompts.parquet", prompt_schema(part), num_in)
         context.prompts = {number: manifest for number, manifest in manifests.items() if manifest}
+
+
+def order_of(table: pa.Table, part: Prompts, config: Config) -> pa.Array:
+    """Row numbers of the usable prompts in the order in which iterations take them; raises `UserError` if they are too few."""
+    needed = part.per_iteration * config.iterations
+    if part.again == "when_used_up" and len(table) < part.per_iteration and needed:
+        raise UserError(
+            f"{part.path}: an iteration has {part.per_iteration} different prompts, but {len(table)} are usable; lower "
+            "prompts.per_iteration, or add prompts"
+        )
+    if part.again == "never" and len(table) < needed:
+        raise UserError(
+            f"{part.path}: {config.iterations} iterations of {part.per_iteration} fresh prompts need {needed}, but {len(table)} "
+            "are usable; lower prompts.per_iteration or iterations, add prompts, or let them come again with "
+            "prompts.again = 'when_used_up'"
+        )
+    order = fresh_order(table["prompt_id"], seed=config.seed)
+    if part.again == "never":
+        return order
+    return order_again(table, order, seed=config.seed, per_iteration=part.per_iteration, needed=needed)

@@ -140,7 +140,10 @@ def training_s(config: Config, training: Training, shape: Shape, gpu: Gpu) -> fl
     The reference adds 2 operations for each parameter and token.
     """
     lengths = [PROMPT_TOKENS + config.sampling.max_tokens * (2 if "_after_" in name else 1) for name in sequences(training)]
-    tokens = config.prompts.per_iteration * config.selection.max_pairs * sum(min(n, config.model.context_tokens) for n in lengths)
+    tokens: float = (
+        config.prompts.per_iteration * config.selection.max_pairs * sum(min(n, config.model.context_tokens) for n in lengths)
+    )
+    tokens /= 1 - training.replay - training.given
     operations = training.epochs * (8 if config.trainer.gradient_checkpointing else 6) + 2 * (training.objective != "sft")
     return operations * shape.parameters * tokens / (config.trainer.workers * TRAINING * gpu.flops)
 

@@ -24,6 +24,7 @@ STAGES = (
     "reward_model",
     "scores",
     "pairs",
+    "mixed",
     "reference",
     "checkpoint",
     "probe",
@@ -60,11 +61,15 @@ def plan(config: Config, run: Run, cluster: Cluster | None = None) -> tuple[str,
     weights = model_bytes(config)
     lines = [f"run {config.name} in {run.root}", ""]
     lines += [f"model      {config.model.path} ({config.model.dtype}, context {config.model.context_tokens} tokens)"]
-    lines += [f"prompts    {config.prompts.path}: {describe_rows(training_rows(config))}; {prompts} new prompts per iteration"]
+    lines += [f"prompts    {config.prompts.path}: {describe_rows(training_rows(config))}; {prompts} {prompt_words(config)}"]
     lines += [f"held out   {name}: {describe_rows(rows)}" for name, rows in rows_by_split(config).items()]
     lines += [f"strategy   {config.strategy.name}, {drafts} drafts per prompt; scorer {config.scorer.name}"]
     lines += [f"engines    {config.engine.actors} x {config.engine.gpus_per_actor:g} GPU"]
-    lines += [f"trainer    {config.trainer.workers} workers, ZeRO-3; objective {config.training.objective}", ""]
+    lines += [
+        f"trainer    {config.trainer.workers} workers, ZeRO-3; objective {config.training.objective}"
+        f"{start_words(config.training)}",
+        "",
+    ]
     lines += ["an iteration, at most:"]
     num_drafts, num_pairs = prompts * drafts, pair_bound(config)
     lines += [f"  prompts {prompts:,}   drafts {num_drafts:,}   generated tokens {generated_tokens:,}   pairs {num_pairs:,}"]
@@ -116,6 +121,7 @@ def stages(config: Config, iteration: int) -> list[str]:
     """Returns the stages of an iteration in the order of the data."""
     enabled: dict[str, Any] = dict.fromkeys(("labels", "reward_pairs", "reward_model"), config.refresh)
     enabled |= {"reference": uses_reference(config.training), "probe": config.probe.prompts}
+    enabled |= {"mixed": config.training.replay or config.training.given}
     names = [name for name in STAGES if enabled.get(name, True)]
     if iteration == 0:
         enabled = {"activation_pairs": config.activation, "offline_pairs": config.offline}
@@ -152,6 +158,18 @@ def describe_rows(rows: int | None) -> str:
     return "number of rows unknown until it is loaded" if rows is None else f"{rows:,} rows"
 
 
+def prompt_words(config: Config) -> str:
+    again = ", again in a new order when all are used up" if config.prompts.again == "when_used_up" else ""
+    return f"new prompts per iteration{again}"
+
+
+def start_words(training: Training) -> str:
+    """What a training starts from and which rows are mixed in, where the recipe says so."""
+    words = "; each training starts from the initial policy" if training.start == "initial" else ""
+    shares = (("replayed", training.replay), ("given", training.given))
+    return words + "".join(f"; {share:.0%} of the rows {name}" for name, share in shares if share)
+
+
 def training_rows(config: Config) -> int | None:
     if config.prompts.path.startswith("toy:") and config.toy:
         return config.toy.num_train
@@ -172,14 +190,15 @@ def rows_by_split(config: Config) -> dict[str, int | None]:
 
 
 def pair_bound(config: Config) -> int:
-    """Returns the largest number of pairs that selection can give."""
+    """Returns the largest number of rows that an iteration can train, with those that are mixed in."""
     rows_per_prompt = {
         "advantages": drafts_per_prompt(config.strategy),
         "accepted": drafts_per_prompt(config.strategy),
         "turn_advantages": responses_per_prompt(config.strategy),
         "reflections": responses_per_prompt(config.strategy),
     }.get(config.selection.name, config.selection.max_pairs)
-    return config.prompts.per_iteration * rows_per_prompt
+    training = config.training
+    return int(config.prompts.per_iteration * rows_per_prompt / (1 - training.replay - training.given))
 
 
 def model_bytes(config: Config) -> int | None:

@@ -123,7 +123,7 @@ class Preview:
             table, rejected = self.reader.training(held_out)
             self.add_table("prompts", part.path, len(table), rejected)
             needed = part.per_iteration * config.iterations
-            if len(table) < needed:
+            if part.again == "never" and len(table) < needed:
                 self.warnings.append(
                     f"{config.iterations} iterations of {part.per_iteration} fresh prompts need {needed}, but {len(table)} are "
                     "usable; lower prompts.per_iteration or iterations, or add prompts"

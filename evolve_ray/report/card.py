@@ -16,6 +16,7 @@ from evolve_ray.report import recipe
 from evolve_ray.report.tables import table_rows
 from evolve_ray.store.files import write_atomic
 from evolve_ray.store.manifest import CARD, read_manifest
+from evolve_ray.store.rows import mixture_text
 from evolve_ray.store.run import Run
 
 TRAININGS = ("activation.training", "offline.training", "training")
@@ -99,8 +100,11 @@ def lineage(run: Run, config: dict[str, Any], models: list[dict[str, Any]]) -> l
         title = f"iteration {iteration}" if iteration else name.replace("checkpoint", first)
         data = [read_manifest(folder / stage) if iteration else None for stage in ("prompts", "generations")]
         counts = [f"{stage.stats['num_rows']:,}" if stage else "" for stage in (*data, trained)]
+        mixed = read_manifest(folder / "mixed") if iteration else None
+        counts[-1] += f" ({mixture_text(mixed.stats)})" if mixed else ""
         reference = read_manifest(folder / "reference") if title != "activation" else None
         policy = f"{reference.stats['policy']}: {reference.stats['model'][:12]}" if reference else "none"
+        title += f", from the initial policy {trained.stats['start_model'][:12]}" if "start" in trained.stats else ""
         lines.append([title, *counts, f"{trained.stats['num_steps']:,}", policy, folders.content_hash(trained.folder)])
     return grid(header, lines)
 

@@ -253,6 +253,9 @@ def ledger(report: dict[str, Any], rejected: list[tuple]) -> str:
     if book["stages"]:
         stages = table_of(list(STAGE.values()), [row_of(row) for row in book["stages"]])
         parts.append(details("By stage", stages) if book["iterations"] else stages)
+    mixtures = [[row["iteration"], row["mixture"]] for row in book["stages"] if "mixture" in row]
+    if mixtures:
+        parts.append("<h3>Rows of the trainings</h3>" + table(["iteration", "rows"], mixtures))
     if rejected:
         rest = len(rejected) - MAX_REASONS
         lines = [[number, stage, reason, f"{count:,}"] for number, stage, reason, count in rejected[:MAX_REASONS]]

@@ -8,7 +8,7 @@ from typing import Any
 
 from evolve_ray.report.clock import clock
 from evolve_ray.store.manifest import Manifest, read_manifest
-from evolve_ray.store.rows import read_jsonl
+from evolve_ray.store.rows import mixture_text, read_jsonl
 from evolve_ray.store.run import Run
 
 TOKENS = ("num_prompt_tokens", "num_cached_tokens", "num_tokens")  # of prompts, of these in the prefix cache, generated
@@ -79,6 +79,7 @@ def line(iteration: int, manifest: Manifest, seconds: dict[tuple[int, str], floa
         "idle_seconds": None if engine is None else round(max(0.0, actors * wall - engine - (start or 0.0)), 3),
         "score_seconds": sum_of("score_seconds"),
         "train_seconds": sum_of("train_seconds"),
+        **({"mixture": mixture_text(manifest.stats)} if manifest.stage == "mixed" else {}),
     }
 
 

@@ -83,7 +83,22 @@ def sentences(config: dict[str, Any]) -> list[tuple[str, str]]:
             filled.append((term, fill(template)))
         except KeyError:
             continue  # the run has no such part
-    return filled
+    return [*filled, *lineage(values)]
+
+
+def lineage(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """What trainings start from, which rows are mixed in, and whether prompts come again, where it is not as usual."""
+    found = []
+    if values.get("prompts.again") == "when_used_up":
+        found.append(("prompts again", "in a new order when all are used up"))
+    if values.get("training.start") == "initial":
+        found.append(("start", "every training starts from the policy that iteration 1 started from"))
+    shares = (("replay", "the pairs of earlier iterations"), ("given", "the triples of [activation]"))
+    return found + [
+        (name, f"{values[f'training.{name}']:.0%} of a training's rows come from {source}")
+        for name, source in shares
+        if values.get(f"training.{name}")
+    ]
 
 
 def render(config: dict[str, Any]) -> str:

@@ -22,7 +22,12 @@ from evolve_ray.store import rows, shards
 from evolve_ray.store.manifest import Manifest, read_manifest
 
 CHANGEABLE = ("strategy", "sampling", "selection", "training")  # the tables of which a decision can change options
-FIXED = ("training.objective", "training.reference")  # which stages an iteration has is the recipe's
+FIXED = (
+    "training.objective",
+    "training.reference",
+    "training.replay",
+    "training.given",
+)  # which stages an iteration has is the recipe's
 
 
 def measure_drift(

@@ -20,7 +20,8 @@ from evolve_ray.train.spec import VERSION, TrainSpec
 def train(
     context: Context, iteration: int, policy: Policy, pairs: Manifest, training: options.Training, name: str
 ) -> Policy:  # fmt: skip
-    """Returns the policy after training on committed pairs; `name` is the folder name of the checkpoint."""
+    """Returns the model after training on committed pairs; `policy` is the newest one, `name` the checkpoint's folder name."""
+    policy = context.initial if training.start == "initial" and context.initial else policy
     start = context.initial if training.reference == "initial" and context.initial else policy
     reference, checkpoint = stages(context, iteration, policy, start, pairs, training, name)
     manifest = checkpoint.committed()
@@ -32,6 +33,7 @@ def train(
             reference_hash=start.hash, dtype=config.model.dtype, template=context.template, training=training,
             trainer=config.trainer, seed=config.seed, iteration=iteration, run=context.run, reference=reference,
             checkpoint=checkpoint, output=max(config.scorer.output, 0), initial_model=str((context.initial or policy).folder),
+            start_hash=policy.hash if training.start == "initial" else "",
         )  # fmt: skip
         with context.timed(name, iteration):
             context.start_ray()

@@ -123,6 +123,29 @@ TURN_DETAILS = pa.schema(  # in the same way; what a row of turns says beside tw
     ]
 )
 
+ORIGIN = pa.schema(  # of the rows of a training into which others are mixed, in their order
+    [
+        ("pair_id", pa.string()),
+        ("origin", pa.string()),  # "own", "replayed" from an earlier iteration, or "given"
+        ("iteration", pa.int64()),
+        ("table", pa.string()),  # the folder in that iteration from which the row comes
+    ]
+)
+
+
+def mixture_text(stats: dict[str, Any]) -> str:
+    """What a training with mixed rows is made of, by its manifest's counts: "5 own rows, 3 replayed from iterations 1-2"."""
+    parts = [f"{stats['num_own']:,} own rows"]
+    for name, wanted in (("replayed", stats["wanted_replayed"]), ("given", stats["wanted_given"])):
+        number = stats[f"num_{name}"]
+        if not (number or wanted):
+            continue
+        sources = [int(iteration) for iteration, count in stats["replayed"].items() if count] if name == "replayed" else []
+        span = f"{min(sources)}-{max(sources)}" if len(sources) > 1 else "".join(map(str, sources))
+        source = f" from iteration{'s' * (len(sources) > 1)} {span}" if sources else ""
+        parts.append(f"{number:,} {name}{source}" + (f" (there are no more; the share is {wanted:,})" if number < wanted else ""))
+    return ", ".join(parts)
+
 
 def numbered(schema: pa.Schema, numbers: list[str]) -> pa.Schema:
     """The schema of pairs, with a struct column `numbers` if they have named numbers for the loss."""

@@ -58,7 +58,9 @@ def commit_checkpoint(
     card = unfinished_card(spec.training.objective, spec.iteration, num_pairs, len(log), spec.reference_hash if reference else "")
     (out / CARD).write_text(card, encoding="utf-8")
     rows.write_jsonl(out / "rejected.jsonl", [])
-    counts = {"num_in": num_pairs, "num_rows": num_pairs, "num_rejected": 0, "num_steps": len(log)}
+    counts: dict[str, Any] = {"num_in": num_pairs, "num_rows": num_pairs, "num_rejected": 0, "num_steps": len(log)}
+    if spec.start_hash:
+        counts |= {"start": spec.training.start, "start_model": spec.start_hash}
     commit(
         out, stage.final, stage=stage.name, key=stage.key, inputs=stage.inputs, **counts, train_seconds=round(train_seconds, 3)
     )

@@ -18,7 +18,7 @@ class TrainSpec:
 
     `pairs`, `model` and `reference_model` are paths; `reference` is None for an objective without a reference policy. `output` is
     the number of a reward model's output that is the score. `initial_model` is the path of the policy that iteration 1 starts
-    from, for an objective that asks for it.
+    from, for an objective that asks for it. `start_hash` is the content hash of `model` if that is not the newest checkpoint.
     """
 
     pairs: str
@@ -36,6 +36,7 @@ class TrainSpec:
     checkpoint: Stage
     output: int = 0
     initial_model: str = ""
+    start_hash: str = ""
 
 
 def deepspeed_config(spec: TrainSpec) -> dict:
