@@ -48,7 +48,7 @@ def mix(context: Context, iteration: int, pairs: Manifest) -> Manifest:
                 pq.write_table(table, work / "pairs.parquet", compression="zstd")
                 rows.write_table(work / "origins.parquet", origins, rows.ORIGIN)
             manifest = stage.commit(num_in=len(table), num_rows=len(table), **counts)
-    context.say(f"    {rows.mixture_text(manifest.stats)}")
+    context.say(f"  iteration {iteration}: mixed: {rows.mixture_text(manifest.stats)}")
     return manifest
 
 

@@ -1,6 +1,7 @@
 """A pair is followed back to its prompt, drafts, scores, model and reference through the committed tables of a run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from evolve_ray.models import folders
 from evolve_ray.refine.template import load_template
 from evolve_ray.stages.pairs import select
 from evolve_ray.store import rows, shards
-from evolve_ray.store.manifest import commit
+from evolve_ray.store.manifest import commit, read_manifest
 from evolve_ray.store.run import Run, Stage
 
 # prompt -> (text, score) of each round; None is a draft that got no finite score
@@ -115,6 +116,27 @@ def test_pair_is_followed_to_prompt_drafts_model_reference_and_checkpoint(run):
     assert (found["reference"]["logps"]["chosen"], found["reference"]["logps"]["rejected"]) == (-1.5, -2.25)
     assert found["template"]["hash"] == load_template("tiny", "conversation").hash
     assert list(found["manifests"]) == ["pairs", "prompts", "generations", "scores", "reference", "checkpoint"]
+
+
+def test_pair_that_was_mixed_into_trainings_has_their_reference_and_is_said_to_be_trained_again(run):
+    pairs = read_manifest(run / "iteration-01" / "pairs")
+    pair = pairs_of(run)["p0"]
+    mixed = []
+    for number in (1, 2):
+        stage = Stage(run / f"iteration-0{number}" / "mixed", "mixed", f"mixed {number}", {"pairs": pairs.identity})
+        origin = {"pair_id": pair["pair_id"], "origin": "replayed", "iteration": 1, "table": "pairs"}
+        rows.write_table(stage.start() / "origins.parquet", [origin], rows.ORIGIN)
+        mixed.append(stage.commit(num_rows=1))
+    stage = Stage(run / "iteration-01" / "reference", "reference", "again", {"pairs": mixed[0].identity})
+    shutil.rmtree(stage.final)
+    table = [{**dict.fromkeys(rows.REFERENCE.names), "pair_id": pair["pair_id"], "chosen": -3.0}]
+    rows.write_table(stage.start() / "reference.parquet", table, rows.REFERENCE)
+    stage.commit(policy="iteration", model="m")
+    found = explain.explain(run, pair["pair_id"])
+    assert found["reference"]["logps"]["chosen"] == -3.0
+    assert "checkpoint" not in found["manifests"], "it was trained on another table"
+    assert found["replayed"] == [2]
+    assert "trained again in iteration 2" in explain.text(found).splitlines()
 
 
 def test_draft_without_a_score_has_the_scorers_reason_or_the_selections(run):

@@ -6,7 +6,15 @@ import random
 import pyarrow as pa
 import pytest
 
-from evolve_ray.data.prompts import HeldOut, drop_held_out, drop_repeated, fresh_order, fresh_slice, with_token_counts
+from evolve_ray.data.prompts import (
+    HeldOut,
+    drop_held_out,
+    drop_repeated,
+    fresh_order,
+    fresh_slice,
+    order_again,
+    with_token_counts,
+)
 from evolve_ray.data.read import count_rows
 from evolve_ray.data.triples import read_triples
 from evolve_ray.errors import UserError
@@ -41,6 +49,34 @@ def test_prompts_of_an_iteration_do_not_depend_on_the_order_of_the_file():
 
 def test_prompts_of_an_iteration_depend_on_the_seed():
     assert slices(ROWS, seed=1)[0] != slices(ROWS)[0]
+
+
+def again(rows, per_iteration, iterations, seed=0):
+    table = pa.Table.from_pylist(rows)
+    order = fresh_order(table["prompt_id"], seed=seed)
+    order = order_again(table, order, seed=seed, per_iteration=per_iteration, needed=per_iteration * iterations)
+    numbers = range(1, iterations + 1)
+    parts = [fresh_slice(table, order, iteration=number, per_iteration=per_iteration) for number in numbers]
+    return [ids(part.to_pylist()) for part in parts]
+
+
+def test_prompts_that_come_again_are_new_until_all_are_used_up_and_never_twice_in_an_iteration():
+    parts = again(ROWS, 13, 9)
+    assert parts[:3] == slices(ROWS)
+    assert all(len(part) == len(set(part)) == 13 for part in parts)
+    asked = [name for part in parts for name in part]
+    assert [len(set(asked[first : first + 40])) for first in (0, 40)] == [40, 40], "a pass has every prompt"
+    assert asked[:40] != asked[40:80], "the second pass has an order of its own"
+
+
+def test_order_of_prompts_that_come_again_does_not_depend_on_how_many_iterations_there_are_or_on_the_file():
+    assert again(ROWS, 13, 9)[:5] == again(ROWS, 13, 5)
+    assert again(random.Random(1).sample(ROWS, len(ROWS)), 13, 9) == again(ROWS, 13, 9)
+    assert again(ROWS, 13, 9, seed=1)[4] != again(ROWS, 13, 9)[4]
+
+
+def test_an_iteration_of_all_prompts_is_a_pass():
+    assert [sorted(part) for part in again(ROWS, 40, 3)] == [sorted(ids(ROWS))] * 3
 
 
 def test_order_is_by_derived_seed_and_then_by_id():

@@ -75,7 +75,7 @@ def test_own_rows_come_first_then_equally_many_of_each_iteration_then_given_ones
     mixed = mix(context, 3, pairs)
     assert (mixed.stats["num_own"], mixed.stats["num_replayed"], mixed.stats["num_given"]) == (10, 6, 4)
     assert mixed.stats["replayed"] == {"1": 3, "2": 3}
-    assert said[-1] == "    10 own rows, 6 replayed from iterations 1-2, 4 given"
+    assert said[-1] == "  iteration 3: mixed: 10 own rows, 6 replayed from iterations 1-2, 4 given"
     table, found = rows.read_table(mixed.path("pairs.parquet")), origins(mixed)
     assert [row["prompt_id"][0] for row in table] == [*"z" * 10, *"x" * 3, *"y" * 3, *"t" * 4]
     assert [(row["origin"], row["iteration"], row["table"]) for row in found[9:]] == [
@@ -106,15 +106,15 @@ def test_what_there_is_is_taken_and_the_lack_is_said(begun):
     stats = mix(context, 2, pairs).stats
     assert (stats["num_replayed"], stats["wanted_replayed"], stats["num_given"], stats["wanted_given"]) == (2, 6, 1, 4)
     assert said[-1] == (
-        "    10 own rows, 2 replayed from iteration 1 (there are no more; the share is 6), 1 given (there are no more; the share "
-        "is 4)"
+        "  iteration 2: mixed: 10 own rows, 2 replayed from iteration 1 (there are no more; the share is 6), "
+        "1 given (there are no more; the share is 4)"
     )
 
 
 def test_first_iteration_has_nothing_to_replay(begun):
     context, pairs, said = begun([names("z", 7)], "training.replay=0.3")
     assert mix(context, 1, pairs).stats["num_rows"] == 7
-    assert said[-1] == "    7 own rows, 0 replayed (there are no more; the share is 3)"
+    assert said[-1] == "  iteration 1: mixed: 7 own rows, 0 replayed (there are no more; the share is 3)"
 
 
 def test_a_row_that_comes_again_with_its_prompt_is_trained_once(begun):

@@ -138,6 +138,20 @@ def test_too_few_prompts_are_refused_with_the_counts(prepare):
         prepare(TEXTS[:3])
 
 
+def test_prompts_come_again_where_the_recipe_says_so_and_held_out_ones_never(prepare):
+    context = prepare(TEXTS[:4], "prompts.again=when_used_up", "iterations=4", held=["two"])
+    tables = [committed(context, number) for number in (1, 2, 3, 4)]
+    texts = [{row["prompt"] for row in table} for table in tables]
+    assert [len(part) for part in texts] == [2, 2, 2, 2]
+    assert set.union(*texts) == {"one", "three", "four"}
+    assert len({row["prompt_id"] for table in tables for row in table}) == 3, "ids stay the same"
+
+
+def test_more_prompts_in_an_iteration_than_there_are_is_refused_also_where_they_come_again(prepare):
+    with pytest.raises(UserError, match=r"an iteration has 2 different prompts, but 1 are usable; lower prompts\.per_iteration"):
+        prepare(TEXTS[:1], "prompts.again=when_used_up")
+
+
 def test_prompt_beyond_the_context_stops_the_run_with_file_line_and_tokens(prepare, tmp_path):
     with pytest.raises(UserError) as caught:
         prepare([*TEXTS, "x" * 50])

@@ -36,6 +36,18 @@ def test_plan_of_parallel_sampling_counts_samples(config, tmp_path):
     assert "drafts 80 " in text
 
 
+def test_plan_says_what_trainings_start_from_and_what_is_mixed_in(config, tmp_path):
+    overrides = ("training.start=initial", "training.replay=0.3", "training.given=0.2", "prompts.again=when_used_up")
+    triples = tmp_path / "triples.jsonl"
+    triples.write_text(json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"}) + "\n")
+    text, _ = plan(config(*overrides, f"activation.path={triples}"), Run(tmp_path / "run"))
+    assert "10 new prompts per iteration, again in a new order when all are used up" in text
+    assert "each training starts from the initial policy; 30% of the rows replayed; 20% of the rows given" in text
+    assert "pairs 20" in text, "10 own ones are half"
+    assert "pairs (to do), mixed (to do), reference (to do)" in text
+    assert "mixed" not in plan(config(), Run(tmp_path / "run"))[0]
+
+
 def test_limit_of_the_evaluation_is_in_the_plan(config):
     assert rows_by_split(config("evaluation.limit=5")) == {"held": 5}
     assert rows_by_split(config("evaluation.limit=50")) == {"held": 7}

@@ -4,6 +4,9 @@ import pytest
 
 from evolve_ray.config.load import load
 from evolve_ray.errors import UserError
+from evolve_ray.inputs.plugs import check_plugs
+from evolve_ray.stages.measures import with_options
+from evolve_ray.train.objectives import DIRECT, Objective
 
 GRADIENT = ["training.objective=policy_gradient", "selection.name=advantages", "strategy.name=parallel", "strategy.samples=4"]
 
@@ -26,6 +29,21 @@ GRADIENT = ["training.objective=policy_gradient", "selection.name=advantages", "
 def test_recipe_is_refused(recipe, overrides, said):
     with pytest.raises(UserError, match=said):
         load(recipe(), overrides)
+
+
+@pytest.mark.parametrize("name", ["training.replay", "training.given"])
+def test_a_decision_cannot_change_which_stages_an_iteration_has(recipe, name):
+    with pytest.raises(UserError, match=rf"iteration 1: changes '{name}'"):
+        with_options(load(recipe()), {name: 0.2}, "iteration 1")
+
+
+WEIGHTED = Objective(lambda policy, reference, training, numbers: (policy["chosen"], {}), DIRECT, False, numbers=("weight",))
+
+
+def test_triples_are_refused_for_an_objective_of_ones_own_that_needs_numbers(recipe):
+    config = load(recipe(), ["training.given=0.2", "activation.path=t", f"training.objective={__name__}:WEIGHTED"])
+    with pytest.raises(UserError, match=r"training\.given: triples have no numbers and no turns, but objective .* needs weight"):
+        check_plugs(config)
 
 
 def test_shares_below_one_are_taken(recipe):
