@@ -48,6 +48,12 @@ def check_together(config: Config, reader: Reader) -> None:
             )
         if training.objective == "policy_gradient" and training.reference != "iteration":
             reader.fail(f"{name}.reference", "must be 'iteration' with objective 'policy_gradient': it wrote the answers")
+        for field_name in ("temperature", "top_p") if name == "training" and training.objective == "policy_gradient" else ():
+            if (value := getattr(config.sampling, field_name)) != 1.0:
+                fault = (
+                    f"is {value:g}, but objective 'policy_gradient' compares probabilities at 1.0, of which these are no samples"
+                )
+                reader.fail(f"sampling.{field_name}", f"{fault}; set it to 1.0")
         truncates = training.objective == "policy_gradient" and training.objective_args.get("mismatch") == "truncate"
         if truncates and not config.sampling.logps:
             reader.fail(f"{name}.objective_args.mismatch", "needs the engine's log-probabilities; set sampling.logps = true")

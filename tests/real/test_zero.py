@@ -113,6 +113,7 @@ def test_the_exported_weights_are_bit_equal_to_what_zero_3_holds(trained):
         assert np.array_equal(held[name], loaded[name].numpy()), name
 
 
+@pytest.mark.long
 def test_a_gradient_step_that_blows_up_stops_with_the_numbers_before_anything_is_committed(small, tmp_path):
     outcome = train_small(small, tmp_path, "training.learning_rate=1e30")
     assert outcome["kind"] == "NumericsError"
@@ -138,6 +139,7 @@ def test_a_reference_that_is_not_finite_for_one_pair_stops_both_ranks_with_its_s
     assert not (tmp_path / "out" / "checkpoint").exists()
 
 
+@pytest.mark.long
 def test_batch_1_times_accumulation_8_is_batch_8_times_accumulation_1(small, trained, tmp_path):
     import numpy as np
 
@@ -193,6 +195,7 @@ def test_trees_on_two_ranks_have_the_losses_and_the_weights_of_separate_forwards
         assert np.abs(weights["tree"][name] - weights["separate"][name]).max() < 2e-5, name
 
 
+@pytest.mark.long
 def test_another_reference_model_is_computed_through_zero_3_and_recorded(small, place, tmp_path):
     """`training.reference = "initial"`: the reference is another model than the one that is trained."""
     import torch
@@ -226,6 +229,7 @@ def test_the_training_log_counts_every_pair_of_its_iteration(small, folder):
     assert sum(row["num_pairs"] for row in log) == 2 * len(table)  # two epochs
 
 
+@pytest.mark.long
 def test_adapters_are_trained_on_two_ranks_and_leave_a_plain_model(tiny_model, tmp_path):
     """Trees, checkpointing, an optimiser in the CPU's memory and LoRA together: they must not know of each other."""
     import numpy as np

@@ -245,6 +245,8 @@ def test_unicode_line_separator_in_a_comment_does_not_shift_lines():
         (["strategy.name=parallel", "strategy.stop_unchanged=true"], "strategy.stop_unchanged"),
         (["strategy.stop_right=true"], "strategy.stop_right"),
         (["training.objective=policy_gradient", "training.objective_args.mismatch=truncate"], "training.objective_args.mismatch"),
+        (["training.objective=policy_gradient", "sampling.temperature=0.7"], "sampling.temperature"),
+        (["training.objective=policy_gradient", "sampling.top_p=0.9"], "sampling.top_p"),
         (["selection.name=advantages"], "selection.args.baseline"),
         (["selection.name=advantages", "strategy.name=chains", "strategy.samples=1"], "selection.args.baseline"),
         (["controller.name=plateau"], "controller.name"),
