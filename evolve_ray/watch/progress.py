@@ -44,9 +44,9 @@ class State:
 
     @property
     def rate(self) -> float | None:
-        """Shards or steps a second; None before the second one."""
+        """Shards or steps a second; None before the second one, and while all of them came in one look at the events."""
         seconds = self.last - self.started
-        return (self.done - self.begun) / seconds if seconds > 0 and self.done > self.begun else None
+        return (self.done - self.begun) / seconds if seconds >= TICK_S / 2 and self.done > self.begun else None
 
     @property
     def seconds_left(self) -> float | None:

@@ -21,6 +21,19 @@ def test_text_of_a_stage_from_its_events():
     assert state.stage == ""
 
 
+def test_no_rate_for_what_came_in_one_look_at_the_events():
+    now = [0.0]
+    state = progress.State(clock=lambda: now[0])
+    state.apply({"event": "stage_start", "stage": "evaluation", "iteration": 1})
+    for seconds in (5.0, 5.00002):
+        now[0] = seconds
+        state.apply({"event": "shard", "num_shards": 4})
+    assert state.text() == "iteration 1: evaluation: 2 of 4 shards"
+    now[0] = 6.0
+    state.apply({"event": "shard", "num_shards": 4})
+    assert state.text() == "iteration 1: evaluation: 3 of 4 shards, 2.00/s, 0 s left"
+
+
 def test_text_of_a_training_has_its_loss():
     now = [0.0]
     state = progress.State(clock=lambda: now[0])
