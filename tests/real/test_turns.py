@@ -73,10 +73,17 @@ def test_reference_is_that_of_a_plain_forward_of_the_contexts(name, request):
     chat = Chat(policy, rendering=TEMPLATE.rendering)
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
     for pair, stored in list(zip(pairs, reference, strict=True))[:8]:
-        turns = {side: (pair["context"], pair[side], pair[f"{side}_finished"]) for side in ("chosen", "rejected")}
-        turns |= {turn["name"]: (turn["context"], turn["text"], turn["finished"]) for turn in pair.get("turns", ())}
-        for turn, (messages, text, finished) in turns.items():
-            sequence = Sequence(tuple(chat.context_ids(messages)), tuple(chat.response_ids(text, finished=finished)))
+        turns = {
+            side: (pair["context"], pair[side], pair[f"{side}_finished"], pair.get(f"{side}_token_ids"))
+            for side in ("chosen", "rejected")
+        }
+        turns |= {
+            turn["name"]: (turn["context"], turn["text"], turn["finished"], turn.get("token_ids"))
+            for turn in pair.get("turns", ())
+        }
+        for turn, (messages, text, finished, token_ids) in turns.items():
+            response = chat.response_ids(text, finished=finished) if token_ids is None else token_ids
+            sequence = Sequence(tuple(chat.context_ids(messages)), tuple(response))
             with torch.no_grad():
                 alone = sequence_logps(model, [sequence], chat.pad_id, torch.device("cpu")).item()
             assert stored[turn] == pytest.approx(alone, abs=1e-3)
