@@ -5,6 +5,7 @@ import contextlib
 import functools
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -153,6 +154,7 @@ def run(
         finally:
             follower.stop()
             stop_ray()
+            shutil.rmtree(directory.ray_train, ignore_errors=True)
         directory.event("driver_end", seconds=round(time.monotonic() - started, 3))
     say("")
     say(table(result))

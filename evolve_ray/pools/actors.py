@@ -74,6 +74,17 @@ class Actors(list):
     def __reduce__(self) -> Any:
         return Actors, (list(self), self.options)
 
+    def stop(self) -> None:
+        """Kills the actors, which frees their resources."""
+        import ray
+
+        for actor in self:
+            ray.kill(actor)
+
+
+TRAINERS = "trainers"  # the pool of the worker group that trains
+SPARE_CPUS = 0.1  # for the dispatchers of shards
+
 
 class Pools:
     """The actors of a run by pool name; they end with the driver that started them."""
@@ -82,10 +93,15 @@ class Pools:
         self._actors: dict[str, Actors] = {}
 
     def open(self, options: PoolOptions) -> Actors:
-        """Returns the actors of a pool; starts them if the pool is not open."""
+        """Returns the actors of a pool; starts them if the pool is not open.
+
+        They come before an idle worker group: where both might not fit, the group ends, and starts again with the next training.
+        """
         import ray
 
         if options.name not in self._actors:
+            if not self.fits(options):
+                self.close(TRAINERS)
             # Ray restarts an actor without limit: the actors themselves count their deaths and raise an error (retries.py).
             remote = ray.remote(Host).options(
                 num_cpus=options.cpus,
@@ -98,12 +114,32 @@ class Pools:
             self._actors[options.name] = Actors(handles, options)
         return self._actors[options.name]
 
-    def close(self, name: str) -> None:
-        """Kills the actors of a pool, which frees their resources."""
+    def opened(self, name: str) -> Actors | None:
+        return self._actors.get(name)
+
+    def keep(self, actors: Actors) -> None:
+        """Takes actors that were started elsewhere, so that they count and end as those of other pools."""
+        self._actors[actors.options.name] = actors
+
+    def fits(self, more: PoolOptions | None = None) -> bool:
+        """Whether the cluster has room for all open pools, for `more`, and for what dispatches their work.
+
+        A new pool of actors counts as too large where there are several nodes, because none of them may have enough room for one.
+        """
         import ray
 
-        for actor in self._actors.pop(name, []):
-            ray.kill(actor)
+        pools = [*(actors.options for actors in self._actors.values()), *([more] if more else [])]
+        total = ray.cluster_resources()
+        cpus = total.get("CPU", 0.0) - SPARE_CPUS - sum(pool.actors * pool.cpus for pool in pools)
+        gpus = total.get("GPU", 0.0) - sum(pool.actors * pool.gpus for pool in pools)
+        one_node = more is None or sum(node["Alive"] for node in ray.nodes()) == 1
+        return one_node and min(cpus, gpus) > -1e-9
+
+    def close(self, name: str) -> None:
+        """Ends the actors of a pool."""
+        actors = self._actors.pop(name, None)
+        if actors is not None:
+            actors.stop()
 
 
 def call_all(actors: Actors, spec: Any, verb: str, *arguments: Any) -> list[Any]:

@@ -33,6 +33,8 @@ def start_ray(config: Config, follower: Follower | None = None, *, loud: bool = 
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     # Ray Train sees the end of a training up to two intervals after its last step; the default is 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
+    # A local Ray on few cores warns of more than four processes for each; most of ours only wait.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "4")
     package_root = str(Path(__file__).resolve().parents[2])
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))}}
     local = {

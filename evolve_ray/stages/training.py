@@ -11,6 +11,7 @@ from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import UserError
 from evolve_ray.inputs.context import Context, Policy
 from evolve_ray.plan.plan import WITH_NUMBERS, find_objective, uses_reference
+from evolve_ray.pools.actors import TRAINERS
 from evolve_ray.store.manifest import Manifest
 from evolve_ray.store.run import Stage
 from evolve_ray.train import group
@@ -41,6 +42,8 @@ def train(
                 for pool in ("engines", "scorers", "probers"):
                     context.pools.close(pool)
             manifest = run_group(context, spec, context.run.iteration(iteration), name)
+            if config.engine.release_for_training or not context.pools.fits():
+                context.pools.close(TRAINERS)
     context.trackers.log_training(manifest, iteration)
     return Policy.from_manifest(manifest)
 
@@ -132,4 +135,4 @@ def run_group(context: Context, spec: TrainSpec, folder: Path, name: str) -> Man
     )
     context.trackers.replay_steps(key, iteration, name)
     with context.print_events("training", on_event), context.deadline(name, spec.trainer.stall_s, progress, advice):
-        return group.fit(spec, folder / f".ray-train-{name}")
+        return group.fit(spec, context.run.ray_train, context.pools)

@@ -100,6 +100,11 @@ class Run:
         """Returns the folder of an iteration."""
         return self.root / f"iteration-{number:02d}"
 
+    @property
+    def ray_train(self) -> Path:
+        """Returns the folder of Ray Train's own files, which go with the driver."""
+        return self.root / ".ray-train"
+
     def has_results(self) -> bool:
         """Whether anything beyond the inputs is committed, a shard of an unfinished stage too.
 

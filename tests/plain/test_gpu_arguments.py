@@ -13,9 +13,9 @@ from evolve_ray.generate.spec import GenerateSpec
 from evolve_ray.generate.vllm import VllmEngine
 from evolve_ray.refine.template import load_template
 from evolve_ray.store.run import Run, Stage
-from evolve_ray.train.group import torch_trainer
 from evolve_ray.train.schedule import micro_steps
 from evolve_ray.train.spec import TrainSpec, deepspeed_config
+from evolve_ray.train.trainings import torch_trainer
 from tests.plain.processes import ROOT
 
 NODES = {1: "llama31_8b.toml", 4: "llama31_8b_4nodes.toml"}
@@ -102,7 +102,7 @@ def test_engines_take_whole_gpus_and_their_environment(nodes, actors):
 @pytest.mark.parametrize(("nodes", "workers"), [(1, 8), (4, 32)])
 def test_ray_train_gets_a_gpu_a_worker_nccl_and_the_environment(caught, tmp_path, nodes, workers):
     config = recipe(nodes, "trainer.env.NCCL_SOCKET_IFNAME=eth0")
-    torch_trainer(train_spec(config, tmp_path), tmp_path, tmp_path / "error.json")
+    torch_trainer(config.trainer, tmp_path, "trainings", print)
     assert caught["TorchConfig"] == {"backend": "nccl"}
     assert caught["ScalingConfig"] == {
         "num_workers": workers, "use_gpu": True, "resources_per_worker": {"CPU": 4, "GPU": 1},
@@ -115,7 +115,7 @@ def test_ray_train_gets_a_gpu_a_worker_nccl_and_the_environment(caught, tmp_path
 
 def test_without_gpus_it_is_gloo_on_the_cpu(caught, tmp_path):
     config = load(ROOT / "jobs/recipes/tiny.toml")
-    torch_trainer(train_spec(config, tmp_path), tmp_path, tmp_path / "error.json")
+    torch_trainer(config.trainer, tmp_path, "trainings", print)
     assert caught["TorchConfig"] == {"backend": "gloo"}
     assert caught["ScalingConfig"]["resources_per_worker"] == {"CPU": 0.4}
     assert caught["RunConfig"]["worker_runtime_env"]["env_vars"] == {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE"}

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import ray
 from evolve_ray.config.load import load
+from evolve_ray.pools.actors import Pools
 from evolve_ray.refine.template import load_template
 from evolve_ray.store import rows
 from evolve_ray.store.run import Run, Stage
@@ -62,7 +63,7 @@ spec = TrainSpec(
     trainer=recipe.trainer, seed=0, iteration=1, run=run, reference=reference_stage,
     checkpoint=Stage(run.root / "checkpoint", "checkpoint", "c" * 64))
 try:
-    group.fit(spec, run.root / ".ray-train")
+    group.fit(spec, run.root / ".ray-train", Pools())
 except Exception as error:
     print(json.dumps({"kind": type(error).__name__, "message": str(error)}))
 else:

@@ -1,9 +1,11 @@
 """What the ranks of a training group do together, without ZeRO: they stop with one sentence, and resume where they were."""
 
+import asyncio
 import contextlib
 import errno
 import json
 import multiprocessing
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,17 +18,20 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from evolve_ray.config.options import Trainer, Training
 from evolve_ray.errors import EvolveError, IntegrityError, NumericsError, ResourceError, pack, unpack
+from evolve_ray.pools.actors import TRAINERS, Actors, PoolOptions, Pools
 from evolve_ray.store.manifest import MANIFEST, read_manifest
 from evolve_ray.store.run import Run, Stage
+from evolve_ray.train import group
 from evolve_ray.train.collectives import Collectives
 from evolve_ray.train.export import gather
 from evolve_ray.train.forwards import Part
-from evolve_ray.train.group import fit, raise_rank_error, worker
+from evolve_ray.train.group import fit, raise_rank_error
 from evolve_ray.train.objectives import Objective
 from evolve_ray.train.rank import Rank
 from evolve_ray.train.schedule import batches, micro_batches
 from evolve_ray.train.steps import Steps
 from evolve_ray.train.stored_steps import StoredSteps
+from evolve_ray.train.trainings import Trainings, outcome, run_rank
 from tests.plain.train.test_schedule import spec as train_spec
 
 
@@ -302,11 +307,10 @@ def run_worker(monkeypatch, tmp_path, fail):
     """A rank whose training ends with what `fail` raises; gives back the file in which errors that last are kept."""
     monkeypatch.setattr(Rank, "__init__", lambda self, spec: None)
     monkeypatch.setattr(Rank, "run", lambda self: fail())
-    monkeypatch.setattr("evolve_ray.train.deepspeed_ops.lock_build_folder", lambda: None)
     kept = tmp_path / "error.json"
     given = SimpleNamespace(checkpoint=SimpleNamespace(work=tmp_path / ".checkpoint-1", final=tmp_path / "checkpoint"))
     with pytest.raises((EvolveError, RuntimeError, ActorDiedError)):
-        worker({"spec": given, "error": str(kept)})
+        run_rank(given, kept)
     return kept
 
 
@@ -329,35 +333,97 @@ def test_rank_whose_peer_or_meeting_point_is_lost_keeps_no_error_so_that_the_gro
     assert not run_worker(monkeypatch, tmp_path, fail).exists()
 
 
-def fitted(monkeypatch, tmp_path, error, max_failures=2):
-    """How often a training was begun whose every worker group ends with `error`."""
-    begun = []
+class Group(Actors):
+    """A worker group whose every training ends with one error; `restarts` of its ranks come before that."""
 
-    def fit_once():
-        begun.append(error)
+    def __init__(self, error, restarts):
+        super().__init__([], PoolOptions(TRAINERS, Trainings, 2, 0.4, 0.0, restarts=2))
+        self.ended = outcome(lambda: self.end(error)) | {"begun": 1 + restarts}
+        self.stopped = False
+
+    def end(self, error):
         raise error
 
-    monkeypatch.setattr("evolve_ray.train.group.torch_trainer", lambda *_: SimpleNamespace(fit=fit_once))
-    given = SimpleNamespace(trainer=Trainer(max_failures=max_failures), checkpoint=SimpleNamespace(final=tmp_path / "checkpoint"))
-    with pytest.raises((ResourceError, ControllerError)) as caught:
-        fit(given, tmp_path / "storage")
-    return len(begun), caught.value
+    def stop(self):
+        self.stopped = True
+
+
+def fitted(monkeypatch, tmp_path, error, restarts=0):
+    """The groups that were started for a training where each ends with `error`, and what the training ended with."""
+    pools, groups = Pools(), []
+
+    def opened(spec, storage, pools):
+        if (kept := pools.opened(TRAINERS)) is None:
+            groups.append(kept := Group(error, restarts))
+            pools.keep(kept)
+        return kept
+
+    monkeypatch.setattr(group, "opened", opened)
+    monkeypatch.setattr(group, "call", lambda started, spec, error_file: started.ended)
+    given = SimpleNamespace(
+        trainer=Trainer(max_failures=2), checkpoint=SimpleNamespace(final=tmp_path / "checkpoint", key="c" * 64)
+    )
+    with pytest.raises((ResourceError, RuntimeError)) as caught:
+        fit(given, tmp_path / "storage", pools)
+    assert all(started.stopped for started in groups)
+    return len(groups), caught.value
+
+
+def lost_rank():
+    lost = WorkerHealthCheckFailedError("no answer", ActorDiedError())
+    return WorkerGroupError("two", {0: RuntimeError("Connection closed by peer"), 1: lost})
 
 
 def test_training_whose_controller_dies_again_and_again_ends_with_a_sentence(monkeypatch, tmp_path):
-    begun, error = fitted(monkeypatch, tmp_path, ActorDiedError())
-    assert begun == 3
+    started, error = fitted(monkeypatch, tmp_path, ActorDiedError())
+    assert started == 3
     assert str(error).startswith("checkpoint: processes of the training died more often than trainer.max_failures (2) allows; ")
 
 
 def test_group_that_ray_train_gave_up_is_not_begun_again(monkeypatch, tmp_path):
-    lost = WorkerHealthCheckFailedError("no answer", ActorDiedError())
-    begun, error = fitted(monkeypatch, tmp_path, WorkerGroupError("two", {0: RuntimeError("Connection closed by peer"), 1: lost}))
-    assert begun == 1
+    started, error = fitted(monkeypatch, tmp_path, lost_rank(), restarts=2)
+    assert started == 1
     assert str(error).endswith("submit the same command again: The actor died unexpectedly before finishing this task.")
 
 
+def test_restarts_that_an_earlier_training_used_up_are_not_those_of_this_one(monkeypatch, tmp_path):
+    started, error = fitted(monkeypatch, tmp_path, lost_rank(), restarts=0)
+    assert started == 3
+    assert isinstance(error, ResourceError)
+
+
 def test_error_of_a_training_that_is_no_death_is_not_hidden(monkeypatch, tmp_path):
-    begun, error = fitted(monkeypatch, tmp_path, ControllerError(ValueError("a fault of the code")))
-    assert begun == 1
-    assert isinstance(error, ControllerError)
+    started, error = fitted(monkeypatch, tmp_path, ControllerError(ValueError("a fault of the code")))
+    assert started == 1
+    assert "a fault of the code" in str(error)
+
+
+def test_trainings_are_given_to_each_rank_once_and_the_end_of_the_group_is_told():
+    async def ranks(trainings):
+        """Two ranks of a group: both do the training, and only then rank 0 says so."""
+        numbers = [number for number, _, _ in await asyncio.gather(trainings.next(0), trainings.next(0))]
+        await trainings.begin(numbers[0])
+        await trainings.done(numbers[0])
+        return numbers
+
+    async def play():
+        ended = threading.Event()
+
+        def wait_for_the_end(self):
+            ended.wait(10)
+            return outcome(lambda: None)
+
+        trainings = type("Played", (Trainings,), {"run": wait_for_the_end})(Trainer(), Path("storage"), print)
+        first = [await asyncio.gather(trainings.fit("spec 1", "error 1"), ranks(trainings)), trainings.begun]
+        late = asyncio.ensure_future(trainings.next(1))
+        await asyncio.sleep(0)
+        waited = late.done()
+        second = asyncio.ensure_future(trainings.fit("spec 2", "error 2"))
+        given = await late
+        ended.set()
+        return first, waited, given, await second
+
+    first, waited, given, second = asyncio.run(play())
+    assert first == [[None, [1, 1]], 1]
+    assert (waited, given) == (False, (2, "spec 2", "error 2"))
+    assert second == {"lost": "", "controller": False, "traceback": "", "begun": 0}
