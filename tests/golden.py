@@ -19,7 +19,9 @@ SMALL = [
     "toy.base_steps=60", "toy.num_train=300", "toy.num_heldout=24", "toy.num_out_of_domain=8", "toy.num_triples=192",
     "toy.reward_model_steps=10", "prompts.per_iteration=64", "engine.shard_prompts=16", "engine.actors=1", "ray.dashboard=false",
 ]  # fmt: skip
-RECIPES = {"tiny": 2, "tiny_reward_model": 1}  # with the iterations of each
+# With the iterations of each.
+RECIPES = {"tiny": 2, "tiny_reward_model": 1, "tiny_iterative_dpo": 1, "tiny_parallel": 1, "tiny_rule": 1}
+USUAL = ["tiny", "tiny_reward_model"]  # these two have every stage between them
 STAGES = ("prompts", "generations", "labels", "reward_pairs", "reward_model", "scores", "pairs", "reference", "checkpoint")
 # Files whose bytes hold no result: prose, and seconds.
 NO_RESULT = ("README.md", "MANIFEST.json")
@@ -28,7 +30,9 @@ NO_RESULT = ("README.md", "MANIFEST.json")
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="golden", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("revision", help="the revision to compare the working tree with, for example main~1")
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="recipes to run (default: all)")
+    parser.add_argument(
+        "--recipes", nargs="+", choices=RECIPES, default=USUAL, help=f"recipes to run (default: {' '.join(USUAL)})"
+    )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="run in this folder and leave the runs there")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:

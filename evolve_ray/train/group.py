@@ -30,6 +30,7 @@ class WorkerGroup(Actors):
         with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             ray.get(self[0].stop.remote(), timeout=STOP_S)
         super().stop()
+        free_places(self.options)
 
 
 def fit(spec: TrainSpec, storage: Path, pools: Pools) -> Manifest:
@@ -59,6 +60,22 @@ def fit(spec: TrainSpec, storage: Path, pools: Pools) -> Manifest:
     manifest = spec.checkpoint.committed()
     assert manifest is not None, "a training is done when its checkpoint is committed"
     return manifest
+
+
+def free_places(group: PoolOptions) -> None:
+    """Frees what a group has reserved whose controller was lost: Ray Train finds that out late, and without a dashboard never.
+
+    Reservations are told from those of others by their shape and by this job, whose id ends theirs.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    job = ray.get_runtime_context().get_job_id()
+    shape = {name: round(size, 3) for name, size in (("CPU", group.cpus), ("GPU", group.gpus)) if size}
+    for name, place in placement_group_table().items():
+        parts = [{key: round(size, 3) for key, size in part.items()} for part in place["bundles"].values()]
+        if name.endswith(job) and place["state"] != "REMOVED" and parts == [shape] * group.actors:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
 
 
 def opened(spec: TrainSpec, storage: Path, pools: Pools) -> Actors:
