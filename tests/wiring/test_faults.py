@@ -9,8 +9,10 @@ import pytest
 
 from evolve_ray.errors import IntegrityError, NumericsError, StalledError
 from evolve_ray.generate import worker as generate_worker
+from evolve_ray.pools.actors import TRAINERS, PoolOptions
 from evolve_ray.score import worker as score_worker
 from evolve_ray.store import rows, shards
+from evolve_ray.train.group import free_places
 from evolve_ray.watch.cluster import title
 from tests.fakes import DyingAfterCommit, DyingScorer, DyingScorerAfterCommit
 from tests.wiring.test_pipeline import draft, folder, local_ray, make_context, pools, twin
@@ -191,3 +193,40 @@ def test_scores_that_nobody_can_assign_to_drafts_are_lost_rows_and_end_the_run_w
         draft(context, pools)
     assert caught.value.exit_code == 4
     assert not (context.run.iteration(1) / "scores").exists()
+
+
+def reserver():
+    """An actor that reserves two places, as Ray Train's controller does."""
+    import ray
+
+    class Reserver:
+        def reserve(self, cpus):
+            from ray.util.placement_group import placement_group
+
+            place = placement_group([{"CPU": cpus}] * 2)
+            ray.get(place.ready())
+            return place.id.hex()
+
+    return ray.remote(num_cpus=0)(Reserver).remote()
+
+
+def test_places_of_a_lost_controller_of_trainings_are_freed_and_those_of_others_stay(local_ray):
+    import ray
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    lost, other = reserver(), reserver()
+    names = ray.get(lost.reserve.remote(0.21)), ray.get(other.reserve.remote(0.22))
+
+    def states():
+        return [placement_group_table()[name]["state"] for name in names]
+
+    ray.kill(lost)
+    time.sleep(1)
+    assert states() == ["CREATED", "CREATED"], "Ray keeps what the actor had reserved"
+    free_places(PoolOptions(TRAINERS, object, 2, 0.21, 0.0, restarts=0))
+    deadline = time.monotonic() + 20
+    while states()[0] != "REMOVED" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert states() == ["REMOVED", "CREATED"]
+    remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(names[1]))))
+    ray.kill(other)
