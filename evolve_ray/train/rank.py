@@ -6,6 +6,7 @@ the same pairs in the same order.
 """
 
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ class Rank:
         self.model.load(folder, frozen=frozen)
         self.reader.config, self.reader.chunked = self.model.module.config, self.model.chunked
         if self.collectives.rank == 0:
-            self.spec.run.event("model_loaded", iteration=self.spec.iteration, key=self.spec.checkpoint.key)
+            fields = {"iteration": self.spec.iteration, "key": self.spec.checkpoint.key}
+            self.spec.run.event("model_loaded", **fields, pid=os.getpid())
 
     def run(self) -> None:
         """Does the whole training, from the pairs to the committed checkpoint."""

@@ -152,16 +152,18 @@ def run_rank(spec: TrainSpec, error_file: Path) -> bool:
     """One training of a rank; returns whether it is done.
 
     Ray Train restarts the group after any error. That is right if a rank is lost, which the other ranks see as a RuntimeError of
-    a collective operation, or if the actor of Ray Train that synchronises the ranks is lost. Any other error would only happen
-    again, so it is written to a file and ends the group. A full disk and a full memory also end it, although torch raises
+    a collective operation, or as any error at all once Ray Train takes their process group away, or if the actor of Ray Train that
+    synchronises the ranks is lost. Any other error would only happen again, so it is written to a file and ends the group. A full disk and a full memory also end it, although torch raises
     RuntimeErrors for them too.
     """
     if error_file.exists():
         return False
     from ray.exceptions import RayActorError
+    from torch import distributed
 
     from evolve_ray.train.rank import Rank
 
+    joined = distributed.is_initialized()
     try:
         Rank(spec).run()
     except Exception as error:
@@ -173,7 +175,7 @@ def run_rank(spec: TrainSpec, error_file: Path) -> bool:
                 "lower training.micro_pairs or trainer.max_tokens, set trainer.gradient_checkpointing, use more "
                 "trainer.workers, or offload with trainer.deepspeed; jobs/iterate.py --plan shows what fits"
             )
-        elif isinstance(error, RuntimeError | RayActorError):
+        elif isinstance(error, RuntimeError | RayActorError) or (joined and not distributed.is_initialized()):
             raise
         packed = pack(error) if isinstance(error, EvolveError) else {"traceback": traceback.format_exc()}
         write_atomic(error_file, json.dumps(packed).encode())

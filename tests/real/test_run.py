@@ -80,6 +80,13 @@ def test_training_changed_the_weights_and_lowered_the_loss(small):
     assert before.files["model.safetensors"]["sha256"] != after.files["model.safetensors"]["sha256"]
 
 
+def test_activation_and_iteration_trained_on_one_worker_group(small):
+    loaded = [(event["iteration"], event["pid"]) for event in small.events() if event["event"] == "model_loaded"]
+    assert {iteration for iteration, _ in loaded} == {0, 1}
+    assert len({pid for _, pid in loaded}) == 1, "the process of rank 0 outlived the first training"
+    assert not (small.run / ".ray-train").exists()
+
+
 def test_a_second_call_recomputes_nothing_and_is_quick(small):
     before = {path: path.stat().st_mtime_ns for path in small.run.rglob("*/MANIFEST.json")}
     started = time.monotonic()

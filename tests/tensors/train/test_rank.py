@@ -333,6 +333,21 @@ def test_rank_whose_peer_or_meeting_point_is_lost_keeps_no_error_so_that_the_gro
     assert not run_worker(monkeypatch, tmp_path, fail).exists()
 
 
+def test_any_error_of_a_rank_whose_process_group_was_taken_away_is_that_of_a_lost_peer(monkeypatch, tmp_path):
+    joined = [True]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: joined[0])
+
+    def fail():
+        joined[0] = False
+        raise AssertionError("DeepSpeed backend not set")
+
+    monkeypatch.setattr(Rank, "__init__", lambda self, spec: None)
+    monkeypatch.setattr(Rank, "run", lambda self: fail())
+    with pytest.raises(AssertionError):
+        run_rank(SimpleNamespace(), tmp_path / "error.json")
+    assert not (tmp_path / "error.json").exists()
+
+
 class Group(Actors):
     """A worker group whose every training ends with one error; `restarts` of its ranks come before that."""
 
