@@ -151,10 +151,10 @@ def worker(config: dict) -> None:
 def run_rank(spec: TrainSpec, error_file: Path) -> bool:
     """One training of a rank; returns whether it is done.
 
-    Ray Train restarts the group after any error. That is right if a rank is lost, which the other ranks see as a RuntimeError of
-    a collective operation, or as any error at all once Ray Train takes their process group away, or if the actor of Ray Train that
-    synchronises the ranks is lost. Any other error would only happen again, so it is written to a file and ends the group. A full disk and a full memory also end it, although torch raises
-    RuntimeErrors for them too.
+    Ray Train restarts the group after any error. That is right if a rank is lost: the other ranks see it as a RuntimeError of a
+    collective operation, or as any error at all once Ray Train has taken their process group away. It is also right if the actor
+    of Ray Train that synchronises the ranks is lost. Any other error would only happen again, so it is written to a file and ends
+    the group. A full disk and a full memory also end it, although torch raises RuntimeErrors for them too.
     """
     if error_file.exists():
         return False
