@@ -14,6 +14,7 @@ from evolve_ray.stages.mixed import mix
 from evolve_ray.stages.pairs import select
 from evolve_ray.stages.probe import probe
 from evolve_ray.stages.record import Record
+from evolve_ray.stages.second_training import train_models
 from evolve_ray.stages.training import train
 
 
@@ -35,6 +36,7 @@ def iterate(context: Context) -> dict[str, Any]:
         pairs = select(context, iteration, drafts, scores)
         mixed = mix(context, iteration, pairs)
         previous, policy = policy, train(context, iteration, policy, mixed, context.config.training, "checkpoint")
+        context.models = train_models(context, iteration, drafts, scores)
         # Before the evaluation: engines that hold the wrong weights must not evaluate.
         figures = probe(context, iteration, policy, previous)
         model = evaluate(context, iteration, policy, f"iteration {iteration}") | {"probe": figures}

@@ -48,7 +48,8 @@ def main(arguments: list[str]) -> int:
 def explain(run: Path, wanted: str) -> dict[str, Any]:
     """Returns all that the run stores about the pair whose id begins with `wanted`; checks the hash of every file it reads."""
     config = read_config(run)
-    pairs, pair = find_pair(run, wanted)
+    tables = PAIRS | {f"{name}_pairs": "scores" for name in config.models}
+    pairs, pair = find_pair(run, wanted, tables)
     iteration = int(pairs.folder.parent.name.removeprefix("iteration-"))
     explanation: dict[str, Any] = {
         "pair": pair,
@@ -59,7 +60,7 @@ def explain(run: Path, wanted: str) -> dict[str, Any]:
         "verifier": resolved(config.verifier),
     }
     manifests = {pairs.folder.name: pairs}
-    scores_name = PAIRS[pairs.folder.name]
+    scores_name = tables[pairs.folder.name]
     if scores_name is None:
         explanation["source"] = source(config, pairs.folder.name)
     else:
@@ -72,7 +73,7 @@ def explain(run: Path, wanted: str) -> dict[str, Any]:
     explanation["replayed"] = replayed(run, pairs, pair)
     rows_of_training = trained_rows(pairs)
     explanation["reference"] = reference(rows_of_training, pair, manifests)
-    for name in TRAINED:
+    for name in trainings_of(config):
         trained = read_manifest(pairs.folder.parent / name)
         if trained is not None and trained.inputs.get("pairs") == rows_of_training.identity:
             manifests[name] = trained
@@ -94,12 +95,17 @@ def read_config(run: Path) -> Config:
         raise IntegrityError(f"{path}: is damaged; submit the run's command again to rewrite it") from None
 
 
-def find_pair(run: Path, wanted: str) -> tuple[Manifest, dict]:
+def trainings_of(config: Config) -> tuple[str, ...]:
+    """The stages that train on a table of pairs, those of further models too."""
+    return (*TRAINED, *(f"{name}_checkpoint" for name in config.models))
+
+
+def find_pair(run: Path, wanted: str, tables: dict[str, str | None]) -> tuple[Manifest, dict]:
     """Returns the manifest of a table of pairs, and its one pair whose id begins with `wanted`."""
     matches: dict[str, Manifest] = {}
     all_ids: list[str] = []
     for folder in sorted(run.glob("iteration-*/*")):
-        manifest = read_manifest(folder) if folder.name in PAIRS else None
+        manifest = read_manifest(folder) if folder.name in tables else None
         if manifest is not None:
             ids = pq.read_table(checked(manifest, "pairs.parquet"), columns=["pair_id"]).column("pair_id").to_pylist()
             all_ids += ids
@@ -192,7 +198,7 @@ def fate(draft: dict, pair: dict, prompt_pairs: list[dict], reason: str) -> str:
 def model_path(run: Path, hash_: str) -> str:
     """Returns the path of the model with this content hash: a checkpoint of the run, or the path in its report."""
     for folder in sorted(run.glob("iteration-*/*")):
-        if folder.name in ("checkpoint", "activation") and read_manifest(folder) and content_hash(folder) == hash_:
+        if folder.name.endswith(("checkpoint", "activation")) and read_manifest(folder) and content_hash(folder) == hash_:
             return str(folder)
     try:
         models = json.loads((run / "report.json").read_bytes())["models"]
@@ -237,7 +243,9 @@ def source(config: Config, table: str) -> dict[str, Any]:
 
 def reference(pairs: Manifest, pair: dict, manifests: dict[str, Manifest]) -> dict[str, Any] | None:
     """Returns the pair's stored log-probabilities under the reference policy (nats, sums over response tokens), or None."""
-    manifest = read_manifest(pairs.folder.parent / "reference")
+    table = pairs.folder.name
+    name = table.removesuffix("pairs") + "reference" if table.endswith("_pairs") and table not in PAIRS else "reference"
+    manifest = read_manifest(pairs.folder.parent / name)
     if manifest is None or manifest.inputs.get("pairs") != pairs.identity:
         return None
     manifests["reference"] = manifest
@@ -285,7 +293,7 @@ def text(explanation: dict[str, Any]) -> str:
         lines += [f"reference {stored['policy']}, model {str(stored['model'])[:16]}, nats:"]
         lines += [f"  {name} {value:.4f}" for name, value in logps.items()]
     for name, part in explanation["manifests"].items():
-        lines += [f"{'used to train' if name in TRAINED else 'from'} {part['folder']}, identity {part['identity'][:16]}"]
+        lines += [f"{'used to train' if name.endswith(TRAINED) else 'from'} {part['folder']}, identity {part['identity'][:16]}"]
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 import difflib
 import re
 
-from evolve_ray.config.options import Config, Training, texts_in_view, trainings
+from evolve_ray.config.options import Config, Selection, Training, texts_in_view, trainings
 from evolve_ray.config.parse import Reader, describe, pattern_fault
 
 TRACKERS = ("tensorboard", "mlflow", "wandb")
@@ -62,7 +62,8 @@ def check_together(config: Config, reader: Reader) -> None:
                 if getattr(training, field_name):
                     reader.fail(f"{name}.{field_name}", f"has no effect with objective {objective!r}; remove it")
     check_lineage(config, reader)
-    check_rows_of_turns(config, reader)
+    check_rows_of_turns(config.selection, config.training, "", reader)
+    check_models(config, reader)
     strategy = config.strategy
     width = {"chain": 1, "few_shot": 1, "feedback": 1, "critique": strategy.critiques}.get(strategy.name, strategy.samples)
     alone = width == 1 and ":" not in strategy.name
@@ -136,6 +137,7 @@ def check_together(config: Config, reader: Reader) -> None:
         paths = [config.model.path, config.prompts.path, config.scorer.model, *config.evaluation.splits.values()]
         paths += [part.path for part in (config.activation, config.offline) if part]
         paths += [member.removeprefix("reward_model=") for member in config.scorer.members]
+        paths += [model.path for model in config.models.values()]
         for path in paths:
             if path.startswith("toy:"):
                 reader.fail("toy", f"{path!r} is part of the tiny world; add a [toy] table to the recipe")
@@ -165,16 +167,37 @@ def check_lineage(config: Config, reader: Reader) -> None:
         reader.fail("training.given", "takes rows of the [activation] triples, and there is no such table; add it")
 
 
-def check_rows_of_turns(config: Config, reader: Reader) -> None:
-    """Fails if a selection makes rows of turns that the objective would not learn as they are."""
-    selection, training = config.selection, config.training
+def check_models(config: Config, reader: Reader) -> None:
+    """Raises `UserError` if a further model is one that nobody asks, or if its training does not fit."""
+    for name, model in config.models.items():
+        table = f"models.{name}"
+        if name in ("policy", "initial"):
+            reader.fail(table, "is the name of the policy itself; use another name")
+        if ":" not in config.strategy.name:
+            fault = f"is asked by no one: strategy {config.strategy.name!r} asks the policy alone; use a strategy of your own"
+            reader.fail(table, fault)
+        if (model.selection is None) != (model.training is None):
+            missing = "selection" if model.selection is None else "training"
+            reader.fail(f"{table}.{missing}", "is missing: a model is trained on rows that its selection makes; set both or none")
+        if model.selection is None or model.training is None:
+            continue
+        if model.training.objective == "policy_gradient":
+            reader.fail(f"{table}.training.objective", "is 'policy_gradient', which is for the policy alone; use another one")
+        check_rows_of_turns(model.selection, model.training, f"{table}.", reader)
+
+
+def check_rows_of_turns(selection: Selection, training: Training, table: str, reader: Reader) -> None:
+    """Fails if a selection makes rows of turns that the objective would not learn as they are; `table` stands before both."""
     alone = selection.name == "reflections" and selection.args.get("form") == "alone" and ":" not in training.objective
     if alone and (training.objective != "sft" or training.refine_weight):
         reader.fail(
-            "selection.args.form", "is 'alone', whose rows prefer nothing; set training.objective 'sft' with refine_weight 0"
+            f"{table}selection.args.form",
+            "is 'alone', whose rows prefer nothing; set training.objective 'sft' with refine_weight 0",
         )
-    turns = [table.get("turns", 2) for table in (selection.args, training.objective_args)]
+    turns = [part.get("turns", 2) for part in (selection.args, training.objective_args)]
     if (selection.name, training.objective) == ("trajectories", "turns_dpo") and turns[0] != turns[1]:
-        reader.fail("selection.args.turns", f"is {turns[0]}, but training.objective_args.turns is {turns[1]}; set both alike")
+        reader.fail(
+            f"{table}selection.args.turns", f"is {turns[0]}, but training.objective_args.turns is {turns[1]}; set both alike"
+        )
     if selection.whole and ":" not in selection.whole:
-        reader.fail("selection.whole", f"is {selection.whole!r}, but must be 'module:Name'")
+        reader.fail(f"{table}selection.whole", f"is {selection.whole!r}, but must be 'module:Name'")

@@ -31,6 +31,8 @@ def tables(kind: type = Config, dotted: str = "") -> list[tuple[str, type, bool]
     for name, hint in typing.get_type_hints(kind).items():
         optional = isinstance(hint, types.UnionType)
         table = next((part for part in typing.get_args(hint) if part is not type(None)), hint) if optional else hint
+        if typing.get_origin(hint) is dict and dataclasses.is_dataclass(typing.get_args(hint)[1]):
+            name, table, optional = f"{name}.NAME", typing.get_args(hint)[1], True
         if dataclasses.is_dataclass(table):
             full_name = f"{dotted}.{name}" if dotted else name
             all_tables += [(full_name, typing.cast(type, table), optional), *tables(typing.cast(type, table), full_name)]

@@ -9,7 +9,8 @@ from evolve_ray.config.options import Config
 from evolve_ray.config.parse import Reader, parse_value, set_value
 from evolve_ray.errors import IntegrityError, UserError
 
-OPTIONAL = ("toy", "activation", "offline", "verifier", "refresh")  # tables that `TABLE=none` on the command line removes
+# Tables that `TABLE=none` on the command line removes.
+OPTIONAL = ("toy", "activation", "offline", "verifier", "refresh", "models")
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

@@ -10,6 +10,7 @@ from evolve_ray.config.data_options import Model, Prompts, Template, Thinking, T
 from evolve_ray.config.draft_options import Engine, Sampling, Scorer, Selection, Strategy, Verifier
 from evolve_ray.config.option import option, section
 from evolve_ray.config.run_options import Controller, Evaluation, Probe, RayOptions, Trackers
+from evolve_ray.config.second_options import SecondModel
 from evolve_ray.config.serve_options import Serve
 from evolve_ray.config.training_options import Preferences, Refresh, Trainer, Training
 
@@ -37,6 +38,7 @@ class Config:
     selection: Selection = section(Selection)
     training: Training = section(Training)
     trainer: Trainer = section(Trainer)
+    models: dict[str, SecondModel] = field(default_factory=dict, metadata={"later": True})
     evaluation: Evaluation = section(Evaluation)
     probe: Probe = section(Probe)
     controller: Controller = section(Controller)
@@ -53,4 +55,5 @@ def texts_in_view(strategy: Strategy) -> int:
 def trainings(config: Config) -> list[tuple[str, Training]]:
     """(name of the table, training) of every training of a recipe."""
     parts = (("activation", config.activation), ("offline", config.offline), ("refresh", config.refresh))
-    return [("training", config.training), *((f"{name}.training", part.training) for name, part in parts if part)]
+    second = [(f"models.{name}.training", part.training) for name, part in config.models.items() if part.training]
+    return [("training", config.training), *((f"{name}.training", part.training) for name, part in parts if part), *second]

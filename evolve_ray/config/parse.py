@@ -55,6 +55,8 @@ class Reader:
             hint = next(part for part in typing.get_args(hint) if part is not type(None))
         if dataclasses.is_dataclass(hint):
             return self.build(typing.cast(type, hint), value, dotted)
+        if typing.get_origin(hint) is dict:
+            return self.build_named(typing.get_args(hint)[1], value, dotted)
         if hint is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value) is not hint:
@@ -76,6 +78,15 @@ class Reader:
             allowed = f"one of {', '.join(bounds['choices'])}" + (" or module:Name" if bounds["plug"] else "")
             self.fail(dotted, f"is {value!r}, but must be {allowed}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
         return value
+
+    def build_named(self, cls: type, tree: Any, dotted: str) -> dict[str, Any]:
+        """Tables of one kind by the names that the recipe gives them."""
+        if not isinstance(tree, dict):
+            self.fail(dotted, f"is {describe(tree)}, but must be tables with names of your own, [{dotted}.NAME]")
+        for name in tree:
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+                self.fail(join(dotted, name), "the name must be of small letters, digits and _, a letter first; rename it")
+        return {name: self.build(cls, part, join(dotted, name)) for name, part in tree.items()}
 
     def check_free(self, value: Any, dotted: str) -> None:
         """A table that is passed on to a library may only hold values of JSON, since it is stored in config.json."""

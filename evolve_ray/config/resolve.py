@@ -11,6 +11,8 @@ def resolved(part: Any, *, runtime: bool = True) -> Any:
 
     `runtime=False` is for stage keys: it leaves out the runtime options, and the `later` options that have their defaults.
     """
+    if isinstance(part, dict) and any(map(dataclasses.is_dataclass, part.values())):  # tables with names of their own
+        return {name: resolved(value, runtime=runtime) for name, value in part.items()}
     if not dataclasses.is_dataclass(part):
         return part
     return {

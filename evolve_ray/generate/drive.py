@@ -4,9 +4,10 @@ A finished response goes to its strategy at once, and the next asks of the strat
 the same input gives the same schedule.
 """
 
-import dataclasses
+import difflib
 import heapq
 import itertools
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,9 +15,19 @@ from typing import Any
 
 from evolve_ray.config.plugs import blame, is_own, short
 from evolve_ray.errors import UserError
-from evolve_ray.generate.draft_rows import draft_of, mark_returned, row_of_prompt
-from evolve_ray.generate.requests import check_request
+from evolve_ray.generate.draft_rows import (
+    as_read,
+    draft_of,
+    draft_row,
+    given_row,
+    in_order,
+    mark_returned,
+    row_of_prompt,
+    skipped_row,
+)
+from evolve_ray.generate.requests import check_request, line_of
 from evolve_ray.generate.scorer_requests import ScorerRequests
+from evolve_ray.generate.second import Answer, SecondModel
 from evolve_ray.generate.spec import Completion, Engine
 from evolve_ray.refine.asked import stores_messages
 from evolve_ray.refine.asks import Ask, Draft, Given, Judge, LogProb, Made, Score, Skip, Strategy, Verdict, Verify
@@ -49,6 +60,8 @@ class Place:
 
 
 DONE, LATER = object(), object()
+TOKENS = ("num_prompt_tokens", "num_cached_tokens", "num_tokens")
+BRIEFLY = 0.005  # seconds between two looks where several kinds of answers are waited for
 READ = {"max_tokens": 1, "prompt_logprobs": 0}  # the sampling of a text whose log-probability is asked
 
 
@@ -68,33 +81,45 @@ class Drive:
         self.gives_row = False  # whether the strategy takes the prompt's row
         self.verify: Callable[[dict, str], float] | None = None  # the verifier's value of (prompt, response)
         self.read: Callable[[Completion], dict] = lambda completion: {}  # what a row says of a response beside its text
+        self.models: dict[str, SecondModel] = {}  # by name
         self.pending: dict[str, tuple[Chain, Ask, Place]] = {}  # by request id
+        self.elsewhere: dict[str, tuple[Chain, Ask, Place]] = {}  # by request id: asks to second models
         self.queue: list[tuple[int, int, str, list[int], int]] = []  # a heap: round, arrival, request id, prompt ids, seed
         self.reading: dict[str, tuple[Chain, int]] = {}  # by request id: texts whose log-probability is asked; context tokens
         self.arrivals, self.num_submitted = itertools.count(), 0
         self.waiting_for_scores: dict[int, Chain] = {}
-        names = ("num_asks", "num_answers", "num_steps", "num_judged", "num_prompt_tokens", "num_cached_tokens", "num_tokens")
-        self.stats = dict.fromkeys(names, 0)
+        self.stats = dict.fromkeys(("num_asks", "num_answers", "num_steps", "num_judged", *TOKENS), 0)
 
     def run(self, prompts: list[dict], start: Callable[..., Strategy]) -> tuple[list[dict], list[dict], dict]:
         """Runs `start(prompt)` for each prompt; returns (generation rows in canonical order, rejected rows, counts)."""
         chains = [Chain(prompt, self.start(prompt, start)) for prompt in prompts]
         for chain in chains:
             self.advance(chain, None)
-        while self.pending or self.reading or self.waiting_for_scores:
+        while self.pending or self.reading or self.waiting_for_scores or self.elsewhere:
             if self.pending or self.reading:
                 self.submit_queued()
                 self.stats["num_steps"] += 1
                 for completion in self.engine.step():
                     self.receive(completion)
-            if self.waiting_for_scores:
-                assert self.scorer is not None
-                for key, scores in self.scorer.finished(wait=not self.pending and not self.reading):
-                    self.advance(self.waiting_for_scores.pop(key), scores)
-        generated = [row for chain in chains if not chain.problem for row in in_order(chain)]
+            self.receive_others()
+        generated = [row for chain in chains if not chain.problem for row in in_order(chain.rows, chain.order)]
         rejected = [rows.reject(chain.prompt, "generations", chain.problem) for chain in chains if chain.problem]
         self.stats["num_answers"] = sum(row["kind"] == "answer" for row in generated)
         return generated, rejected, self.stats
+
+    def receive_others(self) -> None:
+        """Goes on where scores or answers of second models have come; waits for one if the engine has nothing to do."""
+        asked = {ask.model for _, ask, _ in self.elsewhere.values()}
+        idle, kinds = not self.pending and not self.reading, len(asked) + bool(self.waiting_for_scores)
+        if self.waiting_for_scores:
+            assert self.scorer is not None
+            for key, scores in self.scorer.finished(wait=idle and kinds == 1):
+                self.advance(self.waiting_for_scores.pop(key), scores)
+        for name in sorted(asked):
+            for request_id, answer in self.models[name].finished(wait=idle and kinds == 1):
+                self.receive_answer(request_id, answer)
+        if idle and kinds > 1:
+            time.sleep(BRIEFLY)
 
     def start(self, prompt: dict, start: Callable[..., Strategy]) -> Strategy:
         """The strategy of a prompt. Raises UserError if it is no generator."""
@@ -143,16 +168,12 @@ class Drive:
             return
         chain.expects_list = isinstance(request, list)
         asks = request if isinstance(request, list) else [request]
-        encoded = [self.encode(ask) + self.prefix_ids(ask) for ask in asks]
+        for ask in asks:
+            self.check_model(chain, ask)
+        encoded = [[] if ask.model else self.encode(ask) + self.prefix_ids(ask) for ask in asks]
         for ask, ids in zip(asks, encoded, strict=True):
-            max_tokens = ask.max_tokens or spec.sampling.max_tokens
-            if len(ids) + max_tokens > spec.context_tokens:
-                chain.problem = (
-                    f"ask of round {ask.round} has {len(ids)} tokens; with {'its' if ask.max_tokens else 'sampling.'}"
-                    f"{' ' if ask.max_tokens else ''}max_tokens {max_tokens} that is beyond model.context_tokens "
-                    f"{spec.context_tokens}"
-                )
-                chain.strategy.close()
+            if problem := too_long(ask, len(ids), spec):
+                self.give_up(chain, problem)
                 return
         chain.num_pending, chain.answers = len(asks), [None] * len(asks)
         for position, (ask, ids) in enumerate(zip(asks, encoded, strict=True)):
@@ -165,16 +186,35 @@ class Drive:
             number = chain.num_asked.total()
             seed = rows.derive_seed(spec.seed, spec.scope, prompt_id, ask.sample, ask.round, *kind, *again)
             request_id = "/".join(map(str, (prompt_id, ask.sample, ask.round, *kind, *again, position)))
-            self.pending[request_id] = (chain, ask, Place(position, seed, number, again))
-            heapq.heappush(self.queue, (ask.round, next(self.arrivals), request_id, ids, seed))
+            asked = (chain, ask, Place(position, seed, number, again))
+            if ask.model:
+                self.elsewhere[request_id] = asked
+                self.models[ask.model].ask(request_id, ask, seed)
+            else:
+                self.pending[request_id] = asked
+                heapq.heappush(self.queue, (ask.round, next(self.arrivals), request_id, ids, seed))
+
+    def give_up(self, chain: Chain, problem: str) -> None:
+        """Rejects the prompt of a chain."""
+        chain.problem = problem
+        chain.strategy.close()
+
+    def check_model(self, chain: Chain, ask: Ask) -> None:
+        """Raises UserError if an ask names a model that the recipe does not have."""
+        if ask.model and ask.model not in self.models:
+            nearest = difflib.get_close_matches(ask.model, self.models, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"[models] has {', '.join(self.models) or 'none'}"
+            raise UserError(
+                f"strategy.name: {self.spec.strategy.name!r}, prompt {chain.prompt['prompt_id']}: asks the model {ask.model!r}; "
+                f"{hint}{line_of(chain.strategy)}"
+            )
 
     def ask_logprob(self, chain: Chain, request: LogProb) -> None:
         """Queues a text whose log-probability a strategy asks for."""
         context = self.encode(Ask(request.messages, 0, 1))
         ids = [*context, *self.response_ids(request.text, request.finished)]
         if len(ids) >= self.spec.context_tokens:
-            chain.problem = f"a LogProb has {len(ids)} tokens; model.context_tokens is {self.spec.context_tokens}"
-            chain.strategy.close()
+            self.give_up(chain, f"a LogProb has {len(ids)} tokens; model.context_tokens is {self.spec.context_tokens}")
             return
         arrival = next(self.arrivals)
         request_id = f"{chain.prompt['prompt_id']}/logprob/{arrival}"
@@ -267,83 +307,43 @@ class Drive:
             self.receive_logprob(completion)
             return
         chain, ask, place = self.pending.pop(completion.request_id)
-        details: dict[str, Any] = {}
-        if ask.prefix:
-            given = self.prefix_ids(ask)
-            ids = (*given, *completion.token_ids) if completion.token_ids else ()
-            completion = dataclasses.replace(completion, text=ask.prefix + completion.text, token_ids=ids)
-            details = {"num_prefix_tokens": len(given)} | ({"token_ids": list(ids)} if ids else {})
-        details |= self.read(completion)
-        completion = dataclasses.replace(completion, text=details.pop("text", completion.text))
-        row = draft_row(completion, chain.prompt, ask, place.seed, self.spec.model_hash, place.again) | details
+        completion, details = as_read(completion, ask, self.prefix_ids(ask), self.read)
+        self.take(chain, ask, place, completion, details, self.spec.model_hash)
+
+    def receive_answer(self, request_id: str, answer: Answer) -> None:
+        """Takes the response of a second model."""
+        self.beat()
+        chain, ask, place = self.elsewhere.pop(request_id)
+        if answer.completion is None:
+            self.give_up(chain, answer.problem)
+        else:
+            self.take(chain, ask, place, answer.completion, answer.details, self.models[ask.model].model_hash)
+
+    def take(self, chain: Chain, ask: Ask, place: Place, completion: Completion, details: dict, model_hash: str) -> None:
+        """Adds the row of a response to its chain, whose strategy continues when all its responses are there."""
+        row = draft_row(completion, chain.prompt, ask, place.seed, model_hash, place.again) | details
         if stores_messages(self.spec.strategy):
             row["messages"] = list(ask.messages)
         chain.order[row["draft_id"]] = place.number
-        for name in ("num_prompt_tokens", "num_cached_tokens", "num_tokens"):
-            self.stats[name] += getattr(completion, name)
-        self.stats["num_asks"] += 1
+        counts = {"num_asks": 1} | {name: getattr(completion, name) for name in TOKENS}
+        for name, count in counts.items():
+            self.stats[name] += count
+            if ask.model:
+                of_model = f"{name}_of_{ask.model}"
+                self.stats[of_model] = self.stats.get(of_model, 0) + count
         chain.rows.append(row)
         chain.answers[place.position] = draft_of(row, completion.stopped_at)
         chain.num_pending -= 1
-        if chain.num_pending == 0:
+        if chain.num_pending == 0 and not chain.problem:
             self.advance(chain, list(chain.answers) if chain.expects_list else chain.answers[0])
 
 
-def in_order(chain: Chain) -> list[dict]:
-    """A prompt's rows by sample, then round; a critique stands before the answer of its round, an earlier ask before a later."""
-    return sorted(
-        chain.rows,
-        key=lambda row: (row["sample"], row["round"], row["kind"] == "answer", chain.order.get(row["draft_id"], 0)),
+def too_long(ask: Ask, num_tokens: int, spec: Any) -> str:
+    """Why an ask of so many tokens has no room for its response; "" if it has."""
+    max_tokens = ask.max_tokens or spec.sampling.max_tokens
+    if num_tokens + max_tokens <= spec.context_tokens:
+        return ""
+    return (
+        f"ask of round {ask.round} has {num_tokens} tokens; with {'its ' if ask.max_tokens else 'sampling.'}max_tokens "
+        f"{max_tokens} that is beyond {spec.table}.context_tokens {spec.context_tokens}"
     )
-
-
-def draft_row(
-    completion: Completion, prompt: dict, ask: Ask, seed: int | None, model_hash: str | None, again: tuple[int, ...] = ()
-) -> dict:  # fmt: skip
-    """The generation row of a response; without a seed and a model hash for a draft that no model wrote.
-
-    `again` numbers the asks of one sample, round and kind from the second one on.
-    """
-    position = (prompt["prompt_id"], ask.sample, ask.round, ask.kind, *again)
-    return {
-        "draft_id": rows.content_id("draft", model_hash, *position, completion.text),
-        "prompt_id": prompt["prompt_id"],
-        "split": prompt["split"],
-        "sample": ask.sample,
-        "round": ask.round,
-        "kind": ask.kind,
-        "parent_id": ask.parent_id,
-        "text": completion.text,
-        "finish_reason": completion.finish_reason,
-        "num_prompt_tokens": completion.num_prompt_tokens,
-        "num_tokens": completion.num_tokens,
-        "seed": seed,
-        "model": model_hash,
-    }
-
-
-def skipped_row(last_row: dict, number: int, reason: str) -> dict:
-    """The row of round `number`, which a chain skipped after the draft of `last_row`: no text, no model, no tokens."""
-    return {name: value for name, value in last_row.items() if name not in rows.DRAFT_DETAILS.names} | {
-        "draft_id": rows.content_id("skipped", last_row["draft_id"], number),
-        "round": number,
-        "kind": "skipped",
-        "parent_id": last_row["draft_id"],
-        "text": "",
-        "finish_reason": reason,
-        "num_prompt_tokens": 0,
-        "num_tokens": 0,
-        "seed": None,
-        "model": None,
-    }
-
-
-def given_row(prompt: dict, spec: Any) -> dict:
-    """The row of a draft that comes with its prompt: it has no model, no seed and no tokens."""
-    if prompt.get("draft") is None:
-        raise UserError(
-            f"strategy.name: {spec.strategy.name!r} refines the drafts of its prompts, but {spec.prompts} has no column 'draft'; "
-            "add the column or use another strategy"
-        )
-    completion = Completion("", prompt["draft"], 0, 0, 0, "stop")
-    return draft_row(completion, prompt, Ask((), 0, 1), None, None)

@@ -86,6 +86,7 @@ PARTS: dict[type, tuple[tuple[str, Callable[[Any], bool], str], ...]] = {
             "a tuple of texts, none of them empty",
         ),
         ("prefix", is_text, "a text"),
+        ("model", is_text, "the name of a model of the recipe's [models], or an empty text"),
     ),
     LogProb: (("text", is_text, "a text"), ("finished", lambda value: isinstance(value, bool), "True or False")),
     Judge: (("drafts", are_drafts, "a tuple of Draft"),),

@@ -1,7 +1,7 @@
 """The interface between generation and an inference engine: requests, completions, and the spec of an actor."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from evolve_ray.config import options
@@ -69,3 +69,5 @@ class GenerateSpec:
     scope: int | str  # the iteration, or "evaluation"
     remote_scorer: RemoteScorer | None = None  # only for strategies that ask for scores
     verifier: options.Verifier | None = None  # only for strategies that ask the verifier
+    models: Mapping[str, Any] = field(default_factory=dict)  # `second.RemoteModel` by name, for strategies that ask them
+    table: str = "model"  # of the recipe, which names the model

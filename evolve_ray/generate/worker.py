@@ -8,7 +8,9 @@ from typing import Any
 
 from evolve_ray.config import options
 from evolve_ray.config.plugs import find_plug, takes, with_args
-from evolve_ray.generate.drive import Drive
+from evolve_ray.generate.draft_rows import as_read
+from evolve_ray.generate.drive import Drive, too_long
+from evolve_ray.generate.second import Answer
 from evolve_ray.generate.spec import Completion, Engine, GenerateSpec
 from evolve_ray.generate.vllm import ENGINE_ENV, VllmEngine
 from evolve_ray.models.chat import Chat
@@ -62,6 +64,7 @@ class Generator(ShardWorker):
             return strategy(prompt, spec.template, spec.strategy, **row)
 
         drive = Drive(self.engine, self.encode, spec, spec.remote_scorer.open() if spec.remote_scorer else None)
+        drive.models = {name: model.open() for name, model in spec.models.items()}
         drive.beat = self.beat
         drive.response_ids = lambda text, finished: self.chat.response_ids(text, finished=finished)
         drive.gives_row = takes(strategy, "row")
@@ -76,8 +79,33 @@ class Generator(ShardWorker):
             "num_cut": sum(row["finish_reason"] == "length" for row in generated),
         }
         stats |= count_details(generated)
+        stats |= {f"engine_seconds_of_{name}": round(model.seconds, 3) for name, model in drive.models.items()}
         self.start_seconds = 0.0
         return generated, rejected, stats
+
+    def answer(self, asks: list[tuple[str, Ask, int]]) -> tuple[list[tuple[str, Answer]], float]:
+        """(request id, answer) for each (request id, ask, seed) of strategies that run beside another model; the seconds."""
+        started = time.monotonic()
+        answers: list[tuple[str, Answer]] = []
+        waiting: list[tuple[str, Ask, int, list[int], int]] = []
+        for request_id, ask, seed in asks:
+            prefix = self.chat.response_ids(ask.prefix, finished=False) if ask.prefix else []
+            ids = [*self.encode(ask), *prefix]
+            if problem := too_long(ask, len(ids), self.spec):
+                answers.append((request_id, Answer(None, problem=problem)))
+            else:
+                waiting.append((request_id, ask, seed, ids, len(prefix)))
+        running: dict[str, tuple[Ask, list[int]]] = {}
+        with dead_engine_ends_actor():
+            while waiting or running:
+                while waiting and len(running) < self.spec.engine.max_num_seqs:
+                    request_id, ask, seed, ids, num_prefix = waiting.pop(0)
+                    running[request_id] = (ask, ids[len(ids) - num_prefix :])
+                    self.engine.submit(request_id, ids, seed, **({"sampling": ask.sampling} if ask.sampling else {}))
+                for completion in self.engine.step():
+                    ask, prefix = running.pop(completion.request_id)
+                    answers.append((completion.request_id, Answer(*as_read(completion, ask, prefix, self.read))))
+        return answers, time.monotonic() - started
 
     def verify(self, prompt: dict, text: str) -> float:
         assert self.verifier is not None
@@ -160,10 +188,10 @@ def dead_engine_ends_actor() -> Iterator[None]:
         raise
 
 
-def engine_pool(engine: options.Engine) -> PoolOptions:
-    """The pool of engines that the recipe asks for."""
+def engine_pool(engine: options.Engine, name: str = "engines") -> PoolOptions:
+    """The pool of engines that the recipe asks for; of a second model under another name."""
     return PoolOptions(
-        name="engines",
+        name=name,
         worker=Generator,
         actors=engine.actors,
         cpus=engine.cpus_per_actor,

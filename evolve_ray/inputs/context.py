@@ -48,6 +48,8 @@ class Context:
     reward_models: dict[str, Policy] = field(default_factory=dict)  # by their names in the recipe
     judge: Policy | None = None  # the model of a judge with an engine of its own, if it is none of the policies
     initial: Policy | None = None  # the policy that iteration 1 starts from
+    models: dict[str, Policy] = field(default_factory=dict)  # further models by name, the newest of each
+    first_models: dict[str, Policy] = field(default_factory=dict)  # those that the recipe names
     prompts: dict[int, Manifest] = field(default_factory=dict)  # by iteration
     triples: dict[str, Manifest] = field(default_factory=dict)  # by table of the recipe: "activation", "offline"
     held_out: Manifest | None = None
@@ -151,5 +153,6 @@ class Context:
         folder = self.run.iteration(iteration)
         folder.mkdir(parents=True, exist_ok=True)  # iteration 0 may have no stage: no held-out prompts, no preference triples
         order = ("held_out", "base_evaluation", "activation_pairs", "offline_pairs", "prompts", "generations", "scores", "pairs")
-        parts = [folder / name / "rejected.jsonl" for name in (*order, "evaluation")]
+        second = [f"{name}_pairs" for name in self.config.models]
+        parts = [folder / name / "rejected.jsonl" for name in (*order, *second, "evaluation")]
         write_atomic(folder / "rejected.jsonl", (block for part in parts if part.exists() for block in blocks(part)))

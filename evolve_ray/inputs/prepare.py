@@ -78,7 +78,8 @@ def begin(
     policy = Policy(folder, folders.content_hash(folder))
     field = reward_model_field(config.scorer)
     reward_models = {name: folders.resolve(toy.get(name, name), field) for name in reward_model_names(config.scorer)}
-    rendering = settle_rendering(config, run, [folder, *reward_models.values()])
+    second = {name: folders.resolve(toy.get(part.path, part.path), f"models.{name}.path") for name, part in config.models.items()}
+    rendering = settle_rendering(config, run, [folder, *reward_models.values(), *second.values()])
     template = dataclasses.replace(template, rendering=rendering)
     found = [] if model else [check_model(policy, policy_need(config, rendering), run, say)]
     context = Context(config, run, say, start_ray, rerun_changed, template, policy, changed=changed)
@@ -88,6 +89,11 @@ def begin(
         found.append(check_model(Policy(folder, content), need, run, say))
         # Its scores are those of the day that its template prints, so the day is part of what it is.
         context.reward_models[name] = Policy(folder, rows.digest([content, rendering.day]) if asks_date(folder) else content)
+    for name, folder in second.items():
+        need = second_need(config, name, rendering.for_reward_model)
+        context.models[name] = Policy(folder, folders.content_hash(folder))
+        found.append(check_model(context.models[name], need, run, say))
+    context.first_models = dict(context.models)
     name = local_judge(config.scorer)
     if name and name not in ("policy", "initial"):
         folder = folders.resolve(toy.get(name, name), "scorer.args.model")
@@ -108,6 +114,13 @@ def policy_need(config: Config, rendering: Rendering, field: str = "model.path")
     """What a recipe asks of its policy; `field` is the option or argument that names the model."""
     length = config.model.context_tokens
     return gate.Need(field, length, "model.context_tokens", config.model.dtype, rendering=rendering)
+
+
+def second_need(config: Config, name: str, rendering: Rendering) -> gate.Need:
+    """What a recipe asks of a further model, which renders conversations by its own template."""
+    own = config.models[name].context_tokens
+    length, option = (own, f"models.{name}.context_tokens") if own else (config.model.context_tokens, "model.context_tokens")
+    return gate.Need(f"models.{name}.path", length, option, config.model.dtype, rendering=rendering)
 
 
 def reward_model_need(config: Config, rendering: Rendering) -> gate.Need:

@@ -65,7 +65,9 @@ def can_place(config: Config, cluster: Cluster, engines: int) -> bool:
     """Returns whether every actor fits on a node, if the larger actors are placed first."""
     free = [float(cluster.gpus_per_node)] * cluster.nodes
     scorers = config.scorer.actors if config.scorer.name != "verifier" else 0
-    for size in sorted([config.engine.gpus_per_actor] * engines + [config.scorer.gpus_per_actor] * scorers, reverse=True):
+    second = [model.engine(config.engine) for model in config.models.values()]
+    sizes = [config.engine.gpus_per_actor] * engines + [config.scorer.gpus_per_actor] * scorers
+    for size in sorted([*sizes, *(part.gpus_per_actor for part in second for _ in range(part.actors))], reverse=True):
         node = next((number for number, free_gpus in enumerate(free) if free_gpus >= size - 1e-9), None)
         if node is None:
             return False

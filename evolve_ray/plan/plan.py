@@ -65,6 +65,10 @@ def plan(config: Config, run: Run, cluster: Cluster | None = None) -> tuple[str,
     lines += [f"held out   {name}: {describe_rows(rows)}" for name, rows in rows_by_split(config).items()]
     lines += [f"strategy   {config.strategy.name}, {drafts} drafts per prompt; scorer {config.scorer.name}"]
     lines += [f"engines    {config.engine.actors} x {config.engine.gpus_per_actor:g} GPU"]
+    for name, model in config.models.items():
+        trained = f"; objective {model.training.objective}" if model.training else ""
+        gpus = model.engine(config.engine).gpus_per_actor
+        lines.append(f"{name:<10} {model.path}, {model.actors} x {gpus:g} GPU{trained}")
     lines += [
         f"trainer    {config.trainer.workers} workers, ZeRO-3; objective {config.training.objective}"
         f"{start_words(config.training)}",
@@ -123,6 +127,8 @@ def stages(config: Config, iteration: int) -> list[str]:
     enabled |= {"reference": uses_reference(config.training), "probe": config.probe.prompts}
     enabled |= {"mixed": config.training.replay or config.training.given}
     names = [name for name in STAGES if enabled.get(name, True)]
+    second = [place for name, model in config.models.items() if model.training for place in second_stages(name, model.training)]
+    names[names.index("checkpoint") + 1 : names.index("checkpoint") + 1] = second
     if iteration == 0:
         enabled = {"activation_pairs": config.activation, "offline_pairs": config.offline}
         enabled |= {"reference": config.offline and uses_reference(config.offline.training)}
@@ -132,6 +138,11 @@ def stages(config: Config, iteration: int) -> list[str]:
     if not config.evaluation.splits:
         names = [name for name in names if "evaluation" not in name and name != "held_out"]
     return names
+
+
+def second_stages(name: str, training: Training) -> list[str]:
+    """The stages in which a further model is trained."""
+    return [f"{name}_pairs", *([f"{name}_reference"] if uses_reference(training) else []), f"{name}_checkpoint"]
 
 
 def uses_reference(training: Training) -> bool:

@@ -135,6 +135,11 @@ class Pools:
         one_node = more is None or sum(node["Alive"] for node in ray.nodes()) == 1
         return one_node and min(cpus, gpus) > -1e-9
 
+    def close_all(self, *, but: str) -> None:
+        """Ends the actors of every other pool."""
+        for name in [name for name in self._actors if name != but]:
+            self.close(name)
+
     def close(self, name: str) -> None:
         """Ends the actors of a pool."""
         actors = self._actors.pop(name, None)

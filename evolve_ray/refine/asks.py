@@ -33,7 +33,8 @@ class Ask:
     A response whose `kind` is not "answer" (a critique) is stored, but neither scored nor trained on.
 
     `temperature` and `max_tokens` replace the recipe's for this ask. The response ends before the first of the `stop` strings.
-    The model continues `prefix`, a beginning of its response: the draft's text is prefix and continuation.
+    The model continues `prefix`, a beginning of its response: the draft's text is prefix and continuation. `model` names a model
+    of the recipe's [models]; "" is the policy.
     """
 
     messages: Messages
@@ -45,6 +46,7 @@ class Ask:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     prefix: str = ""
+    model: str = ""
 
     @property
     def sampling(self) -> dict[str, Any]:

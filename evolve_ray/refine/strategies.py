@@ -199,6 +199,11 @@ def asks_scorer(options: Any) -> bool:
     return options.name == "best_of" or (options.name == "few_shot" and options.show == "best") or is_own(options.name)
 
 
+def asks_models(options: Any) -> bool:
+    """Whether a strategy may ask further models: one from outside this package may."""
+    return is_own(options.name)
+
+
 def refine_given(prompt: Prompt, template: Template, options: Any) -> Strategy:
     """A chain whose first draft comes with the prompt, not from the model."""
     draft = yield Given()

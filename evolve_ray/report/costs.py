@@ -240,6 +240,14 @@ STAGE = {
 }
 
 
+ASKED = {
+    "num_asks": "asks",
+    "num_prompt_tokens": "prompt tokens",
+    "num_tokens": "generated tokens",
+    "engine_seconds": "engine s",
+}
+
+
 def ledger(report: dict[str, Any], rejected: list[tuple]) -> str:
     """Rows, tokens and seconds of every stage, and the reasons why rows were rejected."""
     book = report.get("ledger") or {"stages": report["stages"], "iterations": []}
@@ -254,6 +262,14 @@ def ledger(report: dict[str, Any], rejected: list[tuple]) -> str:
         stages = table_of(list(STAGE.values()), [row_of(row) for row in book["stages"]])
         parts.append(details("By stage", stages) if book["iterations"] else stages)
     mixtures = [[row["iteration"], row["mixture"]] for row in book["stages"] if "mixture" in row]
+    asked = [
+        [row["iteration"], row["stage"], name, *(f"{counts.get(what, 0):,}" for what in ASKED)]
+        for row in book["stages"]
+        for name, counts in row.get("by_model", {}).items()
+    ]
+    if asked:
+        header = ["iteration", "stage", "model", *ASKED.values()]
+        parts.append("<h3>Asks to further models</h3><p>Tokens are in the sums above too.</p>" + table(header, asked))
     if mixtures:
         parts.append("<h3>Rows of the trainings</h3>" + table(["iteration", "rows"], mixtures))
     if rejected:

@@ -79,8 +79,20 @@ def line(iteration: int, manifest: Manifest, seconds: dict[tuple[int, str], floa
         "idle_seconds": None if engine is None else round(max(0.0, actors * wall - engine - (start or 0.0)), 3),
         "score_seconds": sum_of("score_seconds"),
         "train_seconds": sum_of("train_seconds"),
+        **({"by_model": counts} if (counts := by_model(parts)) else {}),
         **({"mixture": mixture_text(manifest.stats)} if manifest.stage == "mixed" else {}),
     }
+
+
+def by_model(parts: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """What further models were asked, by their names: `num_asks`, `num_prompt_tokens`, `num_tokens`, `engine_seconds`, ..."""
+    found: dict[str, dict[str, float]] = {}
+    for key, value in (item for part in parts for item in part.items()):
+        what, of, name = key.partition("_of_")
+        if of:
+            counts = found.setdefault(name, {})
+            counts[what] = round(counts.get(what, 0) + value, 3)
+    return found
 
 
 def is_stage(path: Path) -> bool:

@@ -9,8 +9,10 @@ from evolve_ray.config.resolve import resolved
 from evolve_ray.evaluate.figures import add_best_of, summarise
 from evolve_ray.evaluate.final_answers import add_final_answers
 from evolve_ray.inputs.context import Context, Policy
+from evolve_ray.refine.strategies import asks_models
 from evolve_ray.score.verifiers import same_answer, verifier_key
 from evolve_ray.stages.generations import EVALUATION_SCOPE, GenerationJob, generate_and_score, judge_of
+from evolve_ray.stages.second import models_key
 from evolve_ray.store import rows, shards
 from evolve_ray.store.manifest import Manifest
 from evolve_ray.store.run import Stage
@@ -41,6 +43,8 @@ def evaluate(context: Context, iteration: int, policy: Policy, name: str, folder
     if config.evaluation.pick:
         measured = {"pick": config.evaluation.pick, "strategy": resolved(config.strategy, runtime=False)}
         key["measured"] = measured | sources(config.strategy.name)
+        if asks_models(config.strategy) and config.models:
+            key["models"] = models_key(context)
     stage = context.stage(context.run.iteration(iteration) / folder, "evaluation", key, {"prompts": context.held_out.identity})
     manifest = stage.committed()
     if manifest is None:

@@ -20,6 +20,7 @@ from evolve_ray.score import worker as scoring
 from evolve_ray.score.combined import local_judge
 from evolve_ray.score.judge_engine import JudgeSpec
 from evolve_ray.score.verifiers import verifier_key
+from evolve_ray.stages import second
 from evolve_ray.store import shards
 from evolve_ray.store.manifest import Manifest
 from evolve_ray.store.run import Stage
@@ -80,6 +81,8 @@ def run_pipeline(context: Context, job: GenerationJob, folder: Path, *, scored: 
         "verifier": verifier_key(verifier),
         **sources(job.strategy.name, config.engine.name),
     }
+    if strategies.asks_models(job.strategy) and config.models:
+        generation_key["models"] = second.models_key(context)
     drafts_stage = context.stage(folder / "generations", "generations", generation_key, {"prompts": prompts.identity})
     # The key of the drafts, not their identity: scoring starts before all drafts are generated.
     drafts_key = {"generations": drafts_stage.key}
@@ -105,6 +108,8 @@ def run_pipeline(context: Context, job: GenerationJob, folder: Path, *, scored: 
                 actors = tuple(context.pools.open(scoring.scorer_pool(config.scorer, config.engine)))
                 request_spec = dataclasses.replace(score_spec, reward_models=folders(models_of(request_models, judge)))
                 spec = dataclasses.replace(spec, remote_scorer=RemoteScorer(actors, request_spec))
+            if strategies.asks_models(job.strategy):
+                spec = dataclasses.replace(spec, models=second.remote_models(context, spec))
             steps.append(dispatch.Step(drafts_stage, engine_pool(config.engine), spec))
         if scored:
             scores_stage.resume()

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -13,9 +14,10 @@ from evolve_ray.config import options
 from evolve_ray.config.plugs import blame, find_plug, is_own, sources, with_args
 from evolve_ray.config.resolve import resolved
 from evolve_ray.errors import IntegrityError, UserError
-from evolve_ray.inputs.context import Context
+from evolve_ray.inputs.context import Context, Policy
 from evolve_ray.models.same_tokens import SameTokens
 from evolve_ray.refine.asked import asked
+from evolve_ray.refine.rendering import Rendering
 from evolve_ray.select.check import check_selected, used_drafts
 from evolve_ray.select.pairs import Selected, reject_draft
 from evolve_ray.select.selections import SELECTIONS
@@ -28,27 +30,61 @@ from evolve_ray.store.run import Stage
 from evolve_ray.store.turns import Messages
 
 Selection = Callable[..., Selected]
+OF_ANOTHER = "was written by another model, so its probability under the trained one is not that of its sampling"
 SAME_TOKENS = "is the same tokens as the draft that it would be paired with"
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The model that is trained on pairs, and how it renders them. The tokens of drafts that others wrote are not its own.
+
+    With `own` it owns the drafts that it wrote itself; else, as the policy, all but those of the models with the hashes `others`.
+    `on_policy` leaves out drafts of others: the objective compares probabilities under the model that wrote them.
+    """
+
+    model: Policy
+    rendering: Rendering
+    own: bool = False
+    others: frozenset[str] = frozenset()
+    on_policy: bool = False
+
+    def taken(self, draft: dict) -> dict:
+        """The draft as this model may learn from it."""
+        owned = draft["model"] in (self.model.hash, None) if self.own else draft["model"] not in self.others
+        if owned:
+            return draft
+        draft = {name: value for name, value in draft.items() if name not in ("token_ids", "logps")}
+        return {**draft, "fault": draft.get("fault") or OF_ANOTHER} if self.on_policy else draft
 
 
 def select(context: Context, iteration: int, drafts: Manifest, scores: Manifest) -> Manifest:
     """Returns the committed preference pairs of one iteration. Raises UserError if there are none."""
-    config, prompts = context.config, context.prompts[iteration]
-    key = {"selection": resolved(config.selection, runtime=False), **sources(config.selection.name, config.selection.whole)}
+    others, training = frozenset(model.hash for model in context.models.values()), context.config.training
+    on_policy = training.objective == "policy_gradient"
+    owner = Owner(context.policy, context.template.rendering, others=others, on_policy=on_policy)
+    return select_for(context, iteration, drafts, scores, context.config.selection, "pairs", owner)
+
+
+def select_for(
+    context: Context, iteration: int, drafts: Manifest, scores: Manifest, settings: options.Selection, folder: str, owner: Owner
+) -> Manifest:  # fmt: skip
+    """Returns the committed rows that a selection makes for the model `owner`. Raises UserError if there are none."""
+    config, prompts, name = context.config, context.prompts[iteration], settings.name
+    key = {"selection": resolved(settings, runtime=False), **sources(name, settings.whole)}
     inputs = {"prompts": prompts.identity, "generations": drafts.identity, "scores": scores.identity}
-    stage = context.stage(context.run.iteration(iteration) / "pairs", "pairs", key, inputs)
+    stage = context.stage(context.run.iteration(iteration) / folder, "pairs", key, inputs)
     manifest = stage.committed()
     if manifest is None:
-        with context.timed("pairs", iteration):
-            name = config.selection.name
-            selection = with_args("selection.args", name, find_plug(SELECTIONS, name, "selection.name"), config.selection.args)
+        with context.timed(folder, iteration):
+            selection = with_args("selection.args", name, find_plug(SELECTIONS, name, "selection.name"), settings.args)
             size = config.engine.shard_prompts
-            same = SameTokens(context.policy.folder, context.template.rendering)
+            same = SameTokens(owner.model.folder, owner.rendering)
             messages = functools.partial(asked, context.template, config.strategy)
             sees = is_own(name) or takes_others(selection)
             manifest = write_pairs(
-                stage, selection, config.selection, prompts, drafts, scores, size, same, messages=messages if sees else None
-            )
+                stage, selection, settings, prompts, drafts, scores, size, same, messages=messages if sees else None,
+                taken=owner.taken,
+            )  # fmt: skip
     check_not_empty(stage, manifest)
     return manifest
 
@@ -65,9 +101,12 @@ def check_not_empty(stage: Stage, manifest: Manifest) -> None:
 def write_pairs(
     stage: Stage, selection: Selection, settings: options.Selection, prompts: Manifest, drafts: Manifest, scores: Manifest,
     shard_prompts: int, same_tokens: SameTokens, limit: int | None = None,
-    messages: Callable[..., Messages | None] | None = None,
+    messages: Callable[..., Messages | None] | None = None, taken: Callable[[dict], dict] = lambda draft: draft,
 ) -> Manifest:  # fmt: skip
-    """Commits the pairs of all prompts whose drafts have scores (only of the first `limit`, if set), shard by shard."""
+    """Commits the pairs of all prompts whose drafts have scores (only of the first `limit`, if set), shard by shard.
+
+    `taken` gives each draft as the model that is trained may learn from it.
+    """
     work, schema = stage.start(), rows.with_messages(pair_schema(drafts), prompts.path("prompts.parquet"))
     counts: dict[str, Any] = dict.fromkeys(("num_in", "num_rows", "num_used", "num_rejected"), 0)
     with (
@@ -76,7 +115,7 @@ def write_pairs(
         open(work / "rejected.jsonl", "wb") as rejected_file,
     ):
         for shard in range(scores.stats["num_shards"]):
-            by_prompt = scored_drafts(drafts, scores, shard)
+            by_prompt = scored_drafts(drafts, scores, shard, taken)
             shard_rows = shards.read_slice(prompts.path("prompts.parquet"), shard, shard_prompts)
             shard_rows = shard_rows[: None if limit is None else max(0, limit - shard * shard_prompts)]
             pairs, rejected = select_all(shard_rows, by_prompt, selection, settings, counts, same_tokens, messages)
@@ -100,7 +139,9 @@ def pair_schema(drafts: Manifest) -> pa.Schema:
     return pa.schema([*rows.PAIR, *used])
 
 
-def scored_drafts(drafts: Manifest, scores: Manifest, shard: int) -> dict[str, list[dict]]:
+def scored_drafts(
+    drafts: Manifest, scores: Manifest, shard: int, taken: Callable[[dict], dict] = lambda draft: draft
+) -> dict[str, list[dict]]:  # fmt: skip
     """The drafts of a shard by prompt id, of every kind but skipped ones, each with its `score`, `correct` and `remarks`.
 
     `score` and `correct` (the verifier's value) are None if there is none. `remarks` are the responses of other kinds that name
@@ -114,6 +155,7 @@ def scored_drafts(drafts: Manifest, scores: Manifest, shard: int) -> dict[str, l
         if draft["kind"] == "skipped":
             continue
         score, correct = score_of.pop(draft["draft_id"], (None, None))
+        draft = taken(draft)
         row = {**draft, "score": score, "correct": correct, "remarks": remarks.setdefault(draft["draft_id"], [])}
         by_prompt.setdefault(draft["prompt_id"], []).append(row)
         if draft["kind"] != "answer" and draft["parent_id"]:

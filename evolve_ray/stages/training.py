@@ -12,6 +12,7 @@ from evolve_ray.errors import UserError
 from evolve_ray.inputs.context import Context, Policy
 from evolve_ray.plan.plan import WITH_NUMBERS, find_objective, uses_reference
 from evolve_ray.pools.actors import TRAINERS
+from evolve_ray.stages.second import template_of
 from evolve_ray.store.manifest import Manifest
 from evolve_ray.store.run import Stage
 from evolve_ray.train import group
@@ -19,28 +20,33 @@ from evolve_ray.train.spec import VERSION, TrainSpec
 
 
 def train(
-    context: Context, iteration: int, policy: Policy, pairs: Manifest, training: options.Training, name: str
+    context: Context, iteration: int, policy: Policy, pairs: Manifest, training: options.Training, name: str, second: str = ""
 ) -> Policy:  # fmt: skip
-    """Returns the model after training on committed pairs; `policy` is the newest one, `name` the checkpoint's folder name."""
-    policy = context.initial if training.start == "initial" and context.initial else policy
-    start = context.initial if training.reference == "initial" and context.initial else policy
-    reference, checkpoint = stages(context, iteration, policy, start, pairs, training, name)
+    """Returns the model after training on committed pairs; `policy` is the newest one, `name` the checkpoint's folder name.
+
+    `second` is the name of a further model, if it is that which is trained.
+    """
+    first = context.first_models[second] if second else context.initial
+    template = template_of(context) if second else context.template
+    policy = first if training.start == "initial" and first else policy
+    start = first if training.reference == "initial" and first else policy
+    reference, checkpoint = stages(context, iteration, policy, start, pairs, training, name, second)
     manifest = checkpoint.committed()
     if manifest is None:
-        check_numbers(pairs, training, context.config.selection.name)
         config = context.config
+        selection = config.models[second].selection if second else config.selection
+        check_numbers(pairs, training, selection.name if selection else "")
         spec = TrainSpec(
             pairs=str(pairs.path("pairs.parquet")), model=str(policy.folder), reference_model=str(start.folder),
-            reference_hash=start.hash, dtype=config.model.dtype, template=context.template, training=training,
+            reference_hash=start.hash, dtype=config.model.dtype, template=template, training=training,
             trainer=config.trainer, seed=config.seed, iteration=iteration, run=context.run, reference=reference,
-            checkpoint=checkpoint, output=max(config.scorer.output, 0), initial_model=str((context.initial or policy).folder),
+            checkpoint=checkpoint, output=max(config.scorer.output, 0), initial_model=str((first or policy).folder),
             start_hash=policy.hash if training.start == "initial" else "",
         )  # fmt: skip
         with context.timed(name, iteration):
             context.start_ray()
             if config.engine.release_for_training:
-                for pool in ("engines", "scorers", "probers"):
-                    context.pools.close(pool)
+                context.pools.close_all(but=TRAINERS)
             manifest = run_group(context, spec, context.run.iteration(iteration), name)
             if config.engine.release_for_training or not context.pools.fits():
                 context.pools.close(TRAINERS)
@@ -49,14 +55,15 @@ def train(
 
 
 def stages(
-    context: Context, iteration: int, policy: Policy, start: Policy, pairs: Manifest, training: options.Training, name: str
+    context: Context, iteration: int, policy: Policy, start: Policy, pairs: Manifest, training: options.Training, name: str,
+    second: str = "",
 ) -> tuple[Stage | None, Stage]:  # fmt: skip
     """Returns the stages of the reference (None if the objective has none) and of the checkpoint, each with its stage key."""
     config, folder = context.config, context.run.iteration(iteration)
     shared = {
         "version": VERSION,
         "dtype": config.model.dtype,
-        "template": context.template.hash,
+        "template": (template_of(context) if second else context.template).hash,
         "trainer": resolved(config.trainer, runtime=False),
         "seed": config.seed,
         "iteration": iteration,
@@ -83,8 +90,10 @@ def stages(
             if objective.tokens:
                 order["tokens"] = True
             if objective.initial:
-                order["initial"] = (context.initial or policy).hash
-        reference = context.stage(folder / "reference", "reference", shared | {"order": order, "model": start.hash}, inputs)
+                first = context.first_models[second] if second else context.initial
+                order["initial"] = (first or policy).hash
+        place = folder / (f"{second}_reference" if second else "reference")
+        reference = context.stage(place, "reference", shared | {"order": order, "model": start.hash}, inputs)
     key = {"model": policy.hash, "training": resolved(training, runtime=False), "reference": reference.key if reference else None}
     key |= sources(training.objective)
     return reference, context.stage(folder / name, "checkpoint", shared | key, inputs)

@@ -123,7 +123,7 @@ def current_stage(run: Run, attempt: list[dict], config: dict) -> dict[str, Any]
     stage = {"iteration": iteration, "stage": name, "since": start["time"], "shards": None, "training": None}
     if iteration is None:
         return stage
-    if name in TRAININGS:
+    if name in TRAININGS or name.endswith("_checkpoint"):
         steps = [event for event in attempt[open_index:] if event["event"] == "training"]
         stage["training"] = pick(steps, "step", "num_steps", "loss", "learning_rate", "gradient_norm")
         return stage

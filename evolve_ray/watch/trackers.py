@@ -27,6 +27,13 @@ from evolve_ray.store.run import Run
 from evolve_ray.watch.tracker_clients import PACKAGES, REWARD_UPDATES, TRACKERS, UPDATES, Row, Tracker, TrackerSettings
 
 
+def axis_of(name: str) -> str:
+    """The axis of the updates of a training, by the name of its checkpoint."""
+    if name == "reward_model":
+        return REWARD_UPDATES
+    return UPDATES if name in ("checkpoint", "activation") else f"{name.removesuffix('_checkpoint')}/updates"
+
+
 class Trackers:
     """The trackers of a run; without a configuration it has none."""
 
@@ -60,16 +67,15 @@ class Trackers:
 
     def log_steps(self, key: str, iteration: int, name: str, entries: list[dict[str, Any]]) -> None:
         """Adds steps of the training `name` with the stage key `key`; skips steps that are already rows, or that leave a gap."""
-        prefix = name if name == "reward_model" else "training"
+        axis, prefix = axis_of(name), "training" if name == "checkpoint" else name.removesuffix("_checkpoint")
         if iteration == 0 and self.config:
             prefix = "offline" if self.config.offline and name == "checkpoint" else "activation"
-        axis = REWARD_UPDATES if name == "reward_model" else UPDATES
         rows = []
         for entry in entries:
             if self.names and entry["step"] == self.next_steps.get(key, 0):
                 self.next_steps[key] = entry["step"] + 1
                 values = {f"{prefix}/{metric}": value for metric, value in entry.items() if metric != "step"}
-                step = self.updates[axis] + entry["step"] + 1
+                step = self.updates.get(axis, 0) + entry["step"] + 1
                 rows.append(Row(key, step, numbers({**values, f"{prefix}/iteration": iteration}), axis=axis))
         self.add(rows)
 
@@ -85,7 +91,7 @@ class Trackers:
         if self.names:
             name = manifest.folder.name
             self.log_steps(manifest.key, iteration, name, read_jsonl(manifest.path("training_log.jsonl")))
-            self.updates[REWARD_UPDATES if name == "reward_model" else UPDATES] += manifest.stats["num_steps"]
+            self.updates[axis_of(name)] = self.updates.get(axis_of(name), 0) + manifest.stats["num_steps"]
 
     def log_evaluation(self, model: dict[str, Any]) -> None:
         """Adds all figures of a model in the report, and the cost of the run up to this model."""

@@ -43,10 +43,11 @@ HOLDERS = {
     "Verifier": {"verifier"}, "Selection": {"selection", "options"}, "Training": {"training"}, "Trainer": {"trainer"},
     "Preferences": {"part", "activation", "offline"}, "Evaluation": {"evaluation", "part"}, "RayOptions": {"ray"},
     "Toy": {"toy"}, "Refresh": {"refresh", "part"}, "Probe": {"probe"}, "Controller": {"controller", "options"},
-    "Trackers": {"trackers"}, "Serve": {"serve", "limits"},
+    "Trackers": {"trackers"}, "SecondModel": {"model", "part"}, "Serve": {"serve", "limits"},
 }  # fmt: skip
 # Options that nothing reads by that way, and why.
 UNREAD = dict.fromkeys(("Toy.hidden", "Toy.layers", "Toy.heads"), "toy/__main__.py hands it to build_base by its name")
+UNREAD |= dict.fromkeys(("SecondModel.cpus_per_actor", "SecondModel.args"), "SecondModel.engine hands it on")
 
 
 def test_rooms_import_from_lower_floors_only_and_nothing_goes_round():

@@ -1,6 +1,7 @@
 """One plug of each kind from a file of the user's own, with options, in the loop on a real Ray with a fake engine."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -10,9 +11,10 @@ from evolve_ray.config import plugs
 from evolve_ray.config.load import load
 from evolve_ray.errors import UserError
 from evolve_ray.inputs.prepare import prepare
+from evolve_ray.plan.plan import stages
 from evolve_ray.pools.actors import Pools
 from evolve_ray.stages import generations, measures
-from evolve_ray.stages.pairs import select
+from evolve_ray.stages.pairs import Owner, select, select_for
 from evolve_ray.store import rows, shards
 from evolve_ray.store.run import Run
 from tests.wiring.test_pipeline import ROOT, make_folder, recipe_text
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 from evolve_ray.config.option import option
 from evolve_ray.evaluate.controller import Decision
 from evolve_ray.refine.asks import Ask, Verdict, Verify
-from evolve_ray.select.pairs import make_pair, reject_draft
+from evolve_ray.select.pairs import make_pair, make_turn, reject_draft
 from plug_helpers import WORDS
 
 
@@ -41,6 +43,29 @@ def until_right(prompt, template, options, args: Tries):
             break
         critique = yield Ask(template.direct(verdict.text), 0, number, parent_id=draft.draft_id, kind="critique")
         draft = yield Ask(template.refinement(prompt, critique.text), 0, number, parent_id=draft.draft_id)
+
+
+def two_models(prompt, template, options, args: Tries):
+    """A draft of the policy, and critiques of it by another model, all in one list."""
+    draft = yield Ask(template.direct(prompt), 0, 1)
+    asks = [
+        Ask(template.direct(draft.text), sample, 2, parent_id=draft.draft_id, kind="critique", model="critic")
+        for sample in range(args.times)
+    ]
+    critiques = yield [*asks, Ask(template.refinement(prompt, draft.text), 0, 2, parent_id=draft.draft_id)]
+    return [draft, critiques[-1]]
+
+
+def misnamed(prompt, template, options):
+    return [(yield Ask(template.direct(prompt), 0, 1, model="critique"))]
+
+
+def critiques(prompt, drafts, options, others):
+    """The critique that comes first by its text over the last one."""
+    ordered = sorted(others, key=lambda d: (d["text"], d["draft_id"]))
+    used = ordered[:1] + ordered[-1:]
+    unused = [*drafts, *(d for d in others if d not in used)]
+    return [make_turn(prompt, used[0], rejected=used[1])], [reject_draft(prompt, d, "not used") for d in unused]
 
 
 class FirstLetter:
@@ -130,8 +155,7 @@ def draft(context):
         drafts, scores = generations.generate_and_score(context, job, context.run.iteration(1))
         return drafts, scores, select(context, 1, drafts, scores)
     finally:
-        context.pools.close("engines")
-        context.pools.close("scorers")
+        context.pools.close_all(but="")
 
 
 def test_one_plug_of_each_kind_runs_with_its_options_and_its_source_is_in_the_keys(place, tmp_path, monkeypatch):
@@ -155,6 +179,54 @@ def test_one_plug_of_each_kind_runs_with_its_options_and_its_source_is_in_the_ke
     plugs.source_hash.cache_clear()
     with pytest.raises(UserError, match=r"generations: .*--rerun-changed"):
         draft(context_of(place, tmp_path / "run", *OWN))
+
+
+TWO = ("strategy.name=own_plugs:two_models", "strategy.args.times=3", "models.critic.cpus_per_actor=0.5")
+TRAINED = ("models.critic.selection.name=own_plugs:critiques", "models.critic.training.objective=dpo",
+           "models.critic.training.refine_weight=0.0")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def critic(place):
+    """A model like the policy, but another one."""
+    folder = place / "critic"
+    shutil.copytree(place / "model", folder)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"temperature": 0.5, "do_sample": True}))
+    return folder
+
+
+def test_a_further_model_answers_the_asks_that_name_it_and_is_counted_and_trained_by_its_name(place, critic, tmp_path):
+    path = f"models.critic.path={critic}"
+    context = context_of(place, tmp_path / "run", *TWO, path, *TRAINED)
+    drafts, scores, _ = draft(context)
+    table = list(shards.read_rows(drafts))
+    policy, second = context.policy.hash, context.models["critic"].hash
+    assert policy != second
+    assert {(row["kind"], row["model"]) for row in table} == {("answer", policy), ("critique", second)}
+    of_critic = [row for row in table if row["model"] == second]
+    assert (len(of_critic), drafts.stats["num_asks_of_critic"]) == (60, 60)
+    assert drafts.stats["num_tokens_of_critic"] == sum(row["num_tokens"] for row in of_critic)
+    assert drafts.stats["num_tokens"] == sum(row["num_tokens"] for row in table)
+    first = {row["draft_id"]: row["text"] for row in table if row["round"] == 1}
+    for row in of_critic:
+        assert row["messages"][-1]["content"].endswith(first[row["parent_id"]])
+    owner = Owner(context.models["critic"], context.template.rendering, own=True)
+    pairs = select_for(context, 1, drafts, scores, context.config.models["critic"].selection, "critic_pairs", owner)
+    assert {pair["chosen_id"] for pair in rows.read_table(pairs.path("pairs.parquet"))} < {row["draft_id"] for row in of_critic}
+    names = stages(context.config, 1)
+    of_training = ["checkpoint", "critic_pairs", "critic_reference", "critic_checkpoint"]
+    assert names[names.index("checkpoint") :][:4] == of_training
+    # Another model under that name is another stage; nothing stale is returned.
+    (critic / "generation_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"generations: .*--rerun-changed"):
+        draft(context_of(place, tmp_path / "run", *TWO, path, *TRAINED))
+
+
+def test_an_ask_for_a_model_that_the_recipe_lacks_is_refused_with_the_nearest_name(place, critic, tmp_path):
+    named = ("strategy.name=own_plugs:misnamed", f"models.critic.path={critic}", "models.critic.cpus_per_actor=0.5")
+    with pytest.raises(UserError, match=r"prompt \w+: asks the model 'critique'; did you mean 'critic'\?; see own_plugs\.py:\d+"):
+        draft(context_of(place, tmp_path / "run", *named))
 
 
 @pytest.mark.parametrize(

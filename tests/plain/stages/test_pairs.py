@@ -200,7 +200,7 @@ def trained(tables, monkeypatch):
     chosen = stages_pairs.select(context, 1, *inputs[1:])
     specs = []
 
-    def fit(spec, storage):
+    def fit(spec, storage, pools):
         specs.append(spec)
         (spec.checkpoint.start() / "model.safetensors").write_text(spec.checkpoint.key)
         return spec.checkpoint.commit()
