@@ -17,21 +17,26 @@ SCORER = ("prompts", "answers", "responses")
 
 def check_plugs(config: Config) -> None:
     """Raises `UserError` if a plug of the recipe cannot be loaded or called, or a package of the recipe is missing."""
-    strategy, selection, controller = config.strategy, config.selection, config.controller
-    functions: tuple[tuple[str, str, dict, dict[str, Any], tuple[str, ...]], ...] = (
-        ("strategy", strategy.name, strategy.args, ALL_STRATEGIES, ("prompt", "template", "options")),
-        ("selection", selection.name, selection.args, SELECTIONS, ("prompt", "drafts", "options")),
-        ("controller", controller.name, controller.args, CONTROLLERS, ("models", "options")),
+    strategy, controller = config.strategy, config.controller
+    selections = {"selection": config.selection}
+    selections |= {f"models.{name}.selection": part.selection for name, part in config.models.items() if part.selection}
+    functions: tuple[tuple[str, str, dict, dict[str, Any], tuple[str, ...], tuple[str, ...]], ...] = (
+        ("strategy", strategy.name, strategy.args, ALL_STRATEGIES, ("prompt", "template", "options"), ("row",)),
+        *(
+            (table, selection.name, selection.args, SELECTIONS, ("prompt", "drafts", "options"), ("others",))
+            for table, selection in selections.items()
+        ),
+        ("controller", controller.name, controller.args, CONTROLLERS, ("models", "options"), ()),
     )
-    for table, name, args, shipped, arguments in functions:
+    for table, name, args, shipped, arguments, extras in functions:
         plug = find_plug(shipped, name, f"{table}.name")
-        extras = {"strategy": ("row",), "selection": ("others",)}.get(table, ())
         check_call(f"{table}.name", name, plug, arguments, extras=extras)
         with_args(f"{table}.args", name, plug, args)
-    if selection.whole:
-        whole = find_plug({}, selection.whole, "selection.whole")
-        check_call("selection.whole", selection.whole, whole, ("rows", "options"))
-        with_args("selection.whole_args", selection.whole, whole, selection.whole_args)
+    for table, selection in selections.items():
+        if selection.whole:
+            whole = find_plug({}, selection.whole, f"{table}.whole")
+            check_call(f"{table}.whole", selection.whole, whole, ("rows", "options"))
+            with_args(f"{table}.whole_args", selection.whole, whole, selection.whole_args)
     if ":" in config.engine.name:
         check_call("engine.name", config.engine.name, find_plug({}, config.engine.name, "engine.name"), ("spec", "chat"))
     check_scorers(config)

@@ -10,6 +10,7 @@ from evolve_ray.config.load import load
 from evolve_ray.errors import IntegrityError, UserError
 from evolve_ray.inputs.context import Context, Policy
 from evolve_ray.inputs.prepare import settle_config
+from evolve_ray.refine.rendering import Rendering
 from evolve_ray.refine.template import load_template
 from evolve_ray.select.pairs import make_pair, reject_draft
 from evolve_ray.stages import pairs as stages_pairs
@@ -352,3 +353,29 @@ def test_the_reference_of_policy_gradients_is_another_one_where_it_holds_somethi
     assert len(set(same)) == 1
     assert len({*same, *others}) == 4
     assert key(objective_args={"level": "token", "length": "batch"}) == others[0]
+
+
+def written_by(model):
+    return {"draft_id": "d", "model": model, "text": "t", "token_ids": [1, 2], "logps": [-0.1, -0.2]}
+
+
+@pytest.mark.parametrize(
+    ("owner", "owned"),
+    [
+        ({}, {"p", "c", "q", None}),  # a recipe of one model
+        ({"others": frozenset({"c"})}, {"p", "q", None}),  # the policy, now and before
+        ({"own": True}, {"p", None}),  # a further model, here with the hash p
+    ],
+)
+def test_tokens_of_a_draft_are_those_of_the_model_that_wrote_it_alone(owner, owned):
+    owner = stages_pairs.Owner(Policy(Path("p"), "p"), Rendering(), **owner)
+    for model in ("p", "c", "q", None):
+        draft = owner.taken(written_by(model))
+        assert draft == (written_by(model) if model in owned else {"draft_id": "d", "model": model, "text": "t"})
+
+
+def test_draft_of_another_model_is_left_out_of_policy_gradients_with_the_reason():
+    owner = stages_pairs.Owner(Policy(Path("p"), "p"), Rendering(), others=frozenset({"c"}), on_policy=True)
+    assert owner.taken(written_by("c"))["fault"].startswith("was written by another model")
+    assert "fault" not in owner.taken(written_by("p"))
+    assert owner.taken({**written_by("c"), "fault": "has no answer"})["fault"] == "has no answer"
