@@ -4,7 +4,6 @@ A finished response goes to its strategy at once, and the next asks of the strat
 the same input gives the same schedule.
 """
 
-import difflib
 import heapq
 import itertools
 import time
@@ -31,6 +30,7 @@ from evolve_ray.generate.second import Answer, SecondModel
 from evolve_ray.generate.spec import Completion, Engine
 from evolve_ray.refine.asked import stores_messages
 from evolve_ray.refine.asks import Ask, Draft, Given, Judge, LogProb, Made, Score, Skip, Strategy, Verdict, Verify
+from evolve_ray.refine.named_models import unknown_model
 from evolve_ray.store import rows
 
 
@@ -201,13 +201,9 @@ class Drive:
 
     def check_model(self, chain: Chain, ask: Ask) -> None:
         """Raises UserError if an ask names a model that the recipe does not have."""
-        if ask.model and ask.model not in self.models:
-            nearest = difflib.get_close_matches(ask.model, self.models, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"[models] has {', '.join(self.models) or 'none'}"
-            raise UserError(
-                f"strategy.name: {self.spec.strategy.name!r}, prompt {chain.prompt['prompt_id']}: asks the model {ask.model!r}; "
-                f"{hint}{line_of(chain.strategy)}"
-            )
+        if unknown := unknown_model(ask.model, self.models):
+            name, prompt_id = self.spec.strategy.name, chain.prompt["prompt_id"]
+            raise UserError(f"strategy.name: {name!r}, prompt {prompt_id}: {unknown}{line_of(chain.strategy)}")
 
     def ask_logprob(self, chain: Chain, request: LogProb) -> None:
         """Queues a text whose log-probability a strategy asks for."""

@@ -7,6 +7,7 @@ from evolve_ray.config.options import Config, trainings
 from evolve_ray.config.plugs import check_call, find_plug, with_args
 from evolve_ray.errors import UserError
 from evolve_ray.evaluate.controller import CONTROLLERS
+from evolve_ray.refine.named_models import named_models, unknown_model
 from evolve_ray.refine.strategies import ALL_STRATEGIES
 from evolve_ray.score.combined import JUDGES, build_scorer
 from evolve_ray.score.verifiers import VERIFIERS, build_verifier
@@ -32,6 +33,9 @@ def check_plugs(config: Config) -> None:
         plug = find_plug(shipped, name, f"{table}.name")
         check_call(f"{table}.name", name, plug, arguments, extras=extras)
         with_args(f"{table}.args", name, plug, args)
+    for named, place in named_models(find_plug(ALL_STRATEGIES, strategy.name, "strategy.name")):
+        if unknown := unknown_model(named, config.models):
+            raise UserError(f"strategy.name: {strategy.name!r} {unknown}; see {place}")
     for table, selection in selections.items():
         if selection.whole:
             whole = find_plug({}, selection.whole, f"{table}.whole")

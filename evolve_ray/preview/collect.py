@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
 import statistics
 from collections.abc import Callable, Iterator
@@ -35,7 +36,12 @@ class Preview:
         self.toy = toy_parts(config, run, say) if config.toy else {}
         path = self.toy.get(config.model.path, config.model.path)
         self.policy = folders.resolve(path, "model.path", folders.WITHOUT_WEIGHTS)
-        self.template: Template = dataclasses.replace(template, rendering=settle_rendering(config, None, [self.policy]))
+        self.others = {
+            name: folders.resolve(self.toy.get(other.path, other.path), f"models.{name}.path", folders.WITHOUT_WEIGHTS)
+            for name, other in config.models.items()
+        }
+        rendering = settle_rendering(config, None, [self.policy, *self.others.values()])
+        self.template: Template = dataclasses.replace(template, rendering=rendering)
         self.reader = DataReader(config, self.template, self.policy, self.toy, lambda line: None)
         self.faults: list[str] = []
         self.warnings: list[str] = []
@@ -77,6 +83,14 @@ class Preview:
         }
         self.check_pairs(content)
         return {**content, "faults": self.faults, "warnings": list(dict.fromkeys(self.warnings))}
+
+    @functools.cached_property
+    def chats(self) -> dict[str, Any]:
+        """The tokenizers and chat templates of the models of `[models]`."""
+        from evolve_ray.models.chat import Chat
+
+        rendering = self.template.rendering.for_reward_model
+        return {name: Chat(folder, f"models.{name}.path", rendering) for name, folder in self.others.items()}
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:
@@ -136,7 +150,7 @@ class Preview:
     def show_prompt(self, row: dict) -> dict[str, Any]:
         place = {"prompt_id": row["prompt_id"], "place": f"{row['file']}:{row['line']}"}
         text = {"prompt": as_text(row["prompt"]), "answer": row["answer"]}
-        return {**place, **text, "asks": asks.show_asks(self.config, self.template, self.reader.chat, row)}
+        return {**place, **text, "asks": asks.show_asks(self.config, self.template, self.reader.chat, row, self.chats)}
 
     def lengths(self, first_asks: list[int], prompts: list[dict]) -> list[dict[str, Any]]:
         """For each round the tokens of its ask, and with a response of `sampling.max_tokens`; for median and longest prompt."""

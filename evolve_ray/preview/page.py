@@ -78,6 +78,7 @@ def prompt(part: dict[str, Any]) -> str:
     asks = []
     for ask in part["asks"]:
         kind = "" if ask["kind"] == "answer" else f" ({ask['kind']})"
+        kind += f" to {ask['model']}" if "model" in ask else ""
         times = f", {ask['count']} times" if ask["count"] > 1 else ""
         label = f"round {ask['round']}{kind}{times}: {ask['num_tokens']} tokens"
         ids = details("ids", f"<pre>{escape(' '.join(map(str, ask['ids'])))}</pre>")

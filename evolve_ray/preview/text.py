@@ -34,6 +34,7 @@ def prompts(content: dict[str, Any]) -> str:
         for ask in prompt["asks"]:
             times = f", {ask['count']} times" if ask["count"] > 1 else ""
             kind = "" if ask["kind"] == "answer" else f" ({ask['kind']})"
+            kind += f" to {ask['model']}" if "model" in ask else ""
             lines += [f"-- round {ask['round']}{kind}{times}: {ask['num_tokens']} tokens", cut(ask["text"]), ids(ask["ids"])]
     return "\n".join(lines)
 

@@ -87,13 +87,18 @@ def sentences(config: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def lineage(values: dict[str, Any]) -> list[tuple[str, str]]:
-    """What trainings start from, which rows are mixed in, and whether prompts come again, where it is not as usual."""
+    """What trainings start from, which rows are mixed in, whether prompts come again, and other models, where there are any."""
     found = []
     if values.get("prompts.again") == "when_used_up":
         found.append(("prompts again", "in a new order when all are used up"))
     if values.get("training.start") == "initial":
         found.append(("start", "every training starts from the policy that iteration 1 started from"))
     shares = (("replay", "the pairs of earlier iterations"), ("given", "the triples of [activation]"))
+    others = {name.split(".")[1]: path for name, path in values.items() if re.fullmatch(r"models\.\w+\.path", name)}
+    for name, path in others.items():
+        objective = values.get(f"models.{name}.training.objective")
+        trained = f"trained with {objective}" if objective else "not trained"
+        found.append((f"model {name}", f"{path}, asked by the strategy, {trained}"))
     return found + [
         (name, f"{values[f'training.{name}']:.0%} of a training's rows come from {source}")
         for name, source in shares

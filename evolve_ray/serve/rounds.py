@@ -199,6 +199,8 @@ class Rounds:
 
     async def ask(self, asks: list[Ask]) -> list[Draft]:
         """Sends the asks of a round to the engine at the same time. Raises Stopped if the round must not start."""
+        if any(ask.model for ask in asks):
+            raise RequestError("refine.strategy: this strategy asks another model; an endpoint has one", "refine.strategy")
         await self.check_stop(asks[0])
         first = not self.rounds
         encoded = [await self.engine.encode((*self.earlier, *ask.messages), first=first, prefix=ask.prefix) for ask in asks]

@@ -35,7 +35,7 @@ def toy_parts(config: Config, run: Run, say: Callable[[str], None]) -> dict[str,
         key = {**options, "base": folders.content_hash(folder / "base")}
         parts["toy:reward_model"] = str(make_toy(run, "reward_model", options, say, key) / "reward_model")
     names = [config.model.path, config.prompts.path, *config.evaluation.splits.values(), *reward_model_names(config.scorer)]
-    names += [part.path for part in (config.activation, config.offline) if part]
+    names += [part.path for part in (config.activation, config.offline, *config.models.values()) if part]
     if "toy:judging_base" in names:
         options = {"seed": world["seed"], "base": parts["toy:base"]}
         key = {**options, "base": folders.content_hash(folder / "base")}

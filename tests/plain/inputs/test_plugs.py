@@ -6,6 +6,7 @@ from evolve_ray.config.load import load
 from evolve_ray.driver import main
 from evolve_ray.errors import UserError
 from evolve_ray.inputs.plugs import check_plugs
+from evolve_ray.refine.asks import Ask
 
 VERIFIED = ["prompts.answer_column=a"]
 HERE = __name__
@@ -86,3 +87,23 @@ def test_a_name_that_cannot_be_loaded_leaves_no_configuration_behind(recipe, tmp
     assert main([str(recipe()), "--run", str(tmp_path / "run"), f"selection.name={HERE}:nobody"]) == 2
     assert "cannot be loaded" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def criticised(prompt, template, options):
+    yield Ask(template.direct(prompt), 0, 1, model="critic")
+
+
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [
+        ([], r"asks the model 'critic'; \[models\] has none; see test_plugs\.py:\d+"),
+        (["models.critics.path=x"], r"did you mean 'critics'\?; see test_plugs\.py:\d+"),
+    ],
+)  # fmt: skip
+def test_a_model_that_the_strategy_names_must_be_in_the_recipe(recipe, models, said):
+    with pytest.raises(UserError, match=said):
+        check_plugs(load(recipe(), [f"strategy.name={HERE}:criticised", *models]))
+
+
+def test_a_model_of_the_recipe_is_no_fault(recipe):
+    check_plugs(load(recipe(), [f"strategy.name={HERE}:criticised", "models.critic.path=x"]))
