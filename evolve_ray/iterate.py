@@ -33,14 +33,16 @@ def iterate(context: Context) -> dict[str, Any]:
     context.initial, reward_models = policy, context.reward_models
     for iteration in range(1, config.iterations + 1):
         drafts, scores, reward_models = draft_and_score(context, iteration, policy, reward_models)
-        pairs = select(context, iteration, drafts, scores)
+        # A further model that is the policy itself is none of the others.
+        others = {model.hash for model in context.models.values()} - {policy.hash}
+        pairs = select(context, iteration, drafts, scores, others)
         mixed = mix(context, iteration, pairs)
         previous, policy = policy, train(context, iteration, policy, mixed, context.config.training, "checkpoint")
         context.models = train_models(context, iteration, drafts, scores)
         # Before the evaluation: engines that hold the wrong weights must not evaluate.
         figures = probe(context, iteration, policy, previous)
         model = evaluate(context, iteration, policy, f"iteration {iteration}") | {"probe": figures}
-        model["drift"] = measure_drift(context, iteration, drafts, scores, pairs, figures, record.models)
+        model["drift"] = measure_drift(context, iteration, drafts, scores, pairs, figures, record.models, others)
         model |= decide(context, iteration, [*record.models, model])
         context.collect_rejected(iteration)
         record.add(model)

@@ -5,7 +5,7 @@ The drafts come from the policy that the iteration started from. Only the texts 
 
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,14 @@ VERSION = 1
 DIVERSITY_PROMPTS = 1000  # distinct-2 falls with the size of the sample, so each iteration uses the same number of prompts
 
 
-def figures(shards: Iterable[tuple[list[dict], list[dict]]], pairs: Iterable[dict]) -> dict[str, Any]:
+def figures(
+    shards: Iterable[tuple[list[dict], list[dict]]], pairs: Iterable[dict], others: Collection[str] = ()
+) -> dict[str, Any]:  # fmt: skip
     """Figures of drafts, their scores and the pairs selected from them; `shards` yields (drafts, scores) of each shard.
 
-    Drafts and pairs must come in the same order of prompts; that way only one shard is in memory at a time.
+    Lengths, diversity and counts leave out the drafts of the models with the hashes `others`, which say nothing of the policy;
+    the scorer's figures are of all. Drafts and pairs must come in the same order of prompts; that way only one shard is in memory
+    at a time.
 
     Lengths are in tokens; rates and shares are from 0 to 1. Correlations are Pearson's, over all drafts and `within_prompt`
     (of the deviations from the mean of the prompt); null if one side is constant.
@@ -39,9 +43,10 @@ def figures(shards: Iterable[tuple[list[dict], list[dict]]], pairs: Iterable[dic
     for drafts, scores in shards:
         score_of = {row["draft_id"]: row for row in scores}
         for group in by_prompt(drafts):
-            count_texts(group, counts, rounds)
+            own = [draft for draft in group if draft.get("model") not in others]
+            count_texts(own, counts, rounds)
             if counts["num_prompts"] <= DIVERSITY_PROMPTS:
-                for draft in group:
+                for draft in own:
                     texts[draft["round"]].append(draft["text"])
             scored = [{**draft, **score_of[draft["draft_id"]]} for draft in group if draft["draft_id"] in score_of]
             verified = [draft for draft in scored if draft["correct"] is not None]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -32,11 +32,12 @@ FIXED = (
 
 def measure_drift(
     context: Context, iteration: int, drafts: Manifest, scores: Manifest, pairs: Manifest, probe: dict[str, Any] | None,
-    models: list[dict[str, Any]],
+    models: list[dict[str, Any]], others: Collection[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """The figures of `drift.figures`, the lengths compared with those of iteration 1, and the KL divergences of the probe.
 
-    `models` are the report's entries so far; iteration 1 is one of them, except in iteration 1 itself.
+    `models` are the report's entries so far; iteration 1 is one of them, except in iteration 1 itself. `others` are the hashes of
+    further models that wrote some of the drafts.
     """
     inputs = {"generations": drafts.identity, "scores": scores.identity, "pairs": pairs.identity}
     stage = context.stage(context.run.iteration(iteration) / "drift", "drift", {"version": drift.VERSION}, inputs)
@@ -50,7 +51,7 @@ def measure_drift(
                 table = (pair for batch in file.iter_batches(columns=columns) for pair in batch.to_pylist())
                 # Only answers have scores and a round that wins.
                 answers = (pair for pair in table if pair.pop("kind", None) is None)
-                figures = drift.figures(by_shard(drafts, scores), answers)
+                figures = drift.figures(by_shard(drafts, scores), answers, others)
             rows.write_jsonl(stage.start() / "drift.jsonl", [figures])
             manifest = stage.commit(num_in=figures["num_drafts"], num_rows=1)
     figures = rows.read_jsonl(manifest.path("drift.jsonl"))[0]

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,10 +57,14 @@ class Owner:
         return {**draft, "fault": draft.get("fault") or OF_ANOTHER} if self.on_policy else draft
 
 
-def select(context: Context, iteration: int, drafts: Manifest, scores: Manifest) -> Manifest:
-    """Returns the committed preference pairs of one iteration. Raises UserError if there are none."""
-    others, training = frozenset(model.hash for model in context.models.values()), context.config.training
-    on_policy = training.objective == "policy_gradient"
+def select(
+    context: Context, iteration: int, drafts: Manifest, scores: Manifest, others: Collection[str] = ()
+) -> Manifest:  # fmt: skip
+    """Returns the committed preference pairs of one iteration. Raises UserError if there are none.
+
+    `others` are the hashes of further models that wrote some of the drafts.
+    """
+    on_policy, others = context.config.training.objective == "policy_gradient", frozenset(others)
     owner = Owner(context.policy, context.template.rendering, others=others, on_policy=on_policy)
     return select_for(context, iteration, drafts, scores, context.config.selection, "pairs", owner)
 

@@ -150,3 +150,12 @@ def test_lengths_are_held_against_iteration_1(found):
 def test_a_round_that_iteration_1_did_not_have_has_no_ratio(found):
     first = drift.figures([([draft("a1", "x")], [])], [])
     assert drift.against_first(found, first)["rounds"]["3"]["tokens_ratio"] is None
+
+
+def test_answers_of_another_model_say_nothing_of_the_policys_texts(found):
+    theirs = [{**draft(f"{name}t", "much longer", 1), "model": "teacher"} for name in "abc"]
+    shards = [(FIRST[0] + theirs[:1], FIRST[1]), (SECOND[0] + theirs[1:], [*SECOND[1], score("bt", 0.9, 1.0)])]
+    both = drift.figures(shards, [pair("a3", "a1", 3), pair("bt", "b1", 1), pair("c3", "c1", 3)], ["teacher"])
+    names = ("num_prompts", "num_drafts", "mean_response_tokens", "rounds", "cut_rate", "duplicate_rate", "unchanged_rate")
+    assert {name: both[name] for name in names} == {name: found[name] for name in names}
+    assert both["winning_rounds"] == {"1": 1, "3": 2}
