@@ -6,6 +6,7 @@ import re
 from evolve_ray.config.options import Config, Selection, Training, texts_in_view, trainings
 from evolve_ray.config.parse import Reader, describe, pattern_fault
 
+RESERVED = ("policy", "initial", "base", "activation", "offline", "reward")  # of models, and of folders in a run
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 SECRET = re.compile(r"(?i)(^|_)(token|secret|password|passwd|credentials?|api_?key|access_?key)(_|$)")
 # Options that the objective does not use.
@@ -171,8 +172,8 @@ def check_models(config: Config, reader: Reader) -> None:
     """Raises `UserError` if a further model is one that nobody asks, or if its training does not fit."""
     for name, model in config.models.items():
         table = f"models.{name}"
-        if name in ("policy", "initial"):
-            reader.fail(table, "is the name of the policy itself; use another name")
+        if name in RESERVED:
+            reader.fail(table, "is the name of something else in a run; use another name")
         if ":" not in config.strategy.name:
             fault = f"is asked by no one: strategy {config.strategy.name!r} asks the policy alone; use a strategy of your own"
             reader.fail(table, fault)

@@ -4,6 +4,7 @@ Hours are a roofline estimate: every response has `sampling.max_tokens` tokens, 
 the efficiencies below are assumed, not measured. The start of engines and the reading of files are not included.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 from evolve_ray.config.options import Config, Training
@@ -19,6 +20,7 @@ from evolve_ray.plan.sizing import (
     engine_gpus,
     engine_memory,
     memories,
+    of_model,
     sequences,
 )
 from evolve_ray.refine.strategies import responses_per_prompt
@@ -49,21 +51,30 @@ def report(config: Config, held_out: int, cluster: Cluster | None) -> tuple[list
         return [f"memory     not estimated: give {options}"], []
     shape = read_shape(config.model.path, "model.path")
     scorers_or_reasons = [read_shape(name, "scorer.model", classifier=True) for name in scorer_models(config)]
-    reasons = [shape_or_reason for shape_or_reason in (shape, *scorers_or_reasons) if isinstance(shape_or_reason, str)]
+    second = {name: read_shape(model.path, f"models.{name}.path") for name, model in config.models.items()}
+    everything = (shape, *scorers_or_reasons, *second.values())
+    reasons = [shape_or_reason for shape_or_reason in everything if isinstance(shape_or_reason, str)]
     if isinstance(shape, str) or reasons:
         return [f"memory     not estimated: {reason}" for reason in reasons], []
     scorer_shapes = [shape_or_reason for shape_or_reason in scorers_or_reasons if isinstance(shape_or_reason, Shape)]
     lines = [f"cluster    {describe(cluster)}; the model has {shape.parameters / 1e9:.2f}B parameters"]
     lines += placement(config, cluster)
     lines += ["", f"  {'GiB of one GPU':<16} {'needs':>6} {'limit':>6}   parts"]
-    for memory in memories(config, shape, scorer_shapes, cluster):
+    others = {name: other for name, other in second.items() if isinstance(other, Shape)}
+    read_by = {name: of_model(config, name) for name in others}
+    of_models = [
+        dataclasses.replace(engine_memory(read_by[name], other, cluster), phase=f"models.{name}")
+        for name, other in others.items()
+        if read_by[name].engine.gpus_per_actor
+    ]
+    for memory in [*memories(config, shape, scorer_shapes, cluster), *of_models]:
         parts = ", ".join(f"{part} {size:.1f}" for part, size in memory.parts)
         lines += [f"  {memory.phase:<16} {memory.total_gib:>6.1f} {memory.limit_gib:>6.1f}   {parts}"]
     if config.engine.gpus_per_actor:
         tokens = cache_tokens(config, shape, engine_memory(config, shape, cluster))
         contexts = tokens / config.model.context_tokens
         lines += [f"  KV cache of an engine: {tokens:,} tokens, or {contexts:.1f} full contexts"]
-    errors = fit_errors(config, shape, scorer_shapes, cluster)
+    errors = fit_errors(config, shape, scorer_shapes, cluster, others)
     if not errors:
         lines += ["", *hours(config, shape, scorer_shapes, held_out, cluster), *disk(config, shape)]
     return lines, errors

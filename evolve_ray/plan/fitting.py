@@ -9,12 +9,26 @@ from typing import Any
 
 from evolve_ray.config.options import Config, texts_in_view
 from evolve_ray.plan.shapes import Shape
-from evolve_ray.plan.sizing import Cluster, describe, engine_gpus, memories
+from evolve_ray.plan.sizing import Cluster, describe, engine_gpus, engine_memory, memories, of_model
 
 
-def fit_errors(config: Config, shape: Shape, scorers: list[Shape], cluster: Cluster) -> list[str]:
-    """Returns an error for each phase that cannot be placed or does not fit; suggested changes of memory are checked."""
+def fit_errors(
+    config: Config, shape: Shape, scorers: list[Shape], cluster: Cluster, second: dict[str, Shape] | None = None
+) -> list[str]:  # fmt: skip
+    """Returns an error for each phase that cannot be placed or does not fit; suggested changes of memory are checked.
+
+    `second` are the shapes of further models by name.
+    """
     errors = placement_errors(config, shape, cluster)
+    for name, other in (second or {}).items():
+        own = of_model(config, name)
+        errors += engine_errors(f"models.{name}", own, other, cluster)
+        memory = engine_memory(own, other, cluster)
+        if own.engine.gpus_per_actor and not memory.fits:
+            errors.append(
+                f"models.{name}: needs {memory.total_gib:.1f} GiB on each GPU, but the limit is {memory.limit_gib:.1f}; raise "
+                f"models.{name}.args.tensor_parallel_size and models.{name}.gpus_per_actor, or lower models.{name}.context_tokens"
+            )
     for memory in memories(config, shape, scorers, cluster):
         if not memory.fits:
             largest = max(memory.parts, key=lambda part: part[1])
@@ -26,37 +40,42 @@ def fit_errors(config: Config, shape: Shape, scorers: list[Shape], cluster: Clus
 
 
 def placement_errors(config: Config, shape: Shape, cluster: Cluster) -> list[str]:
-    engine, scorer, trainer, errors = config.engine, config.scorer, config.trainer, []
-    needed = engine_gpus(config)
-    if engine.gpus_per_actor and engine.gpus_per_actor != needed:
-        errors.append(
-            f"engine.gpus_per_actor: is {engine.gpus_per_actor:g}, but engine.args splits an engine over {needed} GPUs; set it "
-            f"to {needed}, or engine.args.tensor_parallel_size to {engine.gpus_per_actor:g}"
-        )
-    parallel = engine.args.get("tensor_parallel_size", 1)
-    if shape.heads % parallel:
-        errors.append(f"engine.args.tensor_parallel_size: is {parallel}, which does not divide the model's {shape.heads} heads")
-    if engine.gpus_per_actor > cluster.gpus_per_node:
-        errors.append(
-            f"engine.gpus_per_actor: is {engine.gpus_per_actor:g}, but a node has {cluster.gpus_per_node} GPUs and an engine "
-            f"runs on one node; lower engine.args.tensor_parallel_size to at most {cluster.gpus_per_node}"
-        )
-    elif not can_place(config, cluster, engine.actors):
+    engine, scorer, trainer = config.engine, config.scorer, config.trainer
+    errors = engine_errors("engine", config, shape, cluster)
+    if engine.gpus_per_actor <= cluster.gpus_per_node and not can_place(config, cluster, engine.actors):
         most_engines = next((n for n in range(engine.actors - 1, 0, -1) if can_place(config, cluster, n)), 0)
         advice = f"lower engine.actors to {most_engines}" if most_engines else "lower scorer.actors or add nodes"
         errors.append(
             f"engine.actors: {engine.actors} engines of {engine.gpus_per_actor:g} GPUs and {scorer.actors} scorers of "
             f"{scorer.gpus_per_actor:g} do not fit on {describe(cluster)}; {advice}"
         )
-    kept_gpus = (
-        0.0 if engine.release_for_training else engine.actors * engine.gpus_per_actor + scorer.actors * scorer.gpus_per_actor
-    )
+    pools: list[Any] = [engine, scorer, *(model.engine(engine) for model in config.models.values())]
+    kept_gpus = 0.0 if engine.release_for_training else sum(pool.actors * pool.gpus_per_actor for pool in pools)
     if trainer.use_gpu and trainer.workers + kept_gpus > cluster.num_gpus:
         free = int(cluster.num_gpus - kept_gpus)
         reason = ": engines and scorers keep theirs (engine.release_for_training=false)" if kept_gpus else ""
         errors.append(
             f"trainer.workers: is {trainer.workers}, but only {free} GPUs are free for them{reason}; "
             f"set trainer.workers={max(free, 1)} or add nodes"
+        )
+    return errors
+
+
+def engine_errors(table: str, config: Config, shape: Shape, cluster: Cluster) -> list[str]:
+    """What is wrong with the GPUs of one engine, which the recipe sets in `table`: "engine" or "models.NAME"."""
+    errors, gpus = [], config.engine.gpus_per_actor
+    parallel, needed = config.engine.args.get("tensor_parallel_size", 1), engine_gpus(config)
+    if gpus and gpus != needed:
+        errors.append(
+            f"{table}.gpus_per_actor: is {gpus:g}, but {table}.args splits an engine over {needed} GPUs; set it to {needed}, or "
+            f"{table}.args.tensor_parallel_size to {gpus:g}"
+        )
+    if shape.heads % parallel:
+        errors.append(f"{table}.args.tensor_parallel_size: is {parallel}, which does not divide the model's {shape.heads} heads")
+    if gpus > cluster.gpus_per_node:
+        errors.append(
+            f"{table}.gpus_per_actor: is {gpus:g}, but a node has {cluster.gpus_per_node} GPUs and an engine runs on one node; "
+            f"lower {table}.args.tensor_parallel_size to at most {cluster.gpus_per_node}"
         )
     return errors
 

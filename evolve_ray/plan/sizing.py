@@ -3,6 +3,7 @@
 Every figure is an upper bound for the longest contexts that the recipe allows.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 from evolve_ray.config.options import Config, Training, trainings
@@ -127,6 +128,13 @@ def training_memory(config: Config, training: Training, shape: Shape, cluster: C
         ("reserve", RESERVED_GIB + FRAGMENTS * cluster.gpu_memory_gib),
     )
     return Memory("training", parts, cluster.gpu_memory_gib)
+
+
+def of_model(config: Config, name: str) -> Config:
+    """The recipe as the engines of `[models.NAME]` read it: with that model and its engines in place of the policy's."""
+    own = config.models[name]
+    model = dataclasses.replace(config.model, path=own.path, context_tokens=own.context_tokens or config.model.context_tokens)
+    return dataclasses.replace(config, model=model, engine=own.engine(config.engine))
 
 
 def engine_memory(config: Config, shape: Shape, cluster: Cluster) -> Memory:

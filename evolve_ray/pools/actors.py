@@ -49,7 +49,9 @@ class Host:
             heartbeat = Heartbeat(Path(spec.work), self.index)
             heartbeat.start(*arguments)
         if self.worker is None:
-            start_count = StartCount(Path(spec.work), self.index, self.restarts, self.name) if heartbeat else None
+            counted = heartbeat or verb in ("answer", "score_texts")  # asked by an actor of another pool: no shard of its own
+            place = str(self.index) if heartbeat else f"{self.name}-{self.index}"
+            start_count = StartCount(Path(spec.work), place, self.restarts, self.name) if counted else None
             if start_count:
                 start_count.begin()
             self.worker = self.worker_class(spec)

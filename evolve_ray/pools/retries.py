@@ -136,8 +136,8 @@ def hang_mark(work: Path, shard: int) -> Path:
 class StartCount:
     """Counts the starts of an actor whose worker was not built, so that an engine that cannot start is not started forever."""
 
-    def __init__(self, work: Path, index: int, limit: int, name: str):
-        self.path = work / FOLDER / f"actor-{index}.builds"
+    def __init__(self, work: Path, place: str, limit: int, name: str):
+        self.path = work / FOLDER / f"actor-{place}.builds"
         self.limit, self.name = limit, name
 
     def begin(self) -> None:

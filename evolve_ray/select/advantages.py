@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from evolve_ray.config.option import option
 from evolve_ray.config.options import Selection
-from evolve_ray.select.pairs import Selected, make_pair, may_be_chosen, reject_draft
+from evolve_ray.select.pairs import OF_ANOTHER, Selected, make_pair, may_be_chosen, reject_draft
 
 EPSILON = 1e-4  # added to the standard deviation, as in GRPO's code
 
@@ -36,14 +36,17 @@ def advantages(prompt: dict, drafts: list[dict], options: Selection, args: Advan
 
     The answer is `chosen`; `rejected` is the draft that it refines, or the answer itself. The numbers are `advantage` and
     `refined` (1.0 after a draft). Answers with the same text after the same text are one row with the sum of their advantages. An
-    answer that was cut by length has a reward like every other, but no row, except with `options.allow_cut`.
+    answer that was cut by length has a reward like every other, but no row, except with `options.allow_cut`. One that a further
+    model wrote is in no group.
     """
     by_id = {draft["draft_id"]: draft for draft in drafts}
     groups: dict[int, list[dict]] = defaultdict(list)
-    for draft in sorted(drafts, key=lambda d: d["draft_id"]):
-        if draft["score"] is not None:
-            groups[draft["round"]].append(draft)
     reasons: dict[str, str] = {}
+    for draft in sorted(drafts, key=lambda d: d["draft_id"]):
+        if draft.get("foreign"):
+            reasons[draft["draft_id"]] = OF_ANOTHER
+        elif draft["score"] is not None:
+            groups[draft["round"]].append(draft)
     rows: dict[tuple[str, str], dict] = {}
     for group in (groups[number] for number in sorted(groups)):
         values = group_advantages([reward(draft, by_id, args.bonus) for draft in group], args.baseline)

@@ -16,6 +16,7 @@ from evolve_ray.store.rows import TURN, content_id, derive_seed, reject
 
 Selected = tuple[list[dict], list[dict]]  # pairs, rejected drafts
 Candidate = tuple[dict, dict, str]  # chosen, rejected, and why the pair must not be used ("": it may be used)
+OF_ANOTHER = "was written by another model, so a policy gradient has no ratio for it"
 CUT = "cut by length: cannot be chosen"
 TURN_NAMES = [field.name for field in TURN]
 MIN_WORDS = 8  # a shorter text has too few 4-grams to call it repetitive

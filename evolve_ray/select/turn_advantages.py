@@ -5,7 +5,7 @@ from collections import defaultdict
 
 from evolve_ray.config.options import Selection
 from evolve_ray.select.advantages import AdvantageArgs, group_advantages, reward
-from evolve_ray.select.pairs import Selected, make_turn, may_be_chosen, reject_draft
+from evolve_ray.select.pairs import OF_ANOTHER, Selected, make_turn, may_be_chosen, reject_draft
 
 
 def turn_advantages(prompt: dict, drafts: list[dict], options: Selection, others: list[dict], args: AdvantageArgs) -> Selected:
@@ -26,10 +26,12 @@ def turn_advantages(prompt: dict, drafts: list[dict], options: Selection, others
             rewards[other["draft_id"]] = math.fsum(values) / len(values)
     everything = sorted([*drafts, *others], key=lambda d: (d["round"], d["kind"], d["draft_id"]))
     groups: dict[tuple[int, str], list[dict]] = defaultdict(list)
-    for draft in everything:
-        if draft["draft_id"] in rewards:
-            groups[draft["round"], draft["kind"]].append(draft)
     reasons: dict[str, str] = {}
+    for draft in everything:
+        if draft.get("foreign"):
+            reasons[draft["draft_id"]] = OF_ANOTHER
+        elif draft["draft_id"] in rewards:
+            groups[draft["round"], draft["kind"]].append(draft)
     rows: dict[str, dict] = {}
     for group in groups.values():
         values = group_advantages([rewards[draft["draft_id"]] for draft in group], args.baseline)

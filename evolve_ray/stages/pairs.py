@@ -19,7 +19,7 @@ from evolve_ray.models.same_tokens import SameTokens
 from evolve_ray.refine.asked import asked
 from evolve_ray.refine.rendering import Rendering
 from evolve_ray.select.check import check_selected, used_drafts
-from evolve_ray.select.pairs import Selected, reject_draft
+from evolve_ray.select.pairs import OF_ANOTHER, Selected, reject_draft
 from evolve_ray.select.selections import SELECTIONS
 from evolve_ray.stages.pair_table import PairWriter
 from evolve_ray.stages.whole import narrow
@@ -30,7 +30,7 @@ from evolve_ray.store.run import Stage
 from evolve_ray.store.turns import Messages
 
 Selection = Callable[..., Selected]
-OF_ANOTHER = "was written by another model, so its probability under the trained one is not that of its sampling"
+OF_TOKENS = ("token_ids", "logps", "num_thinking_tokens", "num_prefix_tokens")  # what a row says of its tokens
 SAME_TOKENS = "is the same tokens as the draft that it would be paired with"
 
 
@@ -39,7 +39,7 @@ class Owner:
     """The model that is trained on pairs, and how it renders them. The tokens of drafts that others wrote are not its own.
 
     With `own` it owns the drafts that it wrote itself; else, as the policy, all but those of the models with the hashes `others`.
-    `on_policy` leaves out drafts of others: the objective compares probabilities under the model that wrote them.
+    `on_policy` marks drafts of others as `foreign`: a policy gradient trains no such draft, though it may be what one refines.
     """
 
     model: Policy
@@ -53,8 +53,8 @@ class Owner:
         owned = draft["model"] in (self.model.hash, None) if self.own else draft["model"] not in self.others
         if owned:
             return draft
-        draft = {name: value for name, value in draft.items() if name not in ("token_ids", "logps")}
-        return {**draft, "fault": draft.get("fault") or OF_ANOTHER} if self.on_policy else draft
+        draft = {name: value for name, value in draft.items() if name not in OF_TOKENS}
+        return {**draft, "foreign": True} if self.on_policy else draft
 
 
 def select(
@@ -200,6 +200,12 @@ def select_all(
         used = check_selected(settings.name, prompt, candidates, result)
         selected, unused = result
         by_id = {draft["draft_id"]: draft for draft in candidates}
+        for pair in selected:
+            if by_id[pair["chosen_id"]].get("foreign"):
+                raise UserError(
+                    f"selection.name: {settings.name!r}, prompt {prompt['prompt_id']}: trains draft {pair['chosen_id']}, which "
+                    f"{OF_ANOTHER}; leave it out"
+                )
         # A row of one draft, chosen and rejected, is no pair to tell apart: an objective that needs `chosen` alone trains it.
         # Two trajectories may have the same first turn.
         apart = [

@@ -15,7 +15,8 @@ TRAINED = [*OWN, "models.critic.selection.name=reflections", "models.critic.trai
     ("overrides", "said"),
     [
         (["models.critic.path=c"], r"models\.critic: is asked by no one: strategy 'chain' asks the policy alone"),
-        ([*OWN, "models.policy.path=c"], r"models\.policy: is the name of the policy itself; use another name"),
+        ([*OWN, "models.policy.path=c"], r"models\.policy: is the name of something else in a run; use another name"),
+        ([*OWN, "models.reward.path=c"], r"models\.reward: is the name of something else in a run; use another name"),
         ([*OWN, "models.Critic.path=c"], r"models\.Critic: the name must be of small letters, digits and _"),
         ([*OWN, "models.critic.pth=c"], r"models\.critic\.pth: unknown option; did you mean 'path'\?"),
         ([*OWN, "models.other.actors=2"], r"models\.other\.path: is missing and has no default"),

@@ -235,3 +235,26 @@ def test_separate_forwards_of_8192_tokens_do_not_fit_where_trees_do(load):
     for forward, fits in (("separate", False), ("tree", True)):
         config, shape, _ = load(f"trainer.forward={forward}")
         assert sizing.training_memory(config, config.training, shape, NODE).fits is fits
+
+
+def test_engines_of_a_further_model_are_placed_and_weighed_by_its_name(load, folders):
+    path = folders[0].partition("=")[2]
+    critic = ["strategy.name=my:own", f"models.critic.path={path}", "models.critic.gpus_per_actor=1.0"]
+    config, shape, scorers = load(*critic)
+    free = sum(part.actors * part.gpus_per_actor for part in (config.engine, config.scorer))
+    assert free == 8, "the shipped recipe fills the node"
+    errors = fitting.fit_errors(config, shape, scorers, NODE, {"critic": shape})
+    assert any(error.startswith("engine.actors: 6 engines of 1 GPUs") for error in errors), errors
+    fewer = [*critic, "engine.actors=5"]
+    assert fitting.fit_errors(*load(*fewer), NODE, {"critic": shape}) == []
+    (said,) = fitting.fit_errors(
+        *load(*fewer[:-1], "engine.actors=4", "models.critic.gpus_per_actor=2.0"), NODE, {"critic": shape}
+    )
+    assert said.startswith("models.critic.gpus_per_actor: is 2, but models.critic.args splits an engine over 1 GPUs")
+    kept = [*fewer, "engine.release_for_training=false", "trainer.workers=1"]
+    assert any("only 0 GPUs are free" in error for error in fitting.fit_errors(*load(*kept), NODE, {"critic": shape}))
+    small = dataclasses.replace(NODE, gpu_memory_gib=16.0)
+    errors = fitting.fit_errors(*load(*fewer, "models.critic.context_tokens=65536"), small, {"critic": shape})
+    assert any(error.startswith("models.critic: needs ") for error in errors)
+    lines, _ = estimate.report(load(*fewer)[0], 100, NODE)
+    assert any(line.startswith("  models.critic ") for line in lines)

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from evolve_ray.pools.actors import TRAINERS, Actors, PoolOptions, Pools
+from evolve_ray.errors import ResourceError
+from evolve_ray.pools.actors import TRAINERS, Actors, Host, PoolOptions, Pools
 
 
 class Kept(Actors):
@@ -78,3 +79,20 @@ def test_open_pool_is_given_back_as_it_is(cluster):
     engines = pools.opened("engines")
     assert pools.open(pool("engines", 2, 0.6)) is engines
     assert not group.stopped
+
+
+class NeverThere:
+    """A worker whose engine ends its process, which a test can only raise."""
+
+    def __init__(self, spec):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("verb", "name"), [("answer", "model critic"), ("commit_shard", "engines")])
+def test_engine_that_dies_at_every_start_is_given_up_with_the_name_of_its_pool(tmp_path, verb, name):
+    spec = SimpleNamespace(work=str(tmp_path))
+    for _ in range(3):  # the first start and two restarts
+        with pytest.raises(KeyboardInterrupt):
+            Host(NeverThere, 1, name, restarts=2).call(spec, verb, 0)
+    with pytest.raises(ResourceError, match=rf"^{name}: the actor died 3 times while it started"):
+        Host(NeverThere, 1, name, restarts=2).call(spec, verb, 0)

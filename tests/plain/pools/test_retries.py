@@ -113,12 +113,12 @@ def test_beats_into_a_folder_that_is_gone_are_no_fault(tmp_path):
 
 def test_actor_that_never_starts_is_not_started_for_ever(tmp_path):
     for _ in range(4):
-        StartCount(tmp_path, 0, 3, "engines").begin()
+        StartCount(tmp_path, "0", 3, "engines").begin()
     with pytest.raises(ResourceError, match="engines: the actor died 4 times while it started"):
-        StartCount(tmp_path, 0, 3, "engines").begin()
+        StartCount(tmp_path, "0", 3, "engines").begin()
 
 
 def test_start_that_succeeds_clears_the_count(tmp_path):
     for _ in range(9):
-        StartCount(tmp_path, 0, 1, "engines").begin()
-        StartCount(tmp_path, 0, 1, "engines").reset()
+        StartCount(tmp_path, "0", 1, "engines").begin()
+        StartCount(tmp_path, "0", 1, "engines").reset()

@@ -1,17 +1,21 @@
 """Selection over committed shards: every draft is accounted for, and nothing is trained on nothing."""
 
 import dataclasses
+import functools
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from evolve_ray.config.load import load
+from evolve_ray.config.options import Selection
 from evolve_ray.errors import IntegrityError, UserError
 from evolve_ray.inputs.context import Context, Policy
 from evolve_ray.inputs.prepare import settle_config
 from evolve_ray.refine.rendering import Rendering
 from evolve_ray.refine.template import load_template
+from evolve_ray.select.advantages import AdvantageArgs, advantages
 from evolve_ray.select.pairs import make_pair, reject_draft
 from evolve_ray.stages import pairs as stages_pairs
 from evolve_ray.stages import probe, training
@@ -356,7 +360,8 @@ def test_the_reference_of_policy_gradients_is_another_one_where_it_holds_somethi
 
 
 def written_by(model):
-    return {"draft_id": "d", "model": model, "text": "t", "token_ids": [1, 2], "logps": [-0.1, -0.2]}
+    tokens = {"token_ids": [1, 2], "logps": [-0.1, -0.2], "num_thinking_tokens": 1, "num_prefix_tokens": 1}
+    return {"draft_id": "d", "model": model, "text": "t"} | tokens
 
 
 @pytest.mark.parametrize(
@@ -374,8 +379,29 @@ def test_tokens_of_a_draft_are_those_of_the_model_that_wrote_it_alone(owner, own
         assert draft == (written_by(model) if model in owned else {"draft_id": "d", "model": model, "text": "t"})
 
 
-def test_draft_of_another_model_is_left_out_of_policy_gradients_with_the_reason():
+def test_draft_of_another_model_is_what_a_policy_gradient_refines_but_does_not_train():
     owner = stages_pairs.Owner(Policy(Path("p"), "p"), Rendering(), others=frozenset({"c"}), on_policy=True)
-    assert owner.taken(written_by("c"))["fault"].startswith("was written by another model")
-    assert "fault" not in owner.taken(written_by("p"))
-    assert owner.taken({**written_by("c"), "fault": "has no answer"})["fault"] == "has no answer"
+
+    def draft(name, score, number, parent, model):
+        row = {"draft_id": name, "prompt_id": "q", "parent_id": parent, "sample": number, "round": 1 + bool(parent), "text": name}
+        row |= {"kind": "answer", "finish_reason": "stop", "score": score, "correct": None, "model": model}
+        return owner.taken(row)
+
+    drafts = [draft("theirs", 1.0, 0, None, "c"), draft("worse", 0.0, 0, "theirs", "p"), draft("better", 1.0, 1, "theirs", "p")]
+    prompt, counts = {"prompt_id": "q", "prompt": "?", "file": "f", "line": 1}, Counter()
+    selection = functools.partial(advantages, args=AdvantageArgs())
+    found = functools.partial(stages_pairs.select_all, [prompt], {"q": drafts}, counts=counts, same_tokens=lambda a, b: False)
+    pairs, rejected = found(selection, Selection(name="advantages"))
+    assert {(row["chosen_id"], row["rejected_id"], row["numbers"]["refined"]) for row in pairs} == {
+        ("worse", "theirs", 1.0), ("better", "theirs", 1.0),
+    }  # fmt: skip
+    assert rejected == []
+    alone = {"q": [draft("theirs", 1.0, 0, None, "c"), draft("other", 0.5, 0, None, "p")]}
+    _, rejected = stages_pairs.select_all([prompt], alone, selection, Selection(name="advantages"), counts, lambda a, b: False)
+    assert "was written by another model" in next(row["reason"] for row in rejected if row["id"] == "theirs")
+
+    def careless(prompt, drafts, options):
+        return [make_pair(prompt, drafts[0], drafts[1])], [reject_draft(prompt, drafts[2], "third")]
+
+    with pytest.raises(UserError, match=r"'own:careless', prompt q: trains draft theirs, which was written by another model"):
+        found(careless, Selection(name="own:careless"))
