@@ -31,6 +31,7 @@ ROLES: dict[str, Callable[[psutil.Process], bool]] = {
     "engine's child": lambda process: "EngineCore" in title(process),
     "train worker": lambda process: title(process).startswith("ray::RayTrainWorker"),
     "train controller": lambda process: title(process).startswith("ray::TrainController"),
+    "trainings": lambda process: title(process).startswith("ray::Trainings"),
     "meeting point of ranks": lambda process: title(process).startswith("ray::SynchronizationActor"),
     "raylet": lambda process: "raylet/raylet" in title(process),
     "agent": lambda process: "ray::DashboardAgent" in title(process),

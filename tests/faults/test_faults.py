@@ -107,16 +107,17 @@ def test_reward_actor_killed_in_generations_and_evaluation_and_a_train_worker_be
     assert_equals_twin(run, small.run)
 
 
-def test_training_whose_meeting_point_and_whose_controller_are_killed_goes_on_from_the_stored_step(small):
-    """Both are Ray Train's own; neither is a rank that it replaces."""
+def test_training_whose_meeting_point_controller_and_trainings_are_killed_goes_on_from_the_stored_step(small):
+    """Two are Ray Train's own, the third is the actor that runs it; none is a rank that it replaces."""
     run = fork(small, "killed-controller", keep=DRAFTED)
     with ended(start(run, *arguments())) as command:
         with held_after_two_steps(run, lambda: all_of(command.process.pid, "train worker")):
             find(command.process.pid, "meeting point of ranks").kill()
         strike(command, "train controller", signal.SIGKILL, lambda events: num_loaded(events) == 2)
+        strike(command, "trainings", signal.SIGKILL, lambda events: num_loaded(events) == 3)
         assert not (run / "iteration-01/checkpoint").exists(), "the fault came after the training"
         assert command.wait(1200) == 0
-        assert num_loaded(command.events()) == 3
+        assert num_loaded(command.events()) == 4
     assert first_steps_of_trainings(run)[-1] >= 2, "the training went on from the stored step"
     assert_equals_twin(run, small.run)
 

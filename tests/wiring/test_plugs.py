@@ -57,7 +57,8 @@ def two_models(prompt, template, options, args: Tries):
 
 
 def misnamed(prompt, template, options):
-    return [(yield Ask(template.direct(prompt), 0, 1, model="critique"))]
+    name = "critique"  # where the source names the model itself, the recipe is refused before anything runs
+    return [(yield Ask(template.direct(prompt), 0, 1, model=name))]
 
 
 def critiques(prompt, drafts, options, others):
