@@ -15,6 +15,8 @@ import pytest
 from evolve_ray.store import rows
 from tests.real.conftest import ROOT
 
+pytestmark = pytest.mark.long
+
 LABELS = ["[[A>>B]]", "[[A>B]]", "[[A=B]]", "[[B>A]]", "[[B>>A]]"]
 TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|stop|>{% endfor %}"

@@ -2,9 +2,13 @@
 
 import shutil
 
+import pytest
+
 from evolve_ray.store import rows
 from evolve_ray.store.manifest import read_manifest
 from tests.real.conftest import SMALL, assert_gone, fork, start
+
+pytestmark = pytest.mark.long
 
 
 def test_killed_in_generation_and_in_training_the_run_ends_as_its_undisturbed_twin(small):

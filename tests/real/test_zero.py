@@ -170,6 +170,7 @@ def uneven_pairs() -> list[dict]:
     return table
 
 
+@pytest.mark.long
 def test_trees_on_two_ranks_have_the_losses_and_the_weights_of_separate_forwards(tiny_model, tmp_path):
     """Few tokens a forward and a chunk: the ranks differ in forwards and in chunks, and must wait for each other."""
     import numpy as np
